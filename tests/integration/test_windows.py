@@ -84,7 +84,8 @@ class Server:
     def spoil(self) -> None:
         windows = self.planner.pages.windows
         self.most = max(self.most, sum(count > 0 for count in windows.num_users))
-        slots = [page * self._size + i for page in windows.allocator.free_list for i in range(self._size)]
+        unused = windows.unused if self.planner.config.cache_type == "naive" else ()  # which nobody will find
+        slots = [page * self._size + i for page in (*windows.allocator.free_list, *unused) for i in range(self._size)]
         for layer in self._layers:
             for kept in self.engine.steps.kv.layer(layer):
                 kept[slots] = torch.nan
@@ -92,11 +93,13 @@ class Server:
             torch.cuda.synchronize()  # the engine has a stream of its own
 
 
+@pytest.mark.parametrize("cache_type", ["radix", "naive"])
 @pytest.mark.parametrize("kernels", ["torch", "kernels"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_of_long_contexts(family: str, kernels: str) -> None:
+def test_tokens_of_long_contexts(family: str, kernels: str, cache_type: str) -> None:
     """With pages for the windows of less than all requests at once: some are sent back, and go on."""
-    server = Server(*configs(family, 24, **CPU_KERNELS if kernels == "kernels" else {}), spoils=True)
+    config, planning = configs(family, 24, **CPU_KERNELS if kernels == "kernels" else {})
+    server = Server(config, replace(planning, cache_type=cache_type), spoils=True)
     try:
         outputs, _ = server.generate(PROMPTS)
         assert outputs == [truth(family, tuple(prompt)) for prompt in PROMPTS]
@@ -159,8 +162,8 @@ def test_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backends", ["triton", "cuda"])
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "mistral"])
 def test_on_a_gpu(family: str, backends: str, graphs: int) -> None:
-    """By Triton's kernels in float32 the tokens of transformers; by ours in bfloat16 those of the same kernels over
-    pages that are all kept."""
+    """By Triton's kernels in float32 the tokens of transformers; by ours in bfloat16 those of the same kernels and the
+    same steps (so there are pages for all) where all pages are kept."""
     is_wide = backends == "triton"
     dtype = "float32" if is_wide else "bfloat16"
     fields = {"device": "cuda", "dtype": dtype, "prefill_backend": "triton", "decode_backend": backends}
@@ -169,6 +172,7 @@ def test_on_a_gpu(family: str, backends: str, graphs: int) -> None:
     if not is_wide:
         path = tiny_model(family, **{**FAMILIES[family], "head_dim": 64})
         config = replace(config, model_path=str(path), model=read_model_config(path))
+        planning = replace(planning, cache_type="naive", num_window_pages=config.pages_for(0)[1])
     expected = [truth(family, tuple(prompt)) for prompt in PROMPTS] if is_wide else None
     if expected is None:
         server = Server(replace(config, window=0), replace(planning, window=0))

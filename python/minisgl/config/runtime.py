@@ -7,7 +7,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.config.pooling import Pooling
 from minisgl.utils.math import div_ceil
 
-_GROWTH_TOKENS = 64  # of room for a request's growth, in what windows are planned to take
+_GROWTH_TOKENS, _TYPICAL_TOKENS = 64, 4096  # of room for a request's growth in what windows take; of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class EngineConfig:
     def pages_for(self, num_bytes: int) -> tuple[int, int]:
         """`num_pages` and `num_window_pages`: what the user asked for, or as many as so many bytes hold.
 
-        Windows of all requests take no more than half of these, unless even the longest request needs a larger share.
-        As many again are for cached prefixes. But one request must fit, of the longest if that can be.
+        Windows of all requests, and as many for cached prefixes, have the share that one of `_TYPICAL_TOKENS` needs (or
+        of two windows), or less if it is more than they take. But one request must fit, of the longest if that can be.
         """
         each, near, size, rows = self.page_bytes, self.window_page_bytes, self.page_size, self.max_running_requests
         if not near:
@@ -75,7 +75,8 @@ class EngineConfig:
             return self.num_pages, min(self.num_pages, wanted)
         if not each:
             return (rows * longest, min(both, rows * longest)) if both >= least else (both, both)
-        share = max(num_bytes // (2 * near), num_bytes * one // (longest * each + one * near))
+        typical = min(longest, max(_TYPICAL_TOKENS, 2 * self.window) // size)
+        share = num_bytes * one // (typical * each + one * near)
         num = max(least, min(wanted, share, (num_bytes - longest * each) // near))
         return ((num_bytes - num * near) // each, num) if num < both else (both, both)
 
