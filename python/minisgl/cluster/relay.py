@@ -112,6 +112,7 @@ class Relay:
         self.router.set_replicas(told)
         for gone in self.ready.keys() - told.keys():
             self._hearing.pop(gone).cancel()
+            self._shunned.pop(gone, None)
         for name in told.keys() - self.ready.keys():
             self._hearing[name] = asyncio.ensure_future(self._hear(name, told[name]["events"][0]))
         self.ready = dict(told)
