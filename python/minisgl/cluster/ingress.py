@@ -132,7 +132,9 @@ class Ingress:
 
 
 async def _relayed(scope: Scope, receive: Receive, send: Send) -> None:
-    await serve.get_replica_context().servable_object.asgi(scope, receive, send)
+    ingress = serve.get_replica_context().servable_object
+    assert isinstance(ingress, Ingress)
+    await ingress.asgi(scope, receive, send)
 
 
 BY_PROXY = Starlette(routes=[Mount("", _relayed)])  # to the ingress of this process, for Ray's own proxies
