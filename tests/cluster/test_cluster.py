@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from tests.cluster.conftest import MODEL, Cluster, Load, left_behind, running
+from tests.cluster.conftest import MODEL, Cluster, Load, left_behind, running, wait_for
 from tests.e2e.conftest import Server
 
 pytestmark = pytest.mark.timeout(240)
@@ -181,8 +181,10 @@ async def test_a_replica_is_killed_under_streams(cluster: Cluster, victim: str) 
     assert not psutil.pid_exists(pid)
 
 
-async def test_what_had_sent_nothing_goes_elsewhere(cluster: Cluster) -> None:
-    """Answers that come whole have sent nothing before: all of them are whole, whoever gave them."""
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+async def test_what_had_sent_nothing_goes_elsewhere(cluster: Cluster, signum: signal.Signals) -> None:
+    """Answers that come whole have sent nothing before: all of them are whole, whoever gave them. A server that stands
+    still, and so ends nothing by itself, is found out and ended."""
     cluster.wait_replicas(2)
     before = cluster.get("/cluster")["requests"]
     async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as client:
@@ -190,12 +192,13 @@ async def test_what_had_sent_nothing_goes_elsewhere(cluster: Cluster) -> None:
         asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(32)]
         await asyncio.sleep(0.2)
         name, pid = await asyncio.to_thread(cluster.busiest)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signum)
         answers = await asyncio.gather(*asked)
     assert [answer.status_code for answer in answers] == [200] * 32
     assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {400}
     cluster.wait_replicas(2, without={name})
     assert cluster.get("/cluster")["requests"]["retried"] > before["retried"]
+    wait_for(lambda: not psutil.pid_exists(pid), 30)
 
 
 async def test_the_router_is_killed(cluster: Cluster) -> None:
@@ -231,10 +234,14 @@ async def test_scaled_and_renewed_under_load(tmp_path: Path) -> None:
         last = Load(cluster.url, 4, max_tokens=100)
         while last.begun < 4:
             await asyncio.sleep(0.02)
+        kept = httpx.Client(base_url=cluster.url, timeout=60)
+        assert "connection" not in kept.get("/v1/models").headers
         foreign = httpx.post(f"{cluster.url}/cluster/drain", headers={"origin": "https://evil.example"})
         assert (foreign.status_code, cluster.get("/cluster")["draining"]) == (403, False)
         _command(cluster, "drain")
         last._stop.set()
+        wait_for(lambda: kept.get("/v1/models").headers.get("connection") == "close", 20)  # before it is closed
+        kept.close()
         assert await asyncio.to_thread(cluster.process.wait, 60) == 0
         assert set(await last.stop()) == {"length"}
 

@@ -1,4 +1,4 @@
-"""What a router reads of requests, the metrics of several servers as one, and what is wrong with a command line."""
+"""What a router reads of requests, and what is wrong with a command line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import json
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.datastructures import Headers
 
 from minisgl.cluster.commands import main
-from minisgl.cluster.prompts import merged, num_tokens, read_request
+from minisgl.cluster.relay import num_tokens, read_request
 from minisgl.errors import ConfigError
 
 LONG = "a text that is long enough for some blocks, " * 20
@@ -84,19 +83,6 @@ def test_an_answer_tells_how_long_the_prompt_was() -> None:
     assert num_tokens(b'... "usage":{"prompt_tokens":14,"total_tokens":38}}\n\ndata: [DONE]\n\n') == 14
     assert num_tokens(b'"usage": {"input_tokens": 7}') == 7
     assert num_tokens(b"data: [DONE]\n\n") == 0
-
-
-def test_metrics_of_all_replicas_are_one_page() -> None:
-    page = (
-        '# HELP a_total Some.\n# TYPE a_total counter\na_total{b="x, y"} 2.0\n# HELP c More.\n# TYPE c gauge\nc 1.0\n'
-    )
-    text = merged({"one": page, "two": page.replace("2.0", "3.0")})
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    assert text.count("# TYPE") == 2
-    samples = {sample.labels["replica"]: (sample.labels["b"], sample.value) for sample in families["a"].samples}
-    assert samples == {"one": ("x, y", 2.0), "two": ("x, y", 3.0)}
-    assert {sample.labels["replica"] for sample in families["c"].samples} == {"one", "two"}
-    assert merged({"one": page + "# EOF\n", "two": page + "# EOF\n"}).endswith("\n# EOF\n")
 
 
 @pytest.mark.parametrize(

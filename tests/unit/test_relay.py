@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+import os
+import socket
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import httpx
 import pytest
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from minisgl.cluster import relay
-from minisgl.cluster.relay import Chosen, Front, Relay
-from minisgl.cluster.router import Prompt
-from minisgl.errors import WorkerDied
+from minisgl.cluster.relay import Front, Relay
+from minisgl.cluster.router import PrefixRouter, Prompt
+from minisgl.errors import MiniSGLError, WorkerDied
+from minisgl.server.errors import error_response
+from minisgl.server.serve import HttpServer
 
 SECONDS = 60  # more than anything takes
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy"
-EVENTS = b"".join(b'data: {"number":%d}\n\n' % number for number in range(40)) + b"data: [DONE]\n\n"
+EVENTS = b"".join(b'data: {"number":%d}\n\n' % number for number in range(200))
+EVENTS += b'data: {"usage":{"prompt_tokens":7}}\n\ndata: [DONE]\n\n'
 Play = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]  # what a server does about a request with such a head
+
+
+class InTurn(PrefixRouter):
+    """Chooses one replica after the other. learned: numbers of tokens that prompts had, as answers have told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = list[int]()
+
+    def choose(self, prompt: Prompt, excluded: Collection[str] = ()) -> str | None:
+        assert prompt.num_bytes >= 0
+        return next((name for name in self.loads if name not in excluded), None)
+
+    def calibrate(self, num_bytes: int, num_tokens: int) -> None:
+        assert num_bytes >= 0
+        self.learned.append(num_tokens)
 
 
 def chunk(data: bytes) -> bytes:
@@ -30,14 +55,16 @@ def chunk(data: bytes) -> bytes:
 
 @dataclass(slots=True)
 class Way:
-    """url: of the ingress. heads: of the requests that servers have had; connections: that they have accepted."""
+    """ingress: what listens, and its url. heads: of the requests that servers have had; connections: that they took."""
 
     relay: Relay
     fronts: list[Front] = field(default_factory=list)
     heads: list[bytes] = field(default_factory=list)
     connections: int = 0
     port: int = 0
-    learned: list[bytes] = field(default_factory=list)
+    ingress: HttpServer = field(init=False)
+    running: asyncio.Task[None] = field(init=False)
+    learned: list[int] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -57,12 +84,6 @@ class Way:
 async def way(plays: Sequence[Play], *, max_body: int = 2**20) -> AsyncIterator[Way]:
     """An ingress in front of servers, of which a request tries one after the other."""
 
-    @asynccontextmanager
-    async def pick(prompt: Prompt, tried: list[str]) -> AsyncIterator[Chosen]:
-        assert prompt.num_bytes >= 0
-        port = servers[len(tried)].sockets[0].getsockname()[1]
-        yield Chosen(f"{port}", f"http://127.0.0.1:{port}", lambda: None, lambda tail, _: one.learned.append(tail))
-
     async def serve(play: Play, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         one.connections += 1
         try:
@@ -76,24 +97,33 @@ async def way(plays: Sequence[Play], *, max_body: int = 2**20) -> AsyncIterator[
         finally:
             writer.close()
 
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await one.relay(scope, receive, send)
+        except MiniSGLError as error:
+            await error_response(scope, error)(scope, receive, send)
+
     def connection(*args: object, **kwargs: object) -> Front:
         one.fronts.append(Front(*args, **kwargs, read=SECONDS, write=SECONDS))
         return one.fronts[-1]
 
-    one = Way(Relay(pick, max_body))
+    one = Way(Relay(router := InTurn(), max_body), learned=router.learned)
     servers = [await asyncio.start_server(partial(serve, play), "127.0.0.1") for play in plays]
-    config = uvicorn.Config(one.relay, http=connection, ws="none", lifespan="off", log_config=None, port=0)
+    ports = [server.sockets[0].getsockname()[1] for server in servers]
+    one.relay.meet({f"{port}": {"url": f"http://127.0.0.1:{port}", "events": ["inproc://nobody"]} for port in ports})
+    config = uvicorn.Config(answer, http=connection, ws="none", lifespan="off", log_config=None)
     config.server_header, config.date_header, config.limit_concurrency = False, False, 64
-    ingress = uvicorn.Server(config)
-    running = asyncio.create_task(ingress.serve())
+    listener = socket.create_server(("127.0.0.1", 0))
+    one.port, listening = listener.getsockname()[1], asyncio.Event()
+    one.ingress = HttpServer(config, one.relay, listener, SECONDS, listening.set)
+    one.running = asyncio.create_task(one.ingress.serve(sockets=[listener]))
     try:
-        while not ingress.started:
-            await asyncio.sleep(0.001)
-        one.port = ingress.servers[0].sockets[0].getsockname()[1]
+        await asyncio.wait_for(listening.wait(), SECONDS)
         yield one
     finally:
-        ingress.should_exit = ingress.force_exit = True
-        await running
+        one.ingress.should_exit = one.ingress.force_exit = True
+        await one.running
+        one.relay.meet({})
         await one.relay.session.close()
         for server in servers:
             server.close()
@@ -130,7 +160,7 @@ async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections() -> 
             assert answer.content == EVENTS
             assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert one.connections == 1
-        assert one.learned == [EVENTS[-4096:]] * 3
+        assert one.learned == [7] * 3
     assert one.heads[0].startswith(b"post /v1/completions?a=b%20c http/1.1\r\n")
     assert b"\r\nx-mine: yes\r\n" in one.heads[0]
     assert b"\r\nx-forwarded-for: 127.0.0.1\r\n" in one.heads[0]
@@ -293,3 +323,115 @@ async def test_answers_without_a_body_and_long_ones() -> None:
             assert len(answer.content) == (3_000_000 if method == "GET" else 0)
             assert answer.headers["content-length"] == "3000000"
         assert one.connections == 1
+
+
+async def test_a_body_is_given_up_when_its_answer_begins() -> None:
+    has_come = asyncio.Event()
+    size = 16 * 2**20
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM + chunk(b"data: 1\n\n"))
+        await asyncio.wait_for(has_come.wait(), SECONDS)
+        writer.write(chunk(b"data: [DONE]\n\n") + chunk(b""))
+
+    async with way([plays], max_body=2 * size) as one:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+        tracemalloc.start()
+        try:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size)
+            for _ in range(16):
+                writer.write(bytes(size // 16))
+                await writer.drain()
+            await asyncio.wait_for(reader.readuntil(b"data: 1\n\n"), SECONDS)
+            assert tracemalloc.get_traced_memory()[1] > size, "it was there"
+            assert tracemalloc.get_traced_memory()[0] < size // 4
+            has_come.set()
+            await asyncio.wait_for(reader.readuntil(b"[DONE]"), SECONDS)
+        finally:
+            tracemalloc.stop()
+            writer.close()
+
+
+async def test_a_node_that_says_nothing_more_is_noticed() -> None:
+    """The kernel asks it, now and then, as long as it owes an answer."""
+    timers = list[str]()
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        port = f":{writer.get_extra_info('sockname')[1]:04X}"
+        with open("/proc/net/tcp") as table:
+            timers.extend(row.split()[5] for row in table if row.split()[2].endswith(port))
+        await whole(_, writer)
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        assert (await client.post("/v1/completions", json={})).content == b"whole"
+    kinds = {kind: int(ticks, 16) / os.sysconf("SC_CLK_TCK") for kind, ticks in (one.split(":") for one in timers)}
+    assert 0 < kinds["02"] <= 10, "a timer of the kind that keeps alive, and its seconds"
+
+
+async def test_draining_tells_before_it_closes() -> None:
+    """What was asked is answered; an answer on a connection that stays open otherwise says that it is the last one."""
+    has_come = asyncio.Event()
+
+    async def plays(head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM + chunk(b"data: 1\n\n"))
+        await asyncio.wait_for(has_come.wait(), SECONDS)
+        writer.write(chunk(b"data: [DONE]\n\n") + chunk(b""))
+
+    post = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+    async with way([whole, plays]) as one, AsyncExitStack() as stack:
+        connections = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(3)]
+        for _, writer in connections:
+            stack.callback(writer.close)
+        (idle, ask), (busy, ask_long), (new, ask_late) = connections
+        ask.write(post)
+        assert b"connection: close" not in await asyncio.wait_for(idle.readuntil(b"whole"), SECONDS)
+        one.relay.router.set_replicas(list(one.relay.ready)[1:])
+        ask_long.write(post)
+        await asyncio.wait_for(busy.readuntil(b"data: 1\n\n"), SECONDS)
+        one.ingress.on_signal()
+        await asyncio.sleep(0.05)
+        for reader, writer in ((idle, ask), (new, ask_late)):
+            writer.write(post)
+            text = await asyncio.wait_for(reader.read(), SECONDS)
+            assert text.startswith(b"HTTP/1.1 503 "), text
+            assert b"\r\nconnection: close\r\n" in text.lower(), text
+            assert b"draining" in text
+        has_come.set()
+        assert b"[DONE]" in await asyncio.wait_for(busy.read(), SECONDS)
+        await asyncio.wait_for(one.running, SECONDS)
+    assert one.relay.counts == {"open": 0, "retried": 0, "broken": 0}
+
+
+async def test_answers_that_outlast_the_drain_timeout_end_whole() -> None:
+    """Those that have begun with an event, the others with a status."""
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        if len(one.heads) == 1:
+            writer.write(STREAM + chunk(b"data: 1\n\nda"))
+        await asyncio.sleep(SECONDS)
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        async with client.stream("POST", "/v1/completions", json={}) as answer:
+            parts = answer.aiter_raw()
+            text = await anext(parts)
+            other = asyncio.create_task(client.post("/v1/completions", json={}))
+            while len(one.heads) < 2:
+                await asyncio.sleep(0.001)
+            one.ingress.drain_timeout = 0.05
+            one.ingress.on_signal()
+            async for part in parts:
+                text += part
+        assert text.startswith(b'data: 1\n\ndata: {"error":'), text
+        assert text.endswith(b"}\n\n")
+        assert (await other).status_code == 503
+
+
+def test_connections_leave_descriptors_for_replicas() -> None:
+    """With a limit of 256, all connections that are let in, and as many to replicas, find one."""
+    code = "import resource, os; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+    code += "from minisgl.server.serve import max_connections; print(max_connections(2), len(os.listdir('/dev/fd')))"
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=path)
+    limit, used = map(int, ended.stdout.split())
+    assert limit > 50
+    assert 2 * limit + used + 24 <= 256

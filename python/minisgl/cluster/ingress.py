@@ -1,57 +1,50 @@
-"""In front of all replicas: the actor that takes connections, routes requests and knows what all replicas have."""
+"""In front of all replicas: the actor that takes connections, and what is asked of the cluster rather than of one."""
 
 import asyncio
 import contextlib
 import re
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
+import msgspec
 import orjson
-import uvicorn
-import zmq
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from starlette.applications import Starlette
 from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
-from minisgl.cluster.prompts import merged, num_tokens
-from minisgl.cluster.relay import Chosen, Front, Relay, from_root, read_body
+from minisgl.cluster.relay import Front, Relay, read_body
 from minisgl.cluster.router import PrefixRouter, Prompt
-from minisgl.config.args import integer
 from minisgl.env import env_number
-from minisgl.errors import MiniSGLError, RequestError, WorkerDied
-from minisgl.scheduler.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
-from minisgl.server.admission import http_config
+from minisgl.errors import MiniSGLError, RequestError
+from minisgl.server.access import Paths
+from minisgl.server.admission import Admission, http_config
 from minisgl.server.bodies.intake import MAX_BODY_BYTES
 from minisgl.server.errors import error_response, json_response
+from minisgl.server.serve import HttpServer, max_connections
 
-_WAIT_SECONDS = 60.0  # for a replica, where there is none
-_PATIENCE_SECONDS = 1.0  # for another replica than the one that gave no answer
-_SHUN_SECONDS = 5.0  # after a replica has given no answer; by then Ray knows, if it has ended
-_HEAR_SECONDS = 0.1  # between two looks at what replicas publish: each event by itself would wake us up
-_MAX_CONNECTIONS = 4096
-_STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
-Told = Mapping[str, dict[str, Any]]  # by a replica's name, what it tells of itself (`Replica.record_replica_metadata`)
-Choose = Callable[[Told], str | None]  # one of these replicas; None: none yet
-_ALLOWED = {"GET": 200, "HEAD": 200, "POST": 405}  # of /server_info: keys and origins are looked at before methods
+_MAX_OPEN = 2**20  # requests: connections have a limit of their own, and a server says itself when it has enough
+_MAX_HELD = 8  # times as many bytes as one body may have are held of all whose answers have not begun
+_MAX_ASKED = 2**16  # bytes of a body that is the cluster's own
+_ALLOWED = {"GET": 200, "POST": 405}  # of /server_info: keys and origins are looked at before methods
 _OF_ALL = ("/metrics", "/flush_cache", "/abort_request")  # asked of all; numbers in their answers are added up
+_KNOWN = (*_OF_ALL, "/cluster", "/trace", "/v1/responses", "/v1/messages")  # paths that are looked at
+
+_SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})?( .*)$")  # of Prometheus' text format
+_END = "# EOF"  # of OpenMetrics
 
 
-class Relayed:
-    """The ASGI application of the ingress that runs in this process, for Ray's own proxies."""
+class Wanted(msgspec.Struct):
+    """By an operator. options: of the server, that change."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            ingress = serve.get_replica_context().servable_object
-            assert isinstance(ingress, Ingress)
-            await ingress.app(scope, receive, send)
-        while scope["type"] == "lifespan":
-            await send({"type": f"{(await receive())['type']}.complete"})
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    options: dict[str, Any] = {}
 
 
 class Ingress:
@@ -60,115 +53,32 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle[Any], options: Mapping[str, Any], listener: str, policy: str) -> None:
         self._replicas, self._options = replicas, options
-        self._router = PrefixRouter(policy)
-        self._watched: dict[str, asyncio.Task[None]] = {}
-        self.ready: Told = {}  # all that Ray says there are
-        self._shunned: dict[str, float] = {}  # replicas, and until when
         max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
-        self._relay, self._draining = Relay(self._pick, max_body), False
+        self.relay = Relay(PrefixRouter(policy), max_body)
+        self._door = Admission(self.relay, _MAX_OPEN, _MAX_HELD * max_body, fair=True)
+        self.asgi = Paths(self._answer, _KNOWN)
         self._owner: asyncio.StreamWriter | None = None  # it is told what operators ask for
-        self._tasks = [asyncio.ensure_future(self._serve(listener))] if listener else []
+        work = [self._meet(), *([self._serve(listener)] if listener else [])]
+        self._tasks = [asyncio.ensure_future(one) for one in work]
 
-    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope = {**scope, "path": (path := from_root(scope["path"]))}
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope, is_of_all = {**scope, "state": {"owner": ""}}, scope["path"] in _OF_ALL
         try:
-            if self._draining and scope["method"] == "POST":
-                raise WorkerDied("the server is draining: it takes no new requests, and will stop")
-            if not path.startswith("/cluster") and path not in _OF_ALL:
-                await self._relay(scope, receive, send)
+            if not is_of_all and scope["path"].split("/")[1] != "cluster":
+                await self._door(scope, receive, send)
                 return
-            body = await read_body(receive) or b""
-            one, told = await self._select(lambda ready: next(iter(ready), None))
-            answer = await (self._ask_all if path in _OF_ALL else self._operate)(scope, body, self.ready or {one: told})
+            body = await read_body(scope, receive, _MAX_ASKED)
+            one = await self.relay.replica(scope["method"], Prompt((), 0), ())
+            answer = await (self._ask_all(scope, body) if is_of_all else self._operate(scope, body, one))
         except MiniSGLError as error:
             answer = error_response(scope, error)
         await answer(scope, receive, send)
 
-    def drain(self) -> int:
-        """Take no new requests. Returns how many there are."""
-        self._draining = True
-        return self._relay.counts["open"]
-
-    @contextlib.asynccontextmanager
-    async def _pick(self, prompt: Prompt, tried: Sequence[str]) -> AsyncIterator[Chosen]:
-        now = time.monotonic()
-        shunned = {name: until for name, until in self._shunned.items() if until > now}
-        self._shunned = shunned | dict.fromkeys(tried, now + _SHUN_SECONDS)
-        name, told = await self._select(partial(self._choose, prompt, tried, now))
-        self._watch(name, told["events"][0])
-        placed = self._router.place(name, prompt)
-        try:
-            yield Chosen(name, told["url"], placed.hold, partial(self._learn, name, prompt))
-        finally:
-            placed.hold(0.0)
-
-    async def _select(self, choose: Choose) -> tuple[str, dict[str, Any]]:
-        """A replica's name, and what it tells of itself. Raises: WorkerDied when there is none for long."""
-        if (name := choose(self.ready)) is not None:
-            return name, self.ready[name]
-        try:
-            return await asyncio.wait_for(self._await_one(choose), _WAIT_SECONDS)
-        except (asyncio.TimeoutError, RayServeException, RayError):
-            raise WorkerDied("no replica is ready; try again") from None
-
-    async def _await_one(self, choose: Choose) -> tuple[str, dict[str, Any]]:
-        """Ray looks until there is one. Nothing is reserved with it: that is two messages for each request, and a
-        server knows when it is full."""
-        async with self._replicas.choose_replica(choose, self, _reserve=False) as selection:
-            return selection.replica_id, selection.replica_metadata
-
-    def _choose(self, prompt: Prompt, tried: Collection[str], begin: float, ready: Told) -> str | None:
-        """One of these replicas, all that Ray says there are; None: look again, there is none, or none other yet."""
-        router, now = self._router, time.monotonic()
-        excluded = {*tried, *(name for name, until in self._shunned.items() if until > now)}
-        if router.loads.keys() != ready.keys():
-            router.set_replicas(ready)
-        keeper = router.sessions.get(prompt.keeper)
-        if keeper in router.loads and keeper not in tried:  # shunned or not: nobody else has it
-            return keeper
-        name = router.choose(prompt, excluded)
-        return router.choose(prompt) if name is None and now > begin + _PATIENCE_SECONDS else name
-
-    def _learn(self, name: str, prompt: Prompt, tail: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """From an answer: how long tokens are, and who will be asked for it again."""
-        kept = [value.decode("latin-1") for key, value in headers if key == b"x-request-id"]
-        self._router.calibrate(prompt.num_bytes, num_tokens(tail))
-        for key in (*kept, *(found.decode() for found in _STORED.findall(tail))):
-            self._router.learn(name, Prompt((), 0, key))
-
-    def _watch(self, name: str, endpoint: str) -> None:
-        """From now on hear what a replica evicts."""
-        for gone in self._watched.keys() - self._router.loads.keys():
-            self._watched.pop(gone).cancel()
-        if name not in self._watched:
-            self._watched[name] = asyncio.ensure_future(self._hear(name, endpoint))
-
-    async def _hear(self, name: str, endpoint: str) -> None:
-        with zmq.Context[zmq.Socket[bytes]].instance().socket(zmq.SUB) as events:
-            events.setsockopt(zmq.SUBSCRIBE, b"")
-            events.connect(endpoint)
-            expected, size = 0, 1
-            while True:
-                while not events.poll(0):
-                    await asyncio.sleep(_HEAR_SECONDS)
-                _, counted, data = events.recv_multipart()
-                batch, number = decode_batch(data), int.from_bytes(counted, "big")
-                if expected and number != expected:  # some are lost, or its scheduler has begun anew
-                    self._router.forget(name)
-                for event in batch.events:
-                    if isinstance(event, BlockRemoved):
-                        self._router.forget(name, len(event.block_hashes) * size)
-                    elif isinstance(event, BlockStored):
-                        size = event.block_size
-                    elif isinstance(event, AllBlocksCleared) and number:
-                        self._router.forget(name)
-                expected = number + 1
-
-    async def _ask_all(self, scope: Scope, body: bytes, ready: Told) -> Response:
+    async def _ask_all(self, scope: Scope, body: bytes) -> Response:
         """The answer of all replicas as one; the first refusal is the whole answer."""
         answers: dict[str, Response] = {}
-        for name, told in ready.items():
-            answers[name] = answer = await self._relay.ask(scope, body, told["url"])
+        for name, told in self.relay.ready.items():
+            answers[name] = answer = await self.relay.ask(scope, body, told["url"])
             if answer.status_code != 200:
                 return answer
         texts = {name: bytes(answer.body).decode() for name, answer in answers.items()}
@@ -178,46 +88,105 @@ class Ingress:
         sums = {key: sum(one[key] for one in counts) for key, value in counts[0].items() if isinstance(value, int)}
         return json_response(counts[0] | sums)
 
-    async def _operate(self, scope: Scope, body: bytes, ready: Told) -> Response:
+    async def _operate(self, scope: Scope, body: bytes, one: str) -> Response:
         """`/cluster`: what there is, for whoever may see /server_info; and what is to become of it."""
-        asked = {**scope, "path": "/server_info", "raw_path": b"/server_info"}
-        allowed = await self._relay.ask(asked, b"", next(iter(ready.values()))["url"])
+        relay, asked = self.relay, {**scope, "path": "/server_info", "raw_path": b"/server_info"}
+        allowed = await relay.ask(asked, b"", relay.ready[one]["url"])
         if allowed.status_code != _ALLOWED.get(scope["method"]):
             return allowed
         if scope["method"] == "POST":
             if self._owner is None:
                 raise RequestError("Ray Serve's configuration says it: change args, then serve deploy", status=409)
-            self._owner.write(orjson.dumps(_wanted(scope["path"], body)) + b"\n")
-        told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in ready.items()]
-        return json_response({"replicas": told, "requests": self._relay.counts, "draining": self._draining})
+            self._owner.write(_wanted(scope["path"], body) + b"\n")
+        told = [{**of, "load": relay.router.loads.get(name, 0.0)} for name, of in relay.ready.items()]
+        return json_response({"replicas": told, "requests": relay.counts, "draining": relay.refusal is not None})
+
+    async def _meet(self) -> None:
+        """Have Ray's router tell us, from now on, which replicas there are."""
+        while self._replicas is not None:
+            with contextlib.suppress(RayError, RayServeException):
+                async with self._replicas.choose_replica(self.relay, _reserve=False):
+                    return
+            await asyncio.sleep(1)
 
     async def _serve(self, path: str) -> None:
         """Take the port over, and answer at it, until its owner has ended, however that was: then all else does."""
-        with contextlib.suppress(OSError, IndexError):
-            owner, descriptor = await asyncio.to_thread(_taken_over, path)
+        with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as owner:
+            owner.connect(path)
+            _, (descriptor,), _, _ = await asyncio.to_thread(socket.recv_fds, owner, 1, 1)  # once all is deployed
+            listener = socket.socket(fileno=descriptor)
             reader, self._owner = await asyncio.open_unix_connection(sock=owner)
             options = {"server_header": False, "date_header": False, **self._options}  # a replica's are passed on
-            server = uvicorn.Server(http_config(self.app, _MAX_CONNECTIONS, Front, **options))
-            self._tasks.append(asyncio.ensure_future(server.serve(sockets=[socket.socket(fileno=descriptor)])))
+            http = http_config(self.asgi, max_connections(2), Front, **options)
+            self._server = HttpServer(http, self.relay, listener, 0.0, lambda: None)
+            self._tasks.append(asyncio.ensure_future(self._server.serve(sockets=[listener])))
             await reader.read()
         asyncio.get_running_loop().run_in_executor(None, serve.delete, serve.get_replica_context().app_name)
         await self._replicas.broadcast("end").results_async()  # for the other one waits, without a head of Ray
 
+    async def drain(self, seconds: float) -> None:
+        """Take no new requests. Returns when those that run have ended, after so many seconds at most."""
+        self._server.drain_timeout = seconds
+        self._server.on_signal()
+        await asyncio.wait(self._tasks[-1:])
 
-def _taken_over(path: str) -> tuple[socket.socket, int]:
-    owner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    owner.connect(path)
-    return owner, socket.recv_fds(owner, 1, 1)[1][0]
+
+async def _relayed(scope: Scope, receive: Receive, send: Send) -> None:
+    ingress = serve.get_replica_context().servable_object
+    assert isinstance(ingress, Ingress)
+    await ingress.asgi(scope, receive, send)
 
 
-def _wanted(path: str, body: bytes) -> dict[str, Any]:
-    """What an operator asks for. Raises: RequestError."""
+BY_PROXY = Starlette(routes=[Mount("", _relayed)])  # to the ingress of this process, for Ray's own proxies
+
+
+class PrefixRequestRouter(RequestRouter):
+    """Tells the relay that comes with the first request which replicas there are; what is known of prefixes is there,
+    and so is the choice."""
+
+    _relay: Relay | None = None
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        if self._relay is not None:
+            self._relay.meet({replica.replica_id.unique_id: replica.replica_metadata for replica in replicas})
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        assert pending_request is not None
+        pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
+        (self._relay,) = pending_request.args
+        self._relay.meet({one.replica_id.unique_id: one.replica_metadata for one in candidate_replicas})
+        return [candidate_replicas]
+
+
+def merged(pages: Mapping[str, str]) -> str:
+    """One exposition of several, by the replicas' names: each family once, its samples with a label `replica`."""
+    families: dict[str, tuple[list[str], list[str]]] = {}  # by name: what is said of it, and its samples
+    for replica, page in pages.items():
+        family = ""
+        for line in page.splitlines():
+            if line.startswith("# ") and line != _END:
+                family = line.split(" ", 3)[2]
+                about = families.setdefault(family, ([], []))[0]
+                if line not in about:
+                    about.append(line)
+            elif (found := _SAMPLE.match(line)) is not None:
+                labels = ",".join(filter(None, (found[2], f'replica="{replica}"')))
+                families.setdefault(family, ([], []))[1].append(f"{found[1]}{{{labels}}}{found[3]}")
+    lines = [line for about, samples in families.values() for line in (*about, *samples)]
+    ends = [_END] * any(page.rstrip().endswith(_END) for page in pages.values())
+    return "\n".join([*lines, *ends, ""])
+
+
+def _wanted(path: str, body: bytes) -> bytes:
+    """What an operator asks for, as its owner hears it. Raises: RequestError."""
+    if path == "/cluster/drain":
+        return b'{"drain": true}'
+    if path != "/cluster/scale":
+        raise RequestError(f"POST {path}: not found", status=404)
     try:
-        asked = orjson.loads(body or b"{}")
-        if path == "/cluster/drain":
-            return {"drain": True}
-        if path == "/cluster/scale":
-            return {"replicas": integer(1, 4096)(asked["replicas"]), "options": dict(asked.get("options", {}))}
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return msgspec.json.encode(msgspec.json.decode(body, type=Wanted, strict=False))
+    except msgspec.MsgspecError:
         raise RequestError('expected {"replicas": 1 to 4096}, and perhaps "options"', param="replicas") from None
-    raise RequestError(f"POST {path}: not found", status=404)

@@ -22,13 +22,14 @@ from ray.serve.handle import DeploymentHandle
 
 from minisgl.cluster.serving import APP, Plan, application
 from minisgl.config.args import args_from_options, integer
+from minisgl.config.resolve import access_config
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.processes.control import ENDING_SIGNALS
+from minisgl.server.serve import announce
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
-_LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended
 _ASK_SECONDS = 5.0
 _LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again, or of Ray's head, or of Ray at the end
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
@@ -57,6 +58,7 @@ class Owner:
 
     def run(self) -> int:
         """Until a signal or an operator ends it. Returns the exit status. Raises: ConfigError, WorkerDied."""
+        args = args_from_options(self._plan.options)
         with contextlib.ExitStack() as stack:
             holder = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             holder.bind(self._plan.listener)
@@ -69,10 +71,11 @@ class Owner:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for whoever comes after us
             self._listener.listen(1024)  # so that nobody is refused while the ingress is not there, or not yet
             threading.Thread(target=self._hear, args=(holder,), daemon=True).start()
-            host, port = self._listener.getsockname()[:2]
-            scheme = "https" if self._plan.options.get("ssl_certfile") else "http"
-            print(f"minisgl serves {self._plan.replicas} replicas at {scheme}://{host}:{port}/v1", flush=True)
-            self._watch(handle)
+            announce(f"{self._plan.replicas} replicas", args.host, access_config(args), self._listener)
+            self._watch()
+            with contextlib.suppress(RayError, RayServeException, TimeoutError):
+                seconds = args_from_options(self._plan.options).drain_timeout
+                handle.drain.remote(seconds).result(timeout_s=seconds + _LOST_SECONDS)
         return 0
 
     def _join(self) -> None:
@@ -123,8 +126,8 @@ class Owner:
         if len(self._signals) > 1:
             raise KeyboardInterrupt
 
-    def _watch(self, handle: DeploymentHandle[Any]) -> None:
-        """Until a signal comes, or an operator has it drained; then that is done. Raises: WorkerDied."""
+    def _watch(self) -> None:
+        """Until a signal comes, or an operator wants the end. Raises: WorkerDied."""
         changing, wanted = threading.Thread(), dict[str, Any]()
         head, seen = ray.get_runtime_context().gcs_address, time.monotonic()
         while not self._signals and "drain" not in wanted:
@@ -140,26 +143,20 @@ class Owner:
                 is_gone = self._address is None and isinstance(error.__cause__, ConnectionRefusedError)
                 if is_gone or time.monotonic() > seen + _LOST_SECONDS:
                     _give_up(f"Ray's head at {head} is lost: {' '.join(str(error).partition('Note:')[0].split())}")
-            if "options" in wanted and not changing.is_alive():
-                changing = threading.Thread(target=self._change, args=(wanted,), daemon=True)
+            if "replicas" in wanted and not changing.is_alive():
+                changing = threading.Thread(target=self._change, args=(wanted.pop("replicas"), wanted.pop("options")))
+                changing.daemon = True
                 changing.start()
-                wanted = {}
-        with contextlib.suppress(RayError, RayServeException, TimeoutError):
-            deadline = time.monotonic() + args_from_options(self._plan.options).drain_timeout
-            while handle.drain.remote().result(timeout_s=_ASK_SECONDS) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            time.sleep(_LINGER_SECONDS)
 
-    def _change(self, wanted: dict[str, Any]) -> None:
-        """Other numbers of replicas, or other options: then one after the other is replaced."""
+    def _change(self, count: int, options: dict[str, Any]) -> None:
+        """Have so many replicas, or other options: then one after the other is replaced."""
         try:
-            options = {**self._plan.options, **wanted["options"]}
-            most = max(self._plan.max_replicas, wanted["replicas"])
-            plan = replace(self._plan, options=options, replicas=wanted["replicas"], max_replicas=most, is_fixed=True)
-            is_same = most == self._plan.max_replicas and not wanted["options"]  # else replicas are replaced
+            most, options = max(self._plan.max_replicas, count), {**self._plan.options, **options}
+            plan = replace(self._plan, options=options, replicas=count, max_replicas=most, is_fixed=True)
             states = serve.status().applications[APP].deployments["Replica"].replica_states
             running = max(self._plan.replicas, sum(states.values()))  # more than planned, where load has asked for them
-            self._deploy(replace(plan, num_new=max(0, plan.replicas - running) * is_same))
+            is_same = (most, options) == (self._plan.max_replicas, self._plan.options)  # else replicas are replaced
+            self._deploy(replace(plan, num_new=max(0, count - running) * is_same))
             self._plan = plan
             logger.info("%d replicas, as asked", plan.replicas)
         except (MiniSGLError, RayError, RayServeException) as error:

@@ -9,19 +9,20 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import closing
-from typing import IO, Any
+from typing import Any
 
 import ray
 from ray import serve
 
-from minisgl.cluster.child import FAILED
 from minisgl.errors import WorkerDied
 from minisgl.server.launch import bind_port
 
 _READY = re.compile(r"minisgl serves .*:(\d+)/v1$")
 _STOP_SECONDS = 15.0  # beyond the drain timeout
 _ASK_SECONDS = 10.0
+_MAX_SILENT = 2  # times that a server may be asked in vain for its health: it stands still, and will not end by itself
 _SAMPLE = re.compile(r"^minisgl:(num_requests_waiting|kv_cache_usage_perc|request_prompt_tokens_\w+)\S* (\S+)", re.M)
 
 
@@ -36,33 +37,31 @@ class Replica:
         host, keys = host or node_address(), options.get("admin_key") or options.get("api_key") or [""]
         with closing(bind_port(host, 0)) as first, closing(bind_port(host, 0)) as second:
             events = [f"tcp://{host}:{free.getsockname()[1]}" for free in (first, second)]
-        self._drain_timeout, self._stopping = float(options.get("drain_timeout", 10.0)), False
+        self._drain_timeout, self._stopping, self._silent = float(options.get("drain_timeout", 10.0)), False, 0
         self._headers = {"authorization": f"Bearer {keys[0]}"} if keys[0] else {}
+        text, port = json.dumps([host, {**options, "kv_events_endpoint": events}]), Future[str]()
+        threading.Thread(target=self._run, args=(text, port), daemon=True).start()
+        name, url = serve.get_replica_context().replica_id.unique_id, f"http://{host}:{port.result()}"
+        self._told = {"name": name, "url": url, "events": events, "pid": self._server.pid}
+
+    def _run(self, text: str, port: Future[str]) -> None:
+        """The server's life, which ends with this thread. Ray starts another replica as soon as this actor is gone; of
+        the server itself it would hear late."""
         env = {**os.environ, "FORWARDED_ALLOW_IPS": "*", "PYTHONSAFEPATH": "1"}  # only the ingress comes here
-        pipe, command = subprocess.PIPE, [sys.executable, "-m", "minisgl.cluster.child"]
+        pipe, command = subprocess.PIPE, [sys.executable, "-m", "minisgl.cluster.child", str(os.getpid())]
         self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        print(json.dumps([host, {**options, "kv_events_endpoint": events}]), file=self._server.stdin, flush=True)
-        last, found = "", None
-        for line in self._server.stdout:
-            if (found := _READY.search(line)) is not None:
-                break
-            last = line
-        if found is None:
-            words = last.strip().partition(FAILED)[2] or f"the server ends with status {self._server.wait()}"
-            raise WorkerDied(f"replica: {words}")
-        name = serve.get_replica_context().replica_id.unique_id
-        url = f"http://{host}:{found[1]}"
-        self._told = {"name": name, "url": url, "events": events, "pid": self._server.pid}
-        threading.Thread(target=self._watch, args=(self._server.stdout,), daemon=True).start()
-
-    def _watch(self, output: IO[str]) -> None:
-        """Ray starts another replica as soon as this actor is gone; of the server itself it would hear late."""
-        for _ in output:
-            pass
-        self._server.wait()
-        if not self._stopping:
+        with self._server.stdin as options:
+            options.write(text)
+        last = ""
+        for last in self._server.stdout:
+            if (found := _READY.search(last)) is not None:
+                port.set_result(found[1])
+        status = self._server.wait()
+        if not port.done():
+            port.set_exception(WorkerDied(f"replica: {last.strip() or f'the server ends with status {status}'}"))
+        elif not self._stopping:
             os._exit(1)
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -71,7 +70,14 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raises: OSError unless the server's own /health is well."""
-        await asyncio.to_thread(self._ask, "/health")
+        try:
+            await asyncio.to_thread(self._ask, "/health")
+            self._silent = 0
+        except TimeoutError:
+            self._silent += 1
+            if self._silent >= _MAX_SILENT:
+                self.end()
+            raise
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tokens of prompts that wait, and the share of the KV cache in use by requests that run."""
@@ -97,7 +103,7 @@ class Replica:
         try:
             self._server.wait(self._drain_timeout + _STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._server.kill()
+            self.end()
 
 
 def node_address() -> str:

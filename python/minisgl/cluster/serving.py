@@ -11,11 +11,10 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingContext
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import minisgl
-from minisgl.cluster.ingress import Ingress, Relayed
+from minisgl.cluster.ingress import BY_PROXY, Ingress
 from minisgl.cluster.replica import Replica, node_address
 from minisgl.cluster.router import POLICIES, wanted_replicas
 from minisgl.config.args import ServerArgs, args_from_options, integer
@@ -27,29 +26,6 @@ _ROOM_SECONDS = 10.0  # for what others have just given back
 _END_SECONDS = 30.0  # for a replica, beyond the drain timeout
 _LEAST_CPUS = 0.1  # of a replica
 _FILES = {"model_path", "chat_template", "ssl_certfile", "ssl_keyfile"}
-
-
-class PrefixRequestRouter(RequestRouter):
-    """Asks the function that comes with each request; what is known of prefixes is the ingress's. It hears
-    from the first one on which replicas there are."""
-
-    _ingress: Ingress | None = None
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        super().update_replicas(replicas)
-        if self._ingress is not None:
-            self._ingress.ready = {replica.replica_id.unique_id: replica.replica_metadata for replica in replicas}
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        assert pending_request is not None
-        pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
-        choose, ingress = pending_request.args
-        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        ingress.ready = {name: replica.replica_metadata for name, replica in by_name.items()}
-        self._ingress, name = ingress, choose(ingress.ready)
-        return [[by_name[name]]] if name is not None else []
 
 
 def autoscaling(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
@@ -122,12 +98,12 @@ def application(plan: Plan) -> serve.Application:
     common: dict[str, Any] = {"max_ongoing_requests": _UNBOUNDED, "health_check_period_s": 2.0}
     common |= {"graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": args.drain_timeout + _END_SECONDS}
     count |= {"max_constructor_retry_count": 2, "ray_actor_options": resources}
-    count["request_router_config"] = {"request_router_class": f"{__name__}:PrefixRequestRouter"}
+    count["request_router_config"] = {"request_router_class": "minisgl.cluster.ingress:PrefixRequestRouter"}
     replica = serve.deployment(**count, **common)(Replica)
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
     one_loop = {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}  # for what asks the router, and the router
     actor = {"num_cpus": 0, "resources": here, "runtime_env": one_loop}
-    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress(Relayed())(Ingress))
+    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress(BY_PROXY)(Ingress))
     # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.
     replica._version, ingress._version = _version(served), _version([front, plan.listener, plan.policy])
     return ingress.bind(replica.bind(served, plan.host), front, plan.listener, plan.policy)

@@ -15,7 +15,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError
 from minisgl.server.access import address_of
@@ -177,10 +176,8 @@ class Place:
 class Admission:
     """Around what reads bodies: refuses what finds no room, before it is read, and lets the others in by turns."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
-        self._app, self._fair = app, config.fairness
-        outputs = config.scheduler.max_running_requests + config.max_queued_requests
-        self.limits = {OUTPUTS: outputs, BYTES: config.max_queued_tokens * BYTES_PER_TOKEN}
+    def __init__(self, app: ASGIApp, outputs: int, size: int, *, fair: bool) -> None:
+        self._app, self._fair, self.limits = app, fair, {OUTPUTS: outputs, BYTES: size}
         self.used: Counter[tuple[str, str | None]] = Counter()  # by whom; None: by all
         self._left: deque[float] = deque(maxlen=256)  # when the last ones did
         self._turns: FairQueue[tuple[str, asyncio.Future[None]]] = FairQueue()

@@ -13,7 +13,7 @@ from minisgl.env import env_number
 from minisgl.errors import RequestError
 from minisgl.message.messages import ChatPrompt
 from minisgl.page.routes import add_page
-from minisgl.server.admission import Admission
+from minisgl.server.admission import BYTES_PER_TOKEN, Admission
 from minisgl.server.answers.delivery import answer_request
 from minisgl.server.answers.messages import MessagesRenderer
 from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer, GenerateRenderer
@@ -102,7 +102,8 @@ def create_app(
     workers that are."""
     app = FastAPI(title="minisgl", version=minisgl.__version__, openapi_url=None)
     add_error_handlers(app)
-    app.add_middleware(Admission, config=config)
+    outputs = config.scheduler.max_running_requests + config.max_queued_requests
+    app.add_middleware(Admission, outputs, config.max_queued_tokens * BYTES_PER_TOKEN, fair=config.fairness)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     bodies, store = Bodies(config, max_body), ResponseStore()
     Generation(frontend, config, bodies, store).add_to(app)
