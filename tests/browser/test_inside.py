@@ -278,6 +278,7 @@ def test_the_theme_leaves_the_view_marked(visit: Visit, demo: Server) -> None:
 def test_what_cannot_be_shown_here_says_how(visit: Visit, demo: Server) -> None:
     page = look(visit, demo)
     assert page.locator("[data-load=retracted]").is_disabled()
+    assert page.locator("[data-panel=replicas]").is_hidden()  # it is no cluster
     page.get_by_text("--num-pages 64").wait_for()
     page.get_by_text("--slow-motion").wait_for()
 

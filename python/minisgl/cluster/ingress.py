@@ -123,7 +123,7 @@ class Ingress:
         excluded = {*tried, *(name for name, until in self._shunned.items() if until > now)}
         if router.loads.keys() != ready.keys():
             router.set_replicas(ready)
-        keeper = router.sessions.get(prompt.keeper)
+        keeper = router.sessions.get(prompt.keeper, prompt.keeper)
         if keeper in router.loads and keeper not in tried:  # shunned or not: nobody else has it
             return keeper
         name = router.choose(prompt, excluded)

@@ -12,7 +12,7 @@ from minisgl.cluster.router import Prompt, text_blocks
 # What comes before a prompt's end, in this order, in one dialect or another.
 _FIELDS = ("tools", "system", "instructions", "messages", "input", "prompt", "text", "input_ids", "query", "documents")
 _TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
-_STORED = re.compile(r"/v1/responses/([^/]+)|/trace/([^/]+)")
+_STORED = re.compile(r"/(?:v1/responses|trace)/([^/]+)")
 SESSION = "x-session-id"
 _MAX_NAME = 1024  # characters of a session's
 _NAMES = ("cache_salt", "prompt_cache_key", "previous_response_id")
@@ -24,9 +24,9 @@ _END = "# EOF"  # of OpenMetrics
 
 
 def read_request(path: str, headers: Headers, body: bytes) -> Prompt:
-    """Whatever the body is: what makes no sense has no text, and the server says so."""
-    if (found := _STORED.match(path)) is not None:
-        return Prompt((), 0, keeper=found[1] or found[2])
+    """Whatever the body is: what makes no sense has no text, and the server says so. x-replica: who is to be asked."""
+    if (found := _STORED.match(path)) is not None or "x-replica" in headers:
+        return Prompt((), 0, keeper=headers.get("x-replica") or (found[1] if found else ""))
     try:
         fields = msgspec.structs.asdict(_decode(body))
     except (msgspec.DecodeError, RecursionError):
