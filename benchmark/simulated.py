@@ -223,7 +223,8 @@ def compare(args: argparse.Namespace) -> None:
     documents = [json.loads(Path(file).read_text()) for file in args.file.split(",")]
     trained = [document["loads"][name] for document in documents for name in TRAINING]
     served = fitted("", SchedulerConfig(**documents[0]["config"]), [step for one in trained for step in one["steps"]])
-    served = replace(served, overhead=statistics.median(seconds for one in trained for seconds in one["around"]))
+    paced = [seconds for document in documents for seconds in document["loads"]["training"]["around"]]
+    served = replace(served, overhead=statistics.median(paced))
     num_replicas = documents[0]["replicas"]
     print(f"{num_replicas} replicas{served.about}; overhead {1000 * served.overhead:.1f} ms")
     for name, requests in loads(num_replicas).items():

@@ -173,7 +173,7 @@ def test_the_prefix_router_finds_more_in_caches() -> None:
 
 
 def test_replicas_come_and_go_with_the_load() -> None:
-    load = drawn(*LOAD, "--rate", "8", "--duration", "100", "--output-len", "1:10")
+    load = drawn(*LOAD, "--rate", "2", "--duration", "100", "--input-len", "300:900", "--output-len", "1:10")
     sessions = [*load, [Request(400, ((1, 9),), 1, 2, "late")]]
     slow = replace(SERVED, coefficients=[50 * weight for weight in SERVED.coefficients])
     slow = replace(slow, config=replace(CONFIG, num_pages=256))
