@@ -96,7 +96,7 @@ export class Live {
       if (!(error instanceof ApiError)) throw error; // a replica that ends gives no answer: what was known stays
     }
     const names = this.cluster?.replicas.filter((one) => one.isThere).map((one) => one.name) ?? [];
-    if (!names.includes(this.replica)) {
+    if (this.cluster && !names.includes(this.replica)) {
       this.replica = names[0] ?? "";
       this.forget();
     }
