@@ -258,7 +258,7 @@ def test_who_has_ended_does_not_leave_the_table(visit: Visit, demo: Server) -> N
             const rows = [...document.querySelectorAll("tr[data-uid]")].map((row) => row.dataset.uid);
             for (const uid of window.seen) if (!rows.includes(uid)) window.gone.push(uid);
             rows.forEach((uid) => window.seen.add(uid));
-        }).observe(document.querySelector("tbody"), { childList: true });
+        }).observe(document.querySelector("[data-panel=requests] tbody"), { childList: true });
     }""")
     (one,) = run_load(page, "one")
     row = page.locator(f"tr.ended[data-id='{one}']")
