@@ -8,13 +8,11 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 
 from minisgl.benchmark import offline, run_script
 from minisgl.benchmark.floor import Machine, floor_of, kv_read, weights_read
 from minisgl.benchmark.serve import machine_of
-from minisgl.benchmark.shapes import SHAPES, write_shape
-from minisgl.config.families import read_model_config
+from minisgl.benchmark.shapes import SHAPES, read_shape
 
 
 def standard_load() -> list[tuple[int, int, int]]:
@@ -40,8 +38,7 @@ def main() -> None:
     print("| shape | GPUs | floor, tok/s | s: KV + weights + prefill | 1 stream, ms | 16 streams, ms |")
     print("|---|---|---|---|---|---|")
     for shape in args.shape:
-        with tempfile.TemporaryDirectory() as directory:
-            model = read_model_config(write_shape(shape, directory))
+        model = read_shape(shape)
         for tp_size in args.tp:
             floor = floor_of(model, args.dtype, load, machine, tp_size)
             steps = []

@@ -11,9 +11,9 @@ export class ApiError extends Error {
   }
 }
 
-function headersFor(body) {
+function headersFor(body, more) {
   const key = sessionStorage.getItem(KEY);
-  return { ...(key ? { authorization: `Bearer ${key}` } : {}),
+  return { ...more, ...(key ? { authorization: `Bearer ${key}` } : {}),
     ...(body ? { "content-type": "application/json" } : {}) };
 }
 
@@ -30,16 +30,17 @@ async function errorOf(response) {
 /**
  * Ask the server. Where it wants a key that it does not know yet, the person is asked for one, and it is asked again.
  * @param {string} path
- * @param {{body?: Object, signal?: AbortSignal, quiet?: boolean}} options  body: makes it a POST. quiet: ask nobody.
+ * @param {{body?: Object, headers?: Object, signal?: AbortSignal, quiet?: boolean}} options  body: makes it a POST.
+ *   quiet: ask nobody.
  * @returns {Promise<Response>}
  * @throws {ApiError}
  */
-export async function ask(path, { body, signal, quiet = false } = {}) {
+export async function ask(path, { body, headers, signal, quiet = false } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     const response = await fetch(path, {
       method: body ? "POST" : "GET",
-      headers: headersFor(body),
+      headers: headersFor(body, headers),
       body: body && JSON.stringify(body),
       signal,
       cache: "no-store",

@@ -258,7 +258,7 @@ def test_who_has_ended_does_not_leave_the_table(visit: Visit, demo: Server) -> N
             const rows = [...document.querySelectorAll("tr[data-uid]")].map((row) => row.dataset.uid);
             for (const uid of window.seen) if (!rows.includes(uid)) window.gone.push(uid);
             rows.forEach((uid) => window.seen.add(uid));
-        }).observe(document.querySelector("tbody"), { childList: true });
+        }).observe(document.querySelector("[data-panel=requests] tbody"), { childList: true });
     }""")
     (one,) = run_load(page, "one")
     row = page.locator(f"tr.ended[data-id='{one}']")
@@ -278,6 +278,7 @@ def test_the_theme_leaves_the_view_marked(visit: Visit, demo: Server) -> None:
 def test_what_cannot_be_shown_here_says_how(visit: Visit, demo: Server) -> None:
     page = look(visit, demo)
     assert page.locator("[data-load=retracted]").is_disabled()
+    assert page.locator("[data-panel=replicas]").is_hidden()  # it is no cluster
     page.get_by_text("--num-pages 64").wait_for()
     page.get_by_text("--slow-motion").wait_for()
 

@@ -331,7 +331,7 @@ def test_jsonl_dataset(tmp_path: Path) -> None:
         ("", "is empty"),
         ("{\n", "line 1: not JSON"),
         ('{"text": "a"}\n', "line 1: expected an object with `prompt`"),
-        ('{"prompt": "a"}\n{"prompt": "a", "output_len": 0}\n', "line 2: output_len"),
+        ('{"prompt": "a"}\n{"prompt": "a", "output_len": 0}\n', r"line 2: Expected `int` >= 1 - at `\$\.output_len`"),
     ],
 )
 def test_bad_dataset_names_the_line(content: str, expected: str, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ export class Controls {
 
   async postPace() {
     try {
-      await ask("/trace/pace", { body: this.pace });
+      await ask("/trace/pace", { body: this.pace, headers: this.live.headers });
     } catch (error) {
       this.told.textContent = t("failed", { why: error.message });
     }

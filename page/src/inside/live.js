@@ -1,5 +1,6 @@
 // What the server tells of itself while somebody looks: /trace/live, as one object that the panels draw.
-import { askJson } from "../api.js";
+import { ApiError, askJson } from "../api.js";
+import { clusterOf } from "./replicas.js";
 import { countersOf, liveOf } from "./state.js";
 
 const MAX_STEPS = 512; // that are remembered
@@ -7,6 +8,7 @@ const MAX_STATES = 240; // four each second: one minute
 const MAX_ENDED = 24; // requests that have ended and are still listed
 const MAX_TRIES = 4;
 const INTERVAL = 250; // milliseconds between two looks; each second one is at the tree and the pages, too
+const CLUSTER_EVERY = 4; // looks: each fourth one is at all replicas, too
 const LATER = 500; // milliseconds in which several may end
 const AGAIN = 2000; // milliseconds until a lost connection is tried again
 
@@ -14,11 +16,21 @@ const AGAIN = 2000; // milliseconds until a lost connection is tried again
  * @typedef {{id: string, uid: number, numPrompt: number, numOutput: number, numCached: number, reason: string}} Ended
  */
 export class Live {
-  /** @param {(what: Set<string>) => void} changed  is told which of server, state, tree, pool, status are new */
+  /** @param {(what: Set<string>) => void} changed  is told what is new: server, cluster, state, tree, pool, status */
   constructor(changed) {
     this.changed = changed;
     this.status = "off"; // off, connecting, on, or the server's words why not
     this.server = null; // its settings, as /server_info tells them
+    this.cluster = null; // its replicas, where the server is one
+    this.replica = ""; // the one that is looked into
+    this.asking = null;
+    this.forget();
+    this.fresh = new Set();
+    this.controller = null;
+  }
+
+  /** All that one server has told. */
+  forget() {
     this.state = null;
     this.states = []; // for sparklines
     this.steps = [];
@@ -28,11 +40,22 @@ export class Live {
     this.stamp = 0; // of the tree: what was used later is a hit
     this.pool = null;
     this.ended = []; // the newest first
-    this.asking = null;
     this.missing = new Map(); // by uid, of who has ended and is not listed yet: how often asked for, and last seen as
     this.known = new Map(); // by uid: what is running or waiting now
-    this.fresh = new Set();
-    this.controller = null;
+  }
+
+  /** Look into another replica of the cluster. */
+  choose(name) {
+    this.replica = name;
+    this.forget();
+    const isWatching = Boolean(this.controller);
+    this.watch(false);
+    this.watch(isWatching);
+  }
+
+  /** What makes a cluster ask the replica that is looked into. */
+  get headers() {
+    return this.replica ? { "x-replica": this.replica } : {};
   }
 
   /** Look, or look away: nobody's work is watched for a page that nobody sees. */
@@ -48,12 +71,14 @@ export class Live {
     while (!signal.aborted) {
       this.tell("status", "connecting");
       try {
+        await this.loadCluster(signal);
         await this.loadPast(signal);
         for (let count = 1; !signal.aborted; count++) {
+          if (this.cluster && count % CLUSTER_EVERY === 0) await this.loadCluster(signal);
           const last = this.steps.at(-1);
           const since = last ? last.step + (last.device_ms === null ? -1 : 1) : 0; // its times come later
           const path = `/trace/live?since=${Math.max(0, since)}&whole=${count % 2}`;
-          this.take(await askJson(path, { signal, quiet: true }));
+          this.take(await askJson(path, { headers: this.headers, signal, quiet: true }));
           await new Promise((resume) => setTimeout(resume, INTERVAL));
         }
       } catch (error) {
@@ -63,10 +88,26 @@ export class Live {
     }
   }
 
+  /** The replicas; where the one that was looked into is gone, another one is. */
+  async loadCluster(signal) {
+    try {
+      this.cluster = await clusterOf(this.cluster, signal);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error; // a replica that ends gives no answer: what was known stays
+    }
+    const names = this.cluster?.replicas.filter((one) => one.isThere).map((one) => one.name) ?? [];
+    if (this.cluster && !names.includes(this.replica)) {
+      this.replica = names[0] ?? "";
+      this.forget();
+    }
+    this.tell("cluster");
+  }
+
   /** Settings, and steps and requests of before. */
   async loadPast(signal) {
-    this.server = await askJson("/server_info", { signal });
-    const past = await askJson(`/trace?format=json&steps=256&requests=${MAX_ENDED}`, { signal });
+    this.server = await askJson("/server_info", { headers: this.headers, signal });
+    const past = await askJson(`/trace?format=json&steps=256&requests=${MAX_ENDED}`,
+      { headers: this.headers, signal });
     this.steps = [];
     this.numMixed = 0;
     this.addSteps(past.steps);
@@ -131,7 +172,8 @@ export class Live {
   loadEnded() {
     this.asking ??= setTimeout(async () => {
       try {
-        const { requests } = await askJson(`/trace?format=json&steps=1&requests=${MAX_ENDED}`, { quiet: true });
+        const { requests } = await askJson(`/trace?format=json&steps=1&requests=${MAX_ENDED}`,
+          { headers: this.headers, quiet: true });
         this.ended = requests.flatMap(endedOf).reverse().slice(0, MAX_ENDED);
         const found = new Set(this.ended.map((one) => one.uid));
         for (const [uid, one] of this.missing)

@@ -15,10 +15,13 @@ export class Requests {
     this.table = h("table", { class: "requests" }, h("thead", {}, h("tr", {}, head)), this.body);
     this.root = h("div", { class: "table", tabindex: "0" }, this.table);
     this.rows = new Map(); // by uid, so that buttons keep their focus
+    this.replica = ""; // whose uids these are
     this.chosen = "";
   }
 
-  update({ state, ended, missing, known }) {
+  update({ state, ended, missing, known, replica }) {
+    if (replica !== this.replica) this.rows = new Map();
+    this.replica = replica;
     const leaving = [...missing.values()].flatMap(({ last }) => (last && !known.has(last.uid) ? [last] : []));
     const rows = [
       ...(state?.waiting ?? []).map((one) => ({ ...one, kind: "waiting" })),

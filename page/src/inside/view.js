@@ -6,6 +6,7 @@ import { Live } from "./live.js";
 import { Pool } from "./pool.js";
 import { Processes } from "./processes.js";
 import { RequestDetail } from "./request.js";
+import { Replicas } from "./replicas.js";
 import { Requests } from "./requests.js";
 import { Sparks } from "./sparks.js";
 import { Strip } from "./strip.js";
@@ -29,8 +30,8 @@ export class InsideView {
       const isOpen = id === this.detail.id && String(uid) === this.detail.uid;
       location.hash = isOpen ? "#inside" : `#inside/${encodeURIComponent(id)}/${uid}`;
     });
-    this.panels = { processes: new Processes(), sparks: new Sparks(), strip: new Strip(), requests: this.requests,
-      tree: new Tree(), pool: new Pool() };
+    this.panels = { replicas: new Replicas((name) => this.live.choose(name)), processes: new Processes(),
+      sparks: new Sparks(), strip: new Strip(), requests: this.requests, tree: new Tree(), pool: new Pool() };
     const card = (name) =>
       h(
         "section",
@@ -41,8 +42,9 @@ export class InsideView {
       );
     const head = h("div", { class: "inside-head" }, h("h1", { text: t("inside.title") }), this.controls.speed,
       this.status);
-    fill(this.root, head, this.controls.root, h("div", { class: "cards" }, card("processes"), card("sparks"),
-      card("strip"), card("requests"), this.detail.root, card("tree"), card("pool")));
+    this.cluster = card("replicas");
+    fill(this.root, head, this.controls.root, h("div", { class: "cards" }, this.cluster, card("processes"),
+      card("sparks"), card("strip"), card("requests"), this.detail.root, card("tree"), card("pool")));
     this.update();
   }
 
@@ -70,6 +72,7 @@ export class InsideView {
     const { live } = this;
     this.root.dataset.status = live.status;
     this.status.textContent = this.statusText();
+    this.cluster.hidden = !live.cluster;
     this.controls.update(live);
     for (const panel of Object.values(this.panels)) panel.update(live);
   }

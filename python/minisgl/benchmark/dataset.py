@@ -1,14 +1,20 @@
 """What a benchmark asks: random prompts of given lengths, or requests from a file."""
 
-import argparse
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from minisgl.benchmark.shapes import WORDS
+from minisgl.config.args import argument, parser_of
 from minisgl.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,29 @@ class Sample:
     @property
     def is_chat(self) -> bool:
         return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], dict)
+
+
+class Line(Struct):
+    """A line of a file of requests. timestamp: seconds. hash_ids: of its prompt's blocks; the same begin alike.
+
+    Those of Mooncake's traces have lengths by other names, and milliseconds; here they become as the others are.
+    """
+
+    prompt: str | list[int | dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    prompt_len: Count | None = None
+    output_len: Count | None = None
+    timestamp: Annotated[float, Meta(ge=0)] | None = None
+    hash_ids: list[int] = []
+    input_length: Count | None = None
+    output_length: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_length is not None:
+            self.prompt_len, self.output_len = self.input_length, self.output_length
+            self.timestamp = None if self.timestamp is None else self.timestamp / 1000
+        if not (self.messages or self.prompt or self.prompt_len):
+            raise ValueError("expected an object with `prompt` (text or token ids), `messages` or `prompt_len`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +67,13 @@ class Lengths:
         return rng.randint(self.low, self.high)
 
 
-def parse_lengths(text: str) -> Lengths:
-    """`128` or `100:1024`, for argparse."""
+def _lengths(text: str) -> Lengths:
     low, _, high = text.partition(":")
-    try:
-        lengths = Lengths(int(low), int(high or low))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected tokens such as 128, or a range such as 100:1024"
-        ) from None
-    if not 1 <= lengths.low <= lengths.high:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1, the smaller end first")
-    return lengths
+    return Lengths(int(low), int(high or low))
+
+
+_EXPECTED = "tokens such as 128, or a range such as 100:1024, the smaller end first"
+parse_lengths = argument(parser_of(_EXPECTED, lambda lengths: 1 <= lengths.low <= lengths.high, _lengths))
 
 
 def random_ids(
@@ -79,22 +103,41 @@ def load_jsonl(
     message if `chat`); optionally `output_len`, and `timestamp` in seconds, which a trace must have.
     Raises: ConfigError naming the flag, file and line.
     """
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{flag} {path}: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:count]
-    if not numbered:
-        raise ConfigError(f"{flag} {path}: the file is empty")
     samples = []
-    for number, line in numbered:
-        place = f"{flag} {path}, line {number}"
-        row = _parse_line(place, line, needs_timestamp=flag == "--trace")
-        prompt = row.get("messages") or row.get("prompt")
+    for _, row in read_lines(flag, path, *(["timestamp"] if flag == "--trace" else []), count=count):
+        prompt: Any = row.messages or row.prompt
         if not prompt:
-            prompt = _chat(rng, row["prompt_len"]) if chat else _ids(rng, vocab_size, row["prompt_len"])
-        samples.append(Sample(prompt, row.get("output_len") or outputs.draw(rng), row.get("timestamp")))
+            prompt = _chat(rng, row.prompt_len or 1) if chat else _ids(rng, vocab_size, row.prompt_len or 1)
+        samples.append(Sample(prompt, row.output_len or outputs.draw(rng), row.timestamp))
     return [samples[i % len(samples)] for i in range(count or len(samples))]
+
+
+def read_lines(flag: str, path: str, *needed: str, count: int | None = None) -> list[tuple[str, Line]]:
+    """The first `count` lines of a file (None: all) that are not empty, each with its place, in words.
+
+    needed: fields that none may lack. Raises: ConfigError naming the flag, the file, and a line's number and field.
+    """
+    with naming(f"{flag} {path}"):
+        lines = [(number, line) for number, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ConfigError(f"{flag} {path}: the file is empty")
+    found = list[tuple[str, Line]]()
+    for number, line in lines[:count]:
+        with naming(place := f"{flag} {path}, line {number}"):
+            found.append((place, row := msgspec.json.decode(line, type=Line)))
+        if missing := [name for name in needed if getattr(row, name) is None]:
+            raise ConfigError(f"{place}: {missing[0]} must be given")
+    return found
+
+
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """A file that cannot be read or written, or is not as it has to be, is a ConfigError that names the place."""
+    try:
+        yield
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        kind = "not JSON: " * (type(error) is msgspec.DecodeError)
+        raise ConfigError(f"{place}: {kind}{(isinstance(error, OSError) and error.strerror) or error}") from None
 
 
 def _ids(rng: Random, vocab_size: int, count: int) -> list[int]:
@@ -103,23 +146,3 @@ def _ids(rng: Random, vocab_size: int, count: int) -> list[int]:
 
 def _chat(rng: Random, num_words: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": " ".join(rng.choices(WORDS, k=num_words))}]
-
-
-def _parse_line(place: str, line: str, needs_timestamp: bool) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{place}: not JSON: {error}") from None
-    row = row if isinstance(row, dict) else {}
-    prompt = row.get("messages") or row.get("prompt")
-    is_list = isinstance(prompt, list) and any(all(isinstance(item, kind) for item in prompt) for kind in (int, dict))
-    if not (isinstance(prompt, str) or is_list or (prompt is None and row.get("prompt_len"))):
-        raise ConfigError(f"{place}: expected an object with `prompt` (text or token ids), `messages` or `prompt_len`")
-    for name in ("prompt_len", "output_len"):
-        value = row.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{place}: {name} must be a whole number from 1, not {value!r}")
-    timestamp = row.get("timestamp")
-    if (timestamp is None and needs_timestamp) or not isinstance(timestamp, int | float | None):
-        raise ConfigError(f"{place}: timestamp must be a number of seconds, not {timestamp!r}")
-    return row

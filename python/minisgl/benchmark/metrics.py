@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minisgl import __version__
+from minisgl.benchmark.dataset import naming
 from minisgl.errors import ConfigError
 
 PERCENTILES = (50, 90, 99)
@@ -122,26 +123,14 @@ def summarize(
     ceilings: str | None = None,
 ) -> Summary:
     """The numbers of a run that took `duration` seconds. steps: times of single decode steps, where known."""
-    good = [record for record in records if record.error is None]
-    num_prompt = sum(record.num_prompt for record in good)
-    num_output = sum(record.num_output for record in good)
+    good, names = [record for record in records if record.error is None], ("num_prompt", "num_output", "num_cached")
+    num_prompt, num_output, num_cached = (sum(getattr(record, name) for record in good) for name in names)
     per_second = 1 / duration if duration > 0 else 0.0
-    return Summary(
-        num_requests=len(records),
-        num_failed=len(records) - len(good),
-        duration=duration,
-        num_prompt=num_prompt,
-        num_output=num_output,
-        num_cached=sum(record.num_cached for record in good),
-        request_rate=len(good) * per_second,
-        prompt_rate=num_prompt * per_second,
-        output_rate=num_output * per_second,
-        latencies={name: statistics(values) for name, values in latency_samples(records, steps).items()},
-        errors=dict(Counter(record.error for record in records if record.error is not None).most_common()),
-        floor=floor,
-        step_floor=step_floor,
-        ceilings=ceilings,
-    )
+    rates = len(good) * per_second, num_prompt * per_second, num_output * per_second
+    latencies = {name: statistics(values) for name, values in latency_samples(records, steps).items()}
+    errors = dict(Counter(record.error for record in records if record.error is not None).most_common())
+    counts = len(records), len(records) - len(good), duration, num_prompt, num_output, num_cached
+    return Summary(*counts, *rates, latencies, errors, floor, step_floor, ceilings)
 
 
 def statistics(values: Sequence[float]) -> dict[str, float]:
@@ -217,21 +206,16 @@ def check_files(**files: str | None) -> None:
 
 def write_files(args: Any, summary: Summary, records: Sequence[Record], steps: Sequence[object] = ()) -> None:
     """What `--json` and `--output` ask for. Raises: ConfigError naming the file that cannot be written."""
-    config = {
-        name: value if isinstance(value, int | float | None | dict) else str(value)
-        for name, value in vars(args).items()
-    }
+    plain = (int, float, dict, type(None))
+    config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
     document = make_document(config, summary)
-    try:
+    with naming(args.json or args.output):
         if args.json:
             with open(args.json, "a") as file:
                 file.write(json.dumps(document) + "\n")
         if args.output:
-            document["requests"] = [asdict(record) for record in records]
-            document["steps"] = list(steps)
+            document["requests"], document["steps"] = [asdict(record) for record in records], list(steps)
             Path(args.output).write_text(json.dumps(document, indent=1) + "\n")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{args.json or args.output}: {error}") from None
 
 
 def describe_commit() -> str | None:

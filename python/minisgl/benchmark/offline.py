@@ -222,17 +222,9 @@ class Run:
 
 def to_record(output: RequestOutput) -> Record:
     """A finished request as a benchmark's record."""
-    total = output.metrics.total_time
-    return Record(
-        start=0.0,
-        e2e=total,
-        arrivals=(output.metrics.time_to_first_token, total) if output.token_ids else (),
-        num_prompt=len(output.prompt_token_ids),
-        num_output=len(output.token_ids),
-        num_cached=output.cached_tokens,
-        error=output.error,
-        has_gaps=False,
-    )
+    total, counts = output.metrics.total_time, (len(output.prompt_token_ids), len(output.token_ids))
+    arrivals = (output.metrics.time_to_first_token, total) if output.token_ids else ()
+    return Record(0.0, total, arrivals, *counts, output.cached_tokens, output.error, has_gaps=False)
 
 
 def _generate(llm: LLM, samples: Sequence[Sample], temperature: float) -> list[RequestOutput]:

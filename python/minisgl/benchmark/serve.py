@@ -2,14 +2,12 @@
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -21,12 +19,12 @@ import httpx
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.floor import Machine, floor_of, measure_gpu
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.shapes import write_shape
-from minisgl.config.args import ArgumentParser, argument, integer
-from minisgl.config.families import read_model_config
+from minisgl.benchmark.shapes import read_shape
+from minisgl.config.args import ArgumentParser, argument, integer, parser_of
 from minisgl.errors import ConfigError
 
 natural, positive = argument(integer(0)), argument(integer(1))
+_rate = argument(parser_of("a number above 0, or inf", lambda value: value > 0, float))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shape", help="directory with the model's config.json, or a shape's name: for the floor")
     add("--endpoint", choices=("completions", "chat"), default="completions")
     add("--dataset", default="random", help="random, or a JSONL file with `prompt` or `messages` in each line")
-    add("--trace", metavar="FILE.jsonl", help="lines of timestamp (s), prompt_len and output_len: sent at those times")
+    add("--trace", metavar="FILE.jsonl", help="timestamp (s), prompt_len, output_len a line; or Mooncake's")
     add("--num-prompts", type=positive, help="requests to send (default: 64, or all of a trace)")
     add("--input-len", type=dataset.parse_lengths, default="128", help="prompt tokens, N or LOW:HIGH")
     add("--output-len", type=dataset.parse_lengths, default="64", help="output tokens, N or LOW:HIGH")
@@ -90,8 +88,7 @@ def report(args: argparse.Namespace, title: str, records: Sequence[Record], dura
     """Print and write what was measured. Returns 1 when every request failed."""
     floor = ceilings = None
     if args.machine is not None:  # with the shape's own dtype on one GPU, as if all requests had come at once
-        with tempfile.TemporaryDirectory() as directory:
-            model = read_model_config(write_shape(args.shape, directory))
+        model = read_shape(args.shape)
         load = [(r.num_prompt, r.num_output, r.num_cached) for r in records if r.error is None]
         floor, ceilings = floor_of(model, model.dtype, load, args.machine).seconds, str(args.machine)
     summary = metrics.summarize(records, duration, floor=floor, ceilings=ceilings)
@@ -202,13 +199,6 @@ def show_progress(finished: int, total: int) -> None:
     """A line on a terminal. A bar would be redrawn by a thread of its own, in the way of what is measured."""
     if sys.stderr.isatty():
         print(f"\r{finished}/{total} requests", end="" if finished < total else "\n", file=sys.stderr, flush=True)
-
-
-def _rate(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if float(text) > 0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, or inf")
 
 
 class RequestFailed(Exception):

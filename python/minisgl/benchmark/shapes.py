@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minisgl.config.families import read_model_config
+from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
 
 SHAPES: dict[str, dict[str, Any]] = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())["shapes"]
@@ -23,15 +25,9 @@ def write_shape(name: str, directory: str | Path) -> Path:
     The tokenizer is that of the directory `name` if it has one, else a stand-in (`stand_in_tokenizer`).
     Raises: ConfigError when there is no such shape, or its configuration is not one that is served.
     """
-    path = Path(directory)
-    source = Path(name)
-    if name not in SHAPES and not (source / "config.json").is_file():
-        raise ConfigError(f"shape {name!r}: expected {', '.join(SHAPES)}, or a directory with config.json")
+    path, source = Path(directory), Path(name)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(
-        json.dumps(SHAPES[name]) if name in SHAPES else (source / "config.json").read_text()
-    )
-    model = read_model_config(path)
+    model = _write_config(name, path)
     if name not in SHAPES and (source / "tokenizer.json").is_file():
         for file in source.glob("tokenizer*.json"):
             shutil.copy(file, path)
@@ -40,6 +36,20 @@ def write_shape(name: str, directory: str | Path) -> Path:
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (path / "tokenizer_config.json").write_text(json.dumps({**kind, "chat_template": _TEMPLATE}))
     return path
+
+
+def read_shape(name: str) -> ModelConfig:
+    """What a model of the shape is like. Raises: ConfigError as `write_shape`."""
+    with tempfile.TemporaryDirectory() as directory:
+        return _write_config(name, Path(directory))
+
+
+def _write_config(name: str, path: Path) -> ModelConfig:
+    if name not in SHAPES and not Path(name, "config.json").is_file():
+        raise ConfigError(f"shape {name!r}: expected {', '.join(SHAPES)}, or a directory with config.json")
+    text = json.dumps(SHAPES[name]) if name in SHAPES else Path(name, "config.json").read_text()
+    (path / "config.json").write_text(text)
+    return read_model_config(path)
 
 
 def stand_in_tokenizer(vocab_size: int) -> Tokenizer:

@@ -30,7 +30,7 @@ _RATE = 1 / 64  # of the newest answer in the mean
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What is to be routed. blocks: see `text_blocks`; session: requests with the same go together, "": none;
-    keeper: the session whose replica alone has what is asked for."""
+    keeper: the session whose replica alone has what is asked for, or that replica."""
 
     blocks: Sequence[int]
     num_bytes: int

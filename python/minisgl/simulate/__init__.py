@@ -3,9 +3,8 @@
 import argparse
 import importlib.util
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minisgl.benchmark import metrics
-from minisgl.benchmark.dataset import parse_lengths
+from minisgl.benchmark.dataset import naming, parse_lengths
 from minisgl.benchmark.floor import Machine
 from minisgl.benchmark.offline import engine_options
 from minisgl.cluster.router import POLICIES
@@ -58,36 +57,28 @@ def main(argv: Sequence[str]) -> int:
     for replicas in args.replicas:
         sessions = trace or generate(args, replicas, served.config.max_seq_len)
         for router in args.router:
-            begun = time.perf_counter()
             simulation = Simulation(served, replicas, router, args.seed, args.autoscale)
             simulation.run(sessions)
             rows.append({"replicas": replicas, "router": router, **figures(simulation, args.price)})
-            rows[-1]["took, s"] = time.perf_counter() - begun
     table = Table(*rows[0], title=served.about, title_justify="left", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=150).print(table)
-    try:
+    config = {name: str(value) for name, value in vars(args).items()}
+    with naming(args.json or args.plot):
         if args.json:
-            config = {name: str(value) for name, value in vars(args).items()}
             Path(args.json).write_text(json.dumps({"about": served.about, "config": config, "results": rows}, indent=1))
         if args.plot:
             plot(args.plot, rows)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{args.json or args.plot}: {error}") from None
     return 0
 
 
 def make_served(args: argparse.Namespace, server_flags: Sequence[str]) -> Served:
     """What each replica is, with those of the server's flags that its planner reads. Raises: ConfigError."""
-    if args.calibration:
-        served = calibrated(args.calibration, args.model)
-    else:
-        served = by_floor(args.shape, Machine(args.bandwidth, args.peak_flops), args.efficiency)
-    options, read = (
-        engine_options(parse_args(server_flags, prog=PROG)),
-        {field.name for field in fields(SchedulerConfig)},
-    )
+    floor = args.shape, Machine(args.bandwidth, args.peak_flops), args.efficiency
+    served = calibrated(args.calibration, args.model) if args.calibration else by_floor(*floor)
+    options, read = engine_options(parse_args(server_flags, prog=PROG)), SchedulerConfig.__dataclass_fields__
+    options["overlap"] = not options.pop("disable_overlap", False) and served.config.overlap
     if foreign := [name.replace("_", "-") for name in options if name not in read]:
         raise ConfigError(f"--{foreign[0]}: a simulation does not depend on it")
     config = replace(served.config, **options)
@@ -97,8 +88,8 @@ def make_served(args: argparse.Namespace, server_flags: Sequence[str]) -> Served
 
 def figures(simulation: Simulation, price: float) -> dict[str, Any]:
     """By the columns of the table; latencies in milliseconds. price: of a replica's hour."""
-    duration, replicas = simulation.duration, simulation.replicas
-    summary, itl = metrics.summarize(simulation.records, duration), metrics.statistics(simulation.itl or [0.0])
+    duration, itl = simulation.duration, metrics.statistics(simulation.itl or [0.0])
+    summary, replicas = metrics.summarize(simulation.records, duration), simulation.replicas
     hours = sum((replica.ended or duration) - replica.started for replica in replicas) / 3600
     return {
         "started": len(replicas),
@@ -111,6 +102,7 @@ def figures(simulation: Simulation, price: float) -> dict[str, Any]:
         "retracted": sum(replica.planner.num_retracted for replica in replicas),
         "cost/M out": 1e6 * price * hours / summary.num_output,
         "router, µs": 1e6 * simulation.routing / summary.num_requests,
+        "took, s": simulation.took,
     }
 
 
