@@ -102,7 +102,9 @@ def generate(
         _Seq(i, list(p), q, n, i * stagger, length=len(p))
         for i, (p, q, n) in enumerate(zip(prompts, each, counts, strict=True))
     ]
-    free = np.random.default_rng(seed).permutation(config.num_pages).tolist()
+    free = [np.random.default_rng(seed).permutation(config.num_pages).tolist()]
+    if config.window:  # no page is given back
+        free.append(list(range(config.pages_for(0)[1])))
     step, pending = 0, []
     while any(s.length < len(s.prompt) + s.num_tokens for s in seqs):
         plan, sampling = _plan(step, seqs, free, config.page_size, chunk)
@@ -115,7 +117,9 @@ def generate(
     return [s.output for s in seqs]
 
 
-def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: int) -> tuple[StepPlan, list[_Seq]]:
+def _plan(
+    step: int, seqs: list[_Seq], free: list[list[int]], page_size: int, budget: int
+) -> tuple[StepPlan, list[_Seq]]:
     admissions, updates, planned = [], [], []
     for s in seqs:
         if step < s.arrival or s.length >= len(s.prompt) + s.num_tokens or budget == 0:
@@ -125,7 +129,8 @@ def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: 
         num_new = min(s.length - s.computed, budget)
         num_pages = -(-(s.computed + num_new) // page_size)
         if num_pages > s.num_pages:
-            updates.append(PageUpdate(s.row, s.num_pages, tuple(free.pop() for _ in range(num_pages - s.num_pages))))
+            pages = (tuple(some.pop() for _ in range(num_pages - s.num_pages)) for some in free)
+            updates.append(PageUpdate(s.row, s.num_pages, *pages))
             s.num_pages = num_pages
         last = s.computed + num_new == s.length
         planned.append((ScheduledReq(s.row, s.computed, num_new, int(last)), s))
