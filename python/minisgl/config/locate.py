@@ -119,24 +119,7 @@ def check_directory(path: Path) -> None:
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
     if not (path / "config.json").is_file():
-        raise _no_model(path, "config.json")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files with the model's weights, in transformers' order of preference: safetensors in one file, or as the
-    index has them; then the same for files of torch. Raises: ConfigError saying what is missing."""
-    if is_gguf(path):
-        return [path]
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (path / whole).is_file():
-            return [path / whole]
-        weights = read_fields(path / f"{whole}.index.json").child("weight_map")
-        names = sorted({weights.text(tensor, "") for tensor in weights.data})
-        if missing := [name for name in names if not (path / name).is_file()]:
-            raise ConfigError(f"{str(path)!r} is incomplete: {listing(missing)} missing")
-        if names:
-            return [path / name for name in names]
-    raise _no_model(path, "model.safetensors")
+        raise no_model(path, "config.json")
 
 
 def listing(items: list[str], limit: int = 8) -> str:
@@ -145,7 +128,8 @@ def listing(items: list[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + more
 
 
-def _no_model(path: Path, missing: str) -> ConfigError:
+def no_model(path: Path, missing: str) -> ConfigError:
+    """What is wrong with a directory that lacks this file, as an error to raise."""
     if snapshots := sorted((path / "snapshots").glob("*"), key=lambda snapshot: -snapshot.stat().st_mtime):
         reason = f"it is a model's folder in the hub's cache: give {snapshots[0]}, or the repo id"
     elif not any(path.iterdir()):

@@ -193,18 +193,6 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-@contextmanager
-def signals_raised() -> Iterator[None]:
-    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
-    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
-    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def ignore_signals() -> None:
     for signum in ENDING_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

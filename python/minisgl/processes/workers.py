@@ -1,7 +1,5 @@
 """What runs in the worker processes. Importing this module is cheap: the main process does it too."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -86,11 +84,11 @@ class Rank:
     """One tensor-parallel rank, loaded. tp_size: of how many. grammars: on rank 0, of its requests."""
 
     engine: Executor
-    grammars: Grammars
+    grammars: "Grammars"
     config: SchedulerConfig
     tp_size: int
 
-    def scheduler(self, transport: Transport, *observers: Observer) -> Scheduler:
+    def scheduler(self, transport: "Transport", *observers: "Observer") -> "Scheduler":
         """What feeds the engine."""
         from minisgl.scheduler.scheduler import Scheduler
 
