@@ -10,13 +10,14 @@ from typing import Any
 
 from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
-from minisgl.config.locate import check_directory, is_gguf, listing, no_model, read_fields, read_json
+from minisgl.config.locate import check_directory, listing, no_model, read_fields, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.mtp import read_mtp
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import TABLE, Rotary, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
 from minisgl.errors import ConfigError
+from minisgl.gguf.model import is_gguf
 from minisgl.utils.fields import Fields, merge
 from minisgl.utils.math import div_ceil
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from minisgl.errors import ConfigError
-from minisgl.gguf.model import models_in, open_model
+from minisgl.gguf.model import is_gguf, models_in, open_model
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
 from minisgl.utils.fields import Fields
 from minisgl.utils.log import told
@@ -96,11 +96,6 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
         names = f"; there are {listing(there)}" if there else ""
         raise ConfigError(f"--model {at}: say which of its GGUF files, as in {repo_id}:Q4_K_M{names}")
     return one_of(found, path) if which else path
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether it is a file that is a model by itself."""
-    return path.suffix == ".gguf" and path.is_file()
 
 
 def one_of(models: list[Path], path: Path) -> Path:

@@ -134,9 +134,8 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     dtype, size, comm = DTYPES[config.dtype], config.tp_size, Communicator()
     if size > 1:
         num_logits = most_samples(config.max_running_requests) * div_ceil(config.model.vocab_size, size) * size
-        comm = CudaCommunicator(
-            Rendezvous(rank, size, config.init_method), config.use_pynccl, num_logits * dtype.itemsize
-        )
+        meeting = Rendezvous(rank, size, config.init_method)
+        comm = CudaCommunicator(meeting, config.use_pynccl, num_logits * dtype.itemsize)
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
@@ -175,10 +174,10 @@ class CapturedSteps(StepRunner):
         if head is not None:
             self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
         self.drafter = self._teller
-        num, longest, has_states = (
-            most_samples(config.max_running_requests),
+        longest, has_states, num = (
             config.draft_len,
             bool(config.model.states),
+            most_samples(config.max_running_requests),
         )
         self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
         self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
