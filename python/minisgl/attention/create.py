@@ -72,6 +72,5 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         has_float8=config.kv_cache_dtype == "fp8",
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),
     )
-    kinds = {name: resolve_name(f"minisgl.attention.{BACKENDS[name].made_by}") for name in names}
-    made: dict[str, Backend] = {name: kind(shape, device) for name, kind in kinds.items()}
+    made: dict[str, Backend] = {name: resolve_name(BACKENDS[name].made_by)(shape, device) for name in {*names}}
     return cast(Backend, PairOfBackends(made[prefill], made[decode]))

@@ -43,8 +43,7 @@ class Launched(NamedTuple):
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
-        logprobs = None if self.logprobs is None else self.logprobs.result()
-        prompts = None if self.prompt_logprobs is None else self.prompt_logprobs.result()
+        logprobs, prompts = (told and told.result() for told in (self.logprobs, self.prompt_logprobs))
         token_ids: list[tuple[int, ...]] = list(zip(ids := self.ids.tolist()))
         if plan.drafts:  # else, each request samples one
             left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.message.messages import Report, encode_report
+from minisgl.message.messages import Report, report_codec
 from minisgl.utils.log import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Control:
 
     def send(self, report: Report) -> None:
         try:
-            self._connection.send_bytes(encode_report(report))
+            self._connection.send_bytes(report_codec.encode([report]))
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)  # the parent is gone
 
