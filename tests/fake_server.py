@@ -110,7 +110,7 @@ class Answer:
 
 
 def fake_scheduler(control: Control, config: ServerConfig, endpoints: Endpoints, delay: float, answer: str) -> None:
-    status = Status(config.scheduler.num_pages)
+    status = Status()
     logging.getLogger("minisgl.scheduler.observer").setLevel("WARNING")  # tests look at what else the log says
     recorder = Recorder()
     answers: Answers = {StatsMsg: status.reply, TraceMsg: recorder.reply}

@@ -1,7 +1,5 @@
 """minisgl: compact, high-performance inference and serving for large language models."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from minisgl.core import SamplingParams

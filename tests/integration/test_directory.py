@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from minisgl.config.args import parse_args
-from minisgl.config.families import read_model_config
-from minisgl.config.locate import locate_model, split_revision, weight_files
+from minisgl.config.families import read_model_config, weight_files
+from minisgl.config.locate import locate_model, split_revision
 from minisgl.config.resolve import prepare
 from minisgl.errors import ConfigError
 from minisgl.models.checkpoint import Checkpoint

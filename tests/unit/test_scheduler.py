@@ -223,7 +223,7 @@ def test_ranks_make_the_same_plans_and_notice_a_turn_that_one_has_missed(
 def test_the_log_tells_of_work_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="minisgl")
     now = 100.0
-    status, transport = Status(CONFIG.num_pages, lambda: now), LocalTransport()
+    status, transport = Status(lambda: now), LocalTransport()
     scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status)
     transport.put([user(1, [1, 2, 3], 30), user(2, [4], 30)])
     for _ in range(12):
@@ -274,7 +274,7 @@ def test_flushing_takes_what_nobody_uses() -> None:
 
 
 def test_steps_are_counted() -> None:
-    status, transport = Status(CONFIG.num_pages), LocalTransport()
+    status, transport = Status(), LocalTransport()
     scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status)
     transport.put([user(uid, [uid] * 10, 8) for uid in range(1, 7)])  # four run at once
     scheduler.turn()

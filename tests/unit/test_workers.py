@@ -17,7 +17,7 @@ import pytest
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
-from minisgl.message.messages import Report, decode_report, encode_report
+from minisgl.message.messages import Report, report_codec
 from minisgl.processes import control as control_module
 from minisgl.processes import workers
 from minisgl.processes.control import Control, Launcher, Worker, WorkerSpec
@@ -37,7 +37,7 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
     control.ready()
     for _ in range(10_000):
         control.beat()
-    assert decode_report(ours.recv_bytes()) == Report(ready=True)
+    assert report_codec.decode(ours.recv_bytes()) == [Report(ready=True)]
     ours.close()
     theirs.close()
 
@@ -119,7 +119,7 @@ class FakeLauncher:
     def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
         assert is_lasting
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        theirs.send_bytes(encode_report(Report(ready=True)))
+        theirs.send_bytes(report_codec.encode([Report(ready=True)]))
         self.started.append((spec.name, life))
         self.workers.append(Worker(spec, FakeProcess(), ours))
         return self.workers[-1]

@@ -42,12 +42,9 @@ class AttentionStep:
     num_decode: int
     device: PagedSequences | None = None  # the same on a GPU
     window: int | None = None  # of the layers that it is for; 0: that see all; None: all have the same pages
-    windowed: "AttentionStep | None" = None  # for layers whose windows slide, where these have their own
-
-    def with_windows(self, window: int, page_table: npt.NDArray[np.int32], on_device: Tensor) -> "AttentionStep":
-        """With another table for layers whose windows slide. Its entries behind the window are other requests'."""
-        device = None if self.device is None else replace(self.device, page_table=on_device)
-        return replace(self, window=0, windowed=replace(self, page_table=page_table, device=device, window=window))
+    windowed: "AttentionStep | None" = (
+        None  # for layers whose windows slide, where these have their own: others' behind
+    )
 
     @property
     def seq_lens(self) -> IntArray:
@@ -76,15 +73,10 @@ class AttentionStep:
             cu_q = device.cu_q[begin : end + 1]
             rows, seq_lens, cu_q = device.rows[begin:end], device.seq_lens[begin:end], cu_q - cu_q[0] if begin else cu_q
             device = replace(device, rows=rows, seq_lens=seq_lens, cu_q=cu_q)
-        return replace(
-            self,
-            rows=self.rows[begin:end],
-            starts=self.starts[begin:end],
-            num_new=self.num_new[begin:end],
-            offsets=self.offsets[begin : end + 1] - self.offsets[begin],
-            num_decode=min(max(self.num_decode - begin, 0), end - begin),
-            device=device,
-        )
+        rows, starts, num_new = (numbers[begin:end] for numbers in (self.rows, self.starts, self.num_new))
+        offsets, num_decode = self.offsets[begin : end + 1] - self.offsets[begin], self.num_decode - begin
+        sequences = rows, starts, num_new, offsets, self.page_table, self.page_size
+        return AttentionStep(*sequences, min(max(num_decode, 0), end - begin), device, self.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +132,7 @@ class AttentionBackend(ABC, Generic[Metadata]):
 class StepContext:
     """What the layers of a model share in one step."""
 
+    input_ids: torch.Tensor  # [num_tokens]
     slots: Sequence[torch.Tensor]  # [num_tokens] int64: where this step's KV goes; and in layers whose windows slide
     positions: torch.Tensor  # [num_tokens]
     ropes: Sequence[RopeAngles]  # of this step's tokens, by `AttentionSpec.rope_index`

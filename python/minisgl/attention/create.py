@@ -1,13 +1,13 @@
 """The backend of a rank's layers, by name, and on GPUs the pair of one for prefill and one for decode."""
 
-import importlib
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from pkgutil import resolve_name
+from typing import NamedTuple, cast
 
 import torch
 
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.attention.sdpa import SdpaBackend
+from minisgl.config.device import BACKENDS
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import most_samples
@@ -16,13 +16,6 @@ from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 Backend = AttentionBackend[object]  # each gets back what it has prepared, and only it knows what that is
-# Modules are imported only when they are asked for: some need optional packages.
-_ON_GPUS: dict[str, Callable[[], Any]] = {
-    "triton": lambda: importlib.import_module("minisgl.attention.triton").TritonBackend,
-    "cuda": lambda: importlib.import_module("minisgl.attention.cuda").CudaBackend,
-    "fi": lambda: importlib.import_module("minisgl.attention.optional").FlashInferBackend,
-    "fa": lambda: importlib.import_module("minisgl.attention.optional").FlashAttentionBackend,
-}
 
 
 class PairMetadata(NamedTuple):
@@ -63,7 +56,7 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     names = prefill, decode = config.prefill_backend, config.decode_backend
     if prefill == decode == "sdpa":
         return cast(Backend, SdpaBackend(device))
-    if device.type == "cpu" or not {prefill, decode} <= set(_ON_GPUS):
+    if device.type == "cpu" or not all(name in BACKENDS and BACKENDS[name].made_by for name in names):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
     specs = [spec for layer in config.model.layers if isinstance((spec := layer.attention).cache, PagedKV)]
     kv = config.model.caches()[0]  # as that of all layers: `config.device` has seen to it
@@ -79,5 +72,5 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         has_float8=config.kv_cache_dtype == "fp8",
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),
     )
-    made: dict[str, Backend] = {name: _ON_GPUS[name]()(shape, device) for name in dict.fromkeys(names)}
+    made: dict[str, Backend] = {name: resolve_name(BACKENDS[name].made_by)(shape, device) for name in {*names}}
     return cast(Backend, PairOfBackends(made[prefill], made[decode]))

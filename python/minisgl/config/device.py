@@ -45,6 +45,7 @@ class Backend:
     """An attention backend of `backends.yaml`, which says what the fields mean."""
 
     features: tuple[str, ...]
+    made_by: str = ""
     devices: tuple[str, ...] = ("cuda",)
     package: str = ""
     arch: tuple[int, int] | None = None

@@ -10,13 +10,14 @@ from typing import Any
 
 from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
-from minisgl.config.locate import check_directory, read_json
+from minisgl.config.locate import check_directory, listing, no_model, read_fields, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.mtp import read_mtp
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import TABLE, Rotary, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
 from minisgl.errors import ConfigError
+from minisgl.gguf.model import is_gguf
 from minisgl.utils.fields import Fields, merge
 from minisgl.utils.math import div_ceil
 
@@ -96,6 +97,23 @@ def read_model_config(path: str | Path, override: Mapping[str, Any] | None = Non
         stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
         model = replace(model, quantization=quantization, packed_bytes=stored or size)
     return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size), mtp=model.mtp if mtp else None)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with the model's weights, in transformers' order of preference: safetensors in one file, or as the
+    index has them; then the same for files of torch. Raises: ConfigError saying what is missing."""
+    if is_gguf(path):
+        return [path]
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (path / whole).is_file():
+            return [path / whole]
+        weights = read_fields(path / f"{whole}.index.json").child("weight_map")
+        names = sorted({weights.text(tensor, "") for tensor in weights.data})
+        if missing := [name for name in names if not (path / name).is_file()]:
+            raise ConfigError(f"{str(path)!r} is incomplete: {listing(missing)} missing")
+        if names:
+            return [path / name for name in names]
+    raise no_model(path, "model.safetensors")
 
 
 def parse_model_config(f: Fields) -> ModelConfig:

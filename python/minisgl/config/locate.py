@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from minisgl.errors import ConfigError
-from minisgl.gguf.model import models_in, open_model
+from minisgl.gguf.model import is_gguf, models_in, open_model
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
 from minisgl.utils.fields import Fields
 from minisgl.utils.log import told
@@ -98,11 +98,6 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
     return one_of(found, path) if which else path
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether it is a file that is a model by itself."""
-    return path.suffix == ".gguf" and path.is_file()
-
-
 def one_of(models: list[Path], path: Path) -> Path:
     """The only one of the GGUF files in a directory; else that. Raises: ConfigError where there are several."""
     if len(models) > 1:
@@ -119,24 +114,7 @@ def check_directory(path: Path) -> None:
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
     if not (path / "config.json").is_file():
-        raise _no_model(path, "config.json")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files with the model's weights, in transformers' order of preference: safetensors in one file, or as the
-    index has them; then the same for files of torch. Raises: ConfigError saying what is missing."""
-    if is_gguf(path):
-        return [path]
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (path / whole).is_file():
-            return [path / whole]
-        weights = read_fields(path / f"{whole}.index.json").child("weight_map")
-        names = sorted({weights.text(tensor, "") for tensor in weights.data})
-        if missing := [name for name in names if not (path / name).is_file()]:
-            raise ConfigError(f"{str(path)!r} is incomplete: {listing(missing)} missing")
-        if names:
-            return [path / name for name in names]
-    raise _no_model(path, "model.safetensors")
+        raise no_model(path, "config.json")
 
 
 def listing(items: list[str], limit: int = 8) -> str:
@@ -145,7 +123,8 @@ def listing(items: list[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + more
 
 
-def _no_model(path: Path, missing: str) -> ConfigError:
+def no_model(path: Path, missing: str) -> ConfigError:
+    """What is wrong with a directory that lacks this file, as an error to raise."""
     if snapshots := sorted((path / "snapshots").glob("*"), key=lambda snapshot: -snapshot.stat().st_mtime):
         reason = f"it is a model's folder in the hub's cache: give {snapshots[0]}, or the repo id"
     elif not any(path.iterdir()):

@@ -139,17 +139,14 @@ def access_config(args: ServerArgs) -> AccessConfig:
 
 
 def _check_certificate(certfile: str, keyfile: str | None) -> None:
-    for flag, path in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
-        try:
-            if path is not None:
-                open(path, "rb").close()
-        except OSError as error:
-            raise ConfigError(f"{flag} {path}: {(error.strerror or str(error)).lower()}") from None
     try:
+        for path in (certfile, keyfile or certfile):
+            open(path, "rb").close()
         # The empty password: openssl would ask for one at the terminal.
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certfile, keyfile, password="")
-    except (ssl.SSLError, OSError) as error:
-        reason = getattr(error, "reason", None) or str(error)
-        raise ConfigError(
-            f"--ssl-certfile {certfile}: no certificate with its private key, without a password, in PEM ({reason})"
-        ) from None
+    except ssl.SSLError as error:
+        reason = f"no certificate with its private key, without a password, in PEM ({error.reason or error})"
+        raise ConfigError(f"--ssl-certfile {certfile}: {reason}") from None
+    except OSError as error:
+        flag = "--ssl-certfile" if path == certfile else "--ssl-keyfile"
+        raise ConfigError(f"{flag} {path}: {(error.strerror or str(error)).lower()}") from None

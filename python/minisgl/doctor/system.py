@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.families import read_model_config
-from minisgl.config.locate import DEMO_MODEL, is_gguf, lfs_hint, split_revision, weight_files
+from minisgl.config.families import read_model_config, weight_files
+from minisgl.config.locate import DEMO_MODEL, lfs_hint, split_revision
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
-from minisgl.gguf.model import models_in
+from minisgl.gguf.model import is_gguf, models_in
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
 from minisgl.server.launch import bind_port
 

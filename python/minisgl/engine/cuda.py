@@ -29,7 +29,6 @@ from minisgl.engine.tables import Batch, StepIndex, StepTensors
 from minisgl.engine.telling import DeviceDrafter
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
-from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import KVPool
 from minisgl.utils.math import div_ceil
 
@@ -135,9 +134,8 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     dtype, size, comm = DTYPES[config.dtype], config.tp_size, Communicator()
     if size > 1:
         num_logits = most_samples(config.max_running_requests) * div_ceil(config.model.vocab_size, size) * size
-        comm = CudaCommunicator(
-            Rendezvous(rank, size, config.init_method), config.use_pynccl, num_logits * dtype.itemsize
-        )
+        meeting = Rendezvous(rank, size, config.init_method)
+        comm = CudaCommunicator(meeting, config.use_pynccl, num_logits * dtype.itemsize)
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
@@ -167,22 +165,22 @@ class CapturedSteps(StepRunner):
     """Launches steps on the current stream: as graphs those of up to `max_batch` samples that only decode, or verify
     drafts."""
 
+    tables: DeviceTables
+
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        config, head, self._device_tables, self._teller = shard.config, shard.mtp, tables, None
+        config, head, self._teller = shard.config, shard.mtp, None
         if head is not None:
             self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
-        self.drafter, self._padding_row = self._teller, tables.padding_row
-        num, longest, has_states = (
-            most_samples(config.max_running_requests),
+        self.drafter = self._teller
+        longest, has_states, num = (
             config.draft_len,
             bool(config.model.states),
+            most_samples(config.max_running_requests),
         )
-        self._out, self._told = (
-            [torch.empty(num, size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
-            for size in (1, max(1, longest))
-        )
+        self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
+        self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
         chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
         shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
         self._shapes = [shape for shape in shapes if chunks or not (has_states and shape.is_wide)]
@@ -196,9 +194,9 @@ class CapturedSteps(StepRunner):
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Its results are on their way to the host."""
         launched, turn = super().launch(plan, masks), plan.step_id % NUM_BUFFERS
-        ids, told = self._out[turn][: len(launched.ids), 0], launched.drafts
+        ids, told = self._out[turn, : len(launched.ids)], launched.drafts
         if isinstance(told, Tensor):
-            told = self._told[turn][: len(told)].copy_(told, non_blocking=True)
+            told = self._told[turn, : len(told)].copy_(told, non_blocking=True)
         return launched._replace(ids=ids.copy_(launched.ids, non_blocking=True), drafts=told)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
@@ -207,7 +205,7 @@ class CapturedSteps(StepRunner):
         reqs = plan.reqs if plan.is_decode_only else self._verifying(plan)
         found = None
         for shapes in (self._wide, self._shapes) if asks else (self._shapes,):  # the narrow ones tell no drafts
-            found = found or (fit(shapes, reqs, self._padding_row) if reqs else None)
+            found = found or (fit(shapes, reqs, self.tables.padding_row) if reqs else None)
         if found is None:
             return super()._launch(plan, masks)
         shape, padding = found
@@ -233,11 +231,10 @@ class CapturedSteps(StepRunner):
         batch = self.batch(index, shape.num_reqs)
         if not shape.is_wide:
             return batch
-        tensors, host, num = batch.tensors, self.tables.host, shape.num_tokens
-        sequences = tensors.token_rows, self._ends[:num], self._counting[: num + 1]
-        device = PagedSequences(self.tables.page_table, *sequences, host.page_size)
+        tensors, num = batch.tensors, shape.num_tokens
+        on_device = tensors.token_rows, self._ends[:num], self._counting[: num + 1]
         alone = index.token_rows, index.positions, np.ones(num, np.int64), np.arange(num + 1)
-        return Batch(index, tensors, self.attention(alone, num, device), tensors.logit_tokens)
+        return Batch(index, tensors, self.attention(alone, on_device, num), tensors.logit_tokens)
 
     def _prepare(self, batch: Batch, captures: bool = False) -> Sequence[object]:
         """What attention reads of a step beside its numbers. captures: it is not a replay, for which less may do."""
@@ -250,12 +247,12 @@ class CapturedSteps(StepRunner):
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
     ) -> Tensor:
         if ids is not None:  # a replay has written over the drafts, to which penalties look back
-            self._device_tables.write_drafts()
+            self.tables.write_drafts()
         return super()._sample(logits, tensors, rules, ids)
 
     def _capture(self, shape: GraphShape) -> RunStep:
         """What is captured: a step from the staging buffer, which now has nobody's → its results and logits."""
-        padding = shape.padding((), self._padding_row)
+        padding = shape.padding((), self.tables.padding_row)
         assert padding is not None
         index = StepIndex.of(padding)
         self.tables.send(_NO_STEP, index)
@@ -263,7 +260,7 @@ class CapturedSteps(StepRunner):
         metadata = self._prepare(batch, captures=True)
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-            computed = self._layers.run(batch, metadata)
+            computed = self._layers(batch, metadata)
             logits, told = computed.logits(None), None
             ids = self._sample(logits, batch.tensors)
             if teller is not None:

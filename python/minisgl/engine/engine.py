@@ -1,7 +1,5 @@
 """One rank's engine: executes plans in order while the host plans the next ones."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from minisgl.config.runtime import EngineConfig
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from minisgl.engine.cuda import CudaRunner
 
 
-def create_engine(config: EngineConfig, rank: int = 0) -> CpuRunner | CudaRunner:
+def create_engine(config: EngineConfig, rank: int = 0) -> "CpuRunner | CudaRunner":
     """The `core.Executor` of one rank. A failed step does not stop later ones.
 
     Raises: ConfigError when the model cannot be loaded, or the configuration does not fit the device.

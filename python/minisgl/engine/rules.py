@@ -16,7 +16,7 @@ import torch
 from minisgl.attention.base import IntArray, to_device
 from minisgl.core import MAX_COUNT, NOT_READY, Admission, Masks
 from minisgl.kernel.ops import StepOps
-from minisgl.kernel.sampling import SamplingColumns, TokenStore, Words
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, Words, penalize
 
 Tensor = torch.Tensor
 
@@ -109,7 +109,7 @@ class LogitRules:
         if num_known or any(counts):
             changed = changed.float()
         if num_known:
-            _penalize(changed, some, store.token_ids[store.rows[index].long(), :num_known].long())
+            penalize(changed, some, store.token_ids[store.rows[index].long(), :num_known].long())
         if any(counts):
             of, table = to_device(np.arange(len(rows)).repeat(counts), device), np.concatenate(entries)
             values = to_device(table["value"].copy(), device)
@@ -129,22 +129,6 @@ def _together(entries: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     bounds, table = np.cumsum([0, *map(len, entries)]), np.concatenate(entries)
     ids, values = table["id"].copy(), table["value"].copy()
     return torch.from_numpy(bounds), torch.from_numpy(ids), torch.from_numpy(values)
-
-
-def _penalize(logits: Tensor, columns: SamplingColumns, history: Tensor) -> None:
-    """In place, at the tokens that are there: of a large vocabulary all others are not even looked at. A token that is
-    there twice gets the same value twice. history: [m, longest] int64, what is known of each row and what is not."""
-    names = "repetition_penalty", "frequency_penalty", "presence_penalty", "prompt_len", "position"
-    repetition, frequency, presence, start, end = (columns[name][:, None] for name in names)
-    place = torch.arange(history.shape[1], device=logits.device)
-    known, scores, table = place < end, logits.gather(1, history), torch.empty_like(logits)
-
-    def counts(weights: Tensor) -> Tensor:
-        return table.scatter_(1, history, 0.0).scatter_add_(1, history, weights.float()).gather(1, history)
-
-    scaled = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores, of_output = scaled.where(counts(known) > 0, scores), counts(known & (place >= start))
-    logits.scatter_(1, history, scores - frequency * of_output - presence * (of_output > 0))
 
 
 def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:

@@ -51,7 +51,7 @@ class ModelShard:
         model, tp_size, kv_dtype = self.config.model, self.config.tp_size, CACHES[self.config.kv_cache_dtype]
         dtype = self.ops.vector_dtype(DTYPES[self.config.dtype])
         states = StatePool(model, self.config.num_states, tp_size, dtype, self.device)
-        return KVPool(model, num_slots, tp_size, kv_dtype, self.device, states)
+        return KVPool(model, num_slots, tp_size, kv_dtype, states)
 
     def create_attention(self) -> Backend:
         return create_backend(self.config, DTYPES[self.config.dtype], self.device)

@@ -88,7 +88,10 @@ class DeviceTables:
         entries = [one.row * width + one.first_index + i for one in updates for i in range(len(one.pages))]
         pages = [page for one in updates for page in one.pages], [page for one in updates for page in one.window_pages]
         gained = [put(np.array(values, np.int32)) for values in (entries, *pages) if values]
-        self._drafted = [put(values) for values in self._drafts(plan)]
+        width = self.token_ids.shape[1]
+        places = [row * width + position + i for row, position, ids in plan.drafts for i in range(len(ids))]
+        drafted = places, [token for draft in plan.drafts for token in draft.ids]
+        self._drafted = [put(np.array(values, np.int32)) for values in drafted if values]
         self._staging.flush()
         for row, ids in prompts:
             self.token_ids[row, : len(ids)].copy_(ids)
@@ -102,13 +105,6 @@ class DeviceTables:
         """The last step's drafts become tokens, (again) in place of what was sampled."""
         if self._drafted:
             self._ops.scatter(self.token_ids, *self._drafted)
-
-    def _drafts(self, plan: StepPlan) -> list[npt.NDArray[np.int32]]:
-        """Their entries of the table of tokens, and what these become."""
-        width = self.token_ids.shape[1]
-        entries = [row * width + position + i for row, position, ids in plan.drafts for i in range(len(ids))]
-        ids = [token for draft in plan.drafts for token in draft.ids]
-        return [np.array(values, np.int32) for values in (entries, ids) if values]
 
     def inputs(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
         """Ids, slots and angles of a step's tokens, once its numbers were sent."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -42,8 +43,7 @@ class Launched(NamedTuple):
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
-        logprobs = None if self.logprobs is None else self.logprobs.result()
-        prompts = None if self.prompt_logprobs is None else self.prompt_logprobs.result()
+        logprobs, prompts = (told and told.result() for told in (self.logprobs, self.prompt_logprobs))
         token_ids: list[tuple[int, ...]] = list(zip(ids := self.ids.tolist()))
         if plan.drafts:  # else, each request samples one
             left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]
@@ -74,30 +74,22 @@ class LayerByLayer:
     def __init__(self, shard: ModelShard, kv: KVPool, backend: Backend, inputs: Inputs) -> None:
         self._model, self._kv, self._backend, self._inputs = shard.model, kv, backend, inputs
 
-    def __call__(self, batch: Batch) -> Computed:
-        return self.run(batch, self._backend.prepare_both(batch.attention, captured=False))
-
-    def run(self, batch: Batch, metadata: Sequence[object]) -> Computed:
-        input_ids, slots, ropes = self._inputs(batch)
-        hidden = self._model.hidden(input_ids, self._context(batch, metadata, slots, ropes))
+    def __call__(self, batch: Batch, metadata: Sequence[object] | None = None) -> Computed:
+        """metadata: what the backend has prepared for the step; None: it is to do so now."""
+        context = self.context(batch, metadata)
+        hidden = self._model.hidden(context.input_ids, context)
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
-            input_ids,
+            context.input_ids,
         )
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:
-        """For layers that are computed beside the model's."""
-        _, slots, ropes = self._inputs(batch)
-        if metadata is None:
-            metadata = self._backend.prepare_both(batch.attention, captured=False)
-        return self._context(batch, metadata, slots, ropes)
-
-    def _context(
-        self, batch: Batch, metadata: Sequence[object], slots: Tensors, ropes: Sequence[RopeAngles]
-    ) -> StepContext:
+        """For the model's layers, and for those that are computed beside them."""
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
-        return StepContext(slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
+        metadata = metadata or self._backend.prepare_both(batch.attention, captured=False)
+        ids, slots, ropes = self._inputs(batch)
+        return StepContext(ids, slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
 
 
 class Drafter(Protocol):
@@ -129,11 +121,9 @@ class StepRunner:
         if wanted is not None:  # every rank takes part: each has a share of the logits
             prompts = gather_logprobs(wanted, computed.logits, None, self.shard.ops, self.shard.device)
         pooled = self.tables.host.pooled.take(plan.reqs, index.offsets, computed, self.shard)
-        logits = computed.logits(None)
-        if not len(logits):
-            ids = self.tables.token_ids[0, :0]
-            return Launched(ids, None, prompts, pooled, self._drafts(plan, batch, computed, ids))
-        launched = self._finish(plan, masks, index, None, lambda: (logits, batch.tensors))
+        logits, launched = computed.logits(None), Launched(self.tables.token_ids[0, :0])
+        if len(logits):
+            launched = self._finish(plan, masks, index, None, lambda: (logits, batch.tensors))
         drafts = self._drafts(plan, batch, computed, launched.ids)
         return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
 
@@ -149,20 +139,21 @@ class StepRunner:
 
     def batch(self, index: StepIndex, num_decode: int) -> Batch:
         """Of a step whose numbers were sent."""
-        tensors, host = self.tables.tensors(index), self.tables.host
-        device = PagedSequences(self.tables.page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, host.page_size)
-        attention = self.attention((index.rows, index.starts, index.num_new, index.offsets), num_decode, device)
+        tensors, sequences = self.tables.tensors(index), (index.rows, index.starts, index.num_new, index.offsets)
+        attention = self.attention(sequences, (tensors.rows, tensors.seq_lens, tensors.cu_q), num_decode)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
 
     def attention(
-        self, sequences: tuple[IntArray, IntArray, IntArray, IntArray], num_decode: int, device: PagedSequences
+        self, sequences: Sequence[IntArray], on_device: tuple[Tensor, Tensor, Tensor], num_decode: int
     ) -> AttentionStep:
-        """sequences: rows, starts, num_new and offsets of `AttentionStep`."""
-        host = self.tables.host
-        attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
+        """sequences: rows, starts, num_new and offsets of `AttentionStep`; on_device: rows, seq_lens and cu_q."""
+        host, device = self.tables.host, PagedSequences(self.tables.page_table, *on_device, self.tables.host.page_size)
+        step = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
         if not host.window:
-            return attention
-        return attention.with_windows(host.window, host.window_pages, self.tables.window_table)
+            return step
+        device = replace(device, page_table=self.tables.window_table)
+        windowed = replace(step, page_table=host.window_pages, device=device, window=host.window)
+        return replace(step, window=0, windowed=windowed)
 
     def _sample(
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None

@@ -310,6 +310,11 @@ def parts_of(path: Path) -> list[Path]:
     return parts or [path]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file that is a model by itself."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def models_in(folder: Path, patterns: Sequence[str] = ()) -> list[Path]:
     """The GGUF files in a directory, of each model the first part; or all below it whose names fit a pattern."""
     paths = sorted(folder.rglob("*.gguf") if patterns else folder.glob("*.gguf"))

@@ -14,9 +14,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from tokenizers import AddedToken, Tokenizer
 
-from minisgl.config.locate import is_gguf, load_tokenizer
+from minisgl.config.locate import load_tokenizer
 from minisgl.core import Grammar
 from minisgl.errors import ConfigError, RequestError
+from minisgl.gguf.model import is_gguf
 from minisgl.gguf.tokenizer import load_gguf_backend
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
 

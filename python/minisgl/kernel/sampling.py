@@ -138,3 +138,19 @@ def filter_weights(logits: Tensor, weights: Tensor, columns: SamplingColumns) ->
     in_top_p[:, 0] = True  # a top-p too small for its float32 is 0
     in_min_p = top >= columns["min_p"][:, None] * top[:, :1]
     return torch.zeros_like(weights).scatter_(1, order, top.where(in_top_p & in_min_p, 0))
+
+
+def penalize(logits: Tensor, columns: SamplingColumns, history: Tensor) -> None:
+    """In place, at the tokens that are there: of a large vocabulary all others are not even looked at. A token that is
+    there twice gets the same value twice. history: [m, longest] int64, what is known of each row and what is not."""
+    names = "repetition_penalty", "frequency_penalty", "presence_penalty", "prompt_len", "position"
+    repetition, frequency, presence, start, end = (columns[name][:, None] for name in names)
+    place = torch.arange(history.shape[1], device=logits.device)
+    known, scores, table = place < end, logits.gather(1, history), torch.empty_like(logits)
+
+    def counts(weights: Tensor) -> Tensor:
+        return table.scatter_(1, history, 0.0).scatter_add_(1, history, weights.float()).gather(1, history)
+
+    scaled = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores, of_output = scaled.where(counts(known) > 0, scores), counts(known & (place >= start))
+    logits.scatter_(1, history, scores - frequency * of_output - presence * (of_output > 0))

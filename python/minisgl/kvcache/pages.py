@@ -228,6 +228,10 @@ class Pages:
             self.snapshots[page] = slot
             self.states.append(StateCopy(req.row, slot))
 
+    def load(self, req: Req, slot: int) -> None:
+        """Have the next plan begin a request's state as that in a slot, or as zeros."""
+        self.states.append(StateCopy(slot, req.row))
+
     def take_slot(self) -> int | None:
         """One that is free, or that of the snapshot used least recently; None: all are in use."""
         if not self.free_slots:

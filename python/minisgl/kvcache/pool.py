@@ -18,19 +18,13 @@ class LayerCache(NamedTuple):
 
 class KVPool:
     """The caches of all layers, zero at first. num_slots: of layers that see all, and of those whose windows slide;
-    dtype: of keys and values; states: of the layers that have these.
+    dtype: of keys and values; states: of the layers that have these, on the device that all are on.
 
     Memory is reserved, not touched: on a CPU the kernel commits a page of it when it is first written.
     """
 
     def __init__(
-        self,
-        model: ModelConfig,
-        num_slots: Sequence[int],
-        tp_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        states: StatePool,
+        self, model: ModelConfig, num_slots: Sequence[int], tp_size: int, dtype: torch.dtype, states: StatePool
     ) -> None:
         self.states = states
         self._layers: dict[int, LayerCache] = {}
@@ -39,7 +33,7 @@ class KVPool:
                 more = SCALE_BYTES if dtype == torch.int8 else 0
                 num = num_slots[spec.attention.window is not None]
                 shapes = ((num, cache.local_heads(tp_size), dim + more) for dim in (cache.k_dim, cache.v_dim))
-                self._layers[index] = LayerCache(*(lazy_zeros(shape, dtype, device) for shape in shapes))
+                self._layers[index] = LayerCache(*(lazy_zeros(shape, dtype, states.device) for shape in shapes))
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]

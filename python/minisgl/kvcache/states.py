@@ -17,7 +17,7 @@ class StatePool:
     def __init__(
         self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._device, self._layers = device, dict[int, list[torch.Tensor]]()
+        self.device, self._layers = device, dict[int, list[torch.Tensor]]()
         self._stacks: list[torch.Tensor] = []  # [layers, num_slots, …], of all layers of a kind
         for kind in dict.fromkeys(model.states):
             layers = [index for index, spec in enumerate(model.layers) if spec.attention.cache == kind]
@@ -35,7 +35,7 @@ class StatePool:
         hold as much again: a slot may take 50 MB.)"""
         for is_new, group in groupby(copies, key=lambda copy: copy.source < 0):
             pairs = list(group)
-            targets = torch.tensor([copy.target for copy in pairs], device=self._device)
+            targets = torch.tensor([copy.target for copy in pairs], device=self.device)
             for stack in self._stacks:
                 if is_new:
                     stack.index_fill_(1, targets, 0)

@@ -5,7 +5,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import Signature, signature
 from typing import Any, TypeGuard
@@ -104,7 +104,7 @@ class Pending:
         )
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A model in this process; with `tensor_parallel_size` above 1, rank 0 of it, the others in child processes.
 
     model: a local directory or hub repo id; None is the built-in demo model. The options are the command line's, under
@@ -141,9 +141,6 @@ class LLM:
             self.close()
             raise
         atexit.register(self.close)  # last, so that it is first: the ranks above 0 must outlive rank 0's last step
-
-    def __enter__(self) -> "LLM":
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -66,8 +66,7 @@ class Report(Part, frozen=True):
     config: bool = False
 
 
-encode_report: Callable[[Report], bytes] = msgspec.msgpack.Encoder().encode
-decode_report: Callable[[bytes], Report] = msgspec.msgpack.Decoder(Report).decode
+report_codec: Codec[Report] = Codec(Report)
 
 
 class UserMsg(Request[bytes], frozen=True):

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from minisgl.config.locate import lfs_hint, listing, weight_files
+from minisgl.config.families import weight_files
+from minisgl.config.locate import lfs_hint, listing
 from minisgl.config.model import ModelConfig
 from minisgl.config.rope import TABLE
 from minisgl.errors import ConfigError

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.message.messages import Report, encode_report
+from minisgl.message.messages import Report, report_codec
 from minisgl.utils.log import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Control:
 
     def send(self, report: Report) -> None:
         try:
-            self._connection.send_bytes(encode_report(report))
+            self._connection.send_bytes(report_codec.encode([report]))
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)  # the parent is gone
 
@@ -191,18 +191,6 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         for number in caught[:1]:
             signal.raise_signal(number)
-
-
-@contextmanager
-def signals_raised() -> Iterator[None]:
-    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
-    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
-    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def ignore_signals() -> None:

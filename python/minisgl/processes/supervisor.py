@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
-from minisgl.message.messages import decode_report
+from minisgl.message.messages import report_codec
 from minisgl.processes.control import Launcher, Worker, WorkerSpec, signals_deferred
 from minisgl.utils.process import UNGUARDED
 
@@ -183,7 +183,7 @@ class Supervisor:
     def _drain(self, worker: Worker) -> None:
         try:
             while worker.connection.poll():
-                report = decode_report(worker.connection.recv_bytes())
+                (report,) = report_codec.decode(worker.connection.recv_bytes())
                 worker.silence, worker.ready = 0.0, worker.ready or report.ready
                 worker.failure = report if report.failure is not None else worker.failure
         except (EOFError, OSError):

@@ -1,7 +1,5 @@
 """What runs in the worker processes. Importing this module is cheap: the main process does it too."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -70,7 +68,7 @@ def scheduler_main(
     if rank > 0:
         scheduler = loaded.scheduler(FollowerTransport(endpoints, rank, control.beat))
     else:
-        status, recorder = Status(loaded.config.num_pages), Recorder()
+        status, recorder = Status(), Recorder()
         answers: Answers = {StatsMsg: status.reply, TraceMsg: recorder.reply}
         transport = LeaderTransport(endpoints, control.beat, loaded.grammars, answers)
         scheduler = loaded.scheduler(transport, status, recorder, *more)
@@ -86,11 +84,11 @@ class Rank:
     """One tensor-parallel rank, loaded. tp_size: of how many. grammars: on rank 0, of its requests."""
 
     engine: Executor
-    grammars: Grammars
+    grammars: "Grammars"
     config: SchedulerConfig
     tp_size: int
 
-    def scheduler(self, transport: Transport, *observers: Observer) -> Scheduler:
+    def scheduler(self, transport: "Transport", *observers: "Observer") -> "Scheduler":
         """What feeds the engine."""
         from minisgl.scheduler.scheduler import Scheduler
 
@@ -117,9 +115,8 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
 
         engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
         try:
-            vocabulary = VocabularyConfig(
-                engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
-            )
+            path, vocab_size = engine_config.model_path, engine_config.model.vocab_size
+            vocabulary = VocabularyConfig(path, vocab_size, config.eos_token_ids)
             store = GrammarStore(vocabulary) if rank == 0 else None
             grammars = Grammars(store, engine_config.device == "cuda", tells_forced=config.speculate != "off")
             config = replace(config, num_pages=engine.num_pages, num_window_pages=engine.num_window_pages)

@@ -46,10 +46,11 @@ class Status(Observer):
     """Counts of rank 0's work, for whoever asks. In the log, one line for each ten seconds of work, and one when it is
     done unless there was one just now; then the next tells of it. None while there is nothing to do."""
 
-    def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._num_pages, self._clock = num_pages, clock
+    _planner: Planner  # from the moment on that there is a scheduler
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._requests, self._tokens = Histogram(_REQUEST_BOUNDS), Histogram(_TOKEN_BOUNDS)  # of steps
-        self._planner: Planner | None = None
         self._logged, self._resumed, self._busy = clock() - _SECONDS, clock(), 0.0
         self._num_done = self._num_output = 0
 
@@ -69,7 +70,6 @@ class Status(Observer):
 
     def turned(self) -> None:
         planner, now = self._planner, self._clock()
-        assert planner is not None
         if not planner.is_idle and self._busy + now - self._resumed < _SECONDS:
             return
         self._busy, self._resumed = self._busy + now - self._resumed, now
@@ -83,13 +83,12 @@ class Status(Observer):
             self._num_output,
             self._busy,
             self._num_output / max(self._busy, 1e-3),
-            100 * (1 - planner.pages.num_free / self._num_pages),
+            100 * (1 - planner.pages.num_free / planner.config.num_pages),
         )
         self._logged, self._busy, self._num_done, self._num_output = now, 0.0, 0, 0
 
     def reply(self, question: StatsMsg) -> StatsReply:
-        planner = self._planner
-        assert planner is not None, "there is no scheduler yet"
+        planner, num_pages = self._planner, self._planner.config.num_pages
         drafted = planner.speculation.num_drafted, planner.speculation.num_right
-        counts = self._num_pages, planner.pages.num_free, planner.num_retracted, *drafted, self._requests, self._tokens
+        counts = num_pages, planner.pages.num_free, planner.num_retracted, *drafted, self._requests, self._tokens
         return StatsReply(question.uid, len(planner.running), len(planner.waiting), *counts)

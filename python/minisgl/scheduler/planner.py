@@ -16,17 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import (
-    NOT_READY,
-    FinishReason,
-    Req,
-    ReqOutput,
-    ReqState,
-    SamplingParams,
-    ScheduledReq,
-    StateCopy,
-    StepResult,
-)
+from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, ReqState, SamplingParams, ScheduledReq, StepResult
 from minisgl.kvcache.pages import SOON, Pages
 from minisgl.scheduler.drafters import Drafter
 from minisgl.scheduler.plan import Growing, Planned
@@ -336,7 +326,7 @@ class Planner:
         pages.give(req, match.pages)
         pages.give(req, pages.allocator.allocate(needed))
         if self.config.has_states:
-            pages.states.append(StateCopy(slot, req.row))
+            pages.load(req, slot)
         return num_new
 
     def _take_turns(self) -> None:

@@ -197,10 +197,8 @@ class Scheduler:
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
         tokens = (req.uid, wire.pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
         ending = output.finish_reason, output.error, output.error_status
-        logprobs, of_prompt = (
-            parts and wire.pack_logprobs(parts) for parts in (output.logprobs, output.prompt_logprobs)
-        )
-        return wire.DetokenizeMsg(*tokens, *ending, logprobs or None, of_prompt or None, output.pooled, req.drafted)
+        told = [wire.pack_logprobs(parts) if parts else None for parts in (output.logprobs, output.prompt_logprobs)]
+        return wire.DetokenizeMsg(*tokens, *ending, *told, output.pooled, req.drafted)
 
 
 def _stream_start(req: Req) -> wire.StreamStart:

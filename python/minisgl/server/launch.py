@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import errno
 import importlib
+import signal
 import socket
 import threading
+from collections.abc import Iterator
 
 import psutil
 
@@ -14,7 +16,7 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
 from minisgl.message.sockets import ipc_endpoints
-from minisgl.processes.control import Launcher, ignore_signals, signals_deferred, signals_raised
+from minisgl.processes.control import ENDING_SIGNALS, Launcher, ignore_signals, signals_deferred
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import worker_specs
 from minisgl.utils.process import private_folder
@@ -56,6 +58,18 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
             return asyncio.run(serve_http(config, endpoints, supervisor, listener))
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def signals_raised() -> Iterator[None]:
+    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
+    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
+    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def bind_port(host: str, port: int) -> socket.socket:

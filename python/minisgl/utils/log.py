@@ -56,7 +56,7 @@ class LineFormatter(logging.Formatter):
 
     def __init__(self, role: str, colours: Mapping[str, int] | None = None) -> None:
         super().__init__(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S")
-        self._colours = colours or {}
+        self._role, self._colours = role, colours or {}
 
     def format(self, record: logging.LogRecord) -> str:
         record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
@@ -66,12 +66,8 @@ class LineFormatter(logging.Formatter):
         return text if colour is None else f"\x1b[{colour}m{text}\x1b[0m"
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(LineFormatter):
     """An object on each line. What a message has as `fields` is part of it."""
-
-    def __init__(self, role: str) -> None:
-        super().__init__()
-        self._role = role
 
     def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info).split("\n") if record.exc_info else []
