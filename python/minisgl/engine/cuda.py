@@ -174,11 +174,8 @@ class CapturedSteps(StepRunner):
         if head is not None:
             self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
         self.drafter, self._padding_row = self._teller, tables.padding_row
-        num, longest, has_states = (
-            most_samples(config.max_running_requests),
-            config.draft_len,
-            bool(config.model.states),
-        )
+        num, longest = most_samples(config.max_running_requests), config.draft_len
+        has_states = bool(config.model.states)
         self._out, self._told = (
             [torch.empty(num, size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
             for size in (1, max(1, longest))
@@ -218,7 +215,9 @@ class CapturedSteps(StepRunner):
         ids = ids[: sum(share.num_samples for share in plan.reqs)]
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids, source)
-        return launched if told is None else launched._replace(drafts=told[: len(plan.reqs)])
+        # No answer at all would mean that the head has failed.
+        nothing = {i: list[int]() for i in range(len(plan.reqs))} if asks else {}
+        return launched._replace(drafts=nothing if told is None else told[: len(plan.reqs)])
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
