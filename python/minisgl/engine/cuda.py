@@ -174,11 +174,8 @@ class CapturedSteps(StepRunner):
         if head is not None:
             self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
         self.drafter = self._teller
-        longest, has_states, num = (
-            config.draft_len,
-            bool(config.model.states),
-            most_samples(config.max_running_requests),
-        )
+        longest, has_states = config.draft_len, bool(config.model.states)
+        num = most_samples(config.max_running_requests)
         self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
         self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
         chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
@@ -216,7 +213,9 @@ class CapturedSteps(StepRunner):
         ids = ids[: sum(share.num_samples for share in plan.reqs)]
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids, source)
-        return launched if told is None else launched._replace(drafts=told[: len(plan.reqs)])
+        # No answer at all would mean that the head has failed.
+        nothing = {i: list[int]() for i in range(len(plan.reqs))} if asks else {}
+        return launched._replace(drafts=nothing if told is None else told[: len(plan.reqs)])
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
