@@ -73,9 +73,9 @@ class AttentionStep:
             cu_q = device.cu_q[begin : end + 1]
             rows, seq_lens, cu_q = device.rows[begin:end], device.seq_lens[begin:end], cu_q - cu_q[0] if begin else cu_q
             device = replace(device, rows=rows, seq_lens=seq_lens, cu_q=cu_q)
-        rows, starts, num_new = (numbers[begin:end] for numbers in (self.rows, self.starts, self.num_new))
+        own, starts, num_new = (numbers[begin:end] for numbers in (self.rows, self.starts, self.num_new))
         offsets, num_decode = self.offsets[begin : end + 1] - self.offsets[begin], self.num_decode - begin
-        sequences = rows, starts, num_new, offsets, self.page_table, self.page_size
+        sequences = own, starts, num_new, offsets, self.page_table, self.page_size
         return AttentionStep(*sequences, min(max(num_decode, 0), end - begin), device, self.window)
 
 

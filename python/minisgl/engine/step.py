@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # `StepResult.drafts`; or of all m requests, as far as they have `num_drafts`: [m, longest].
 Told = Mapping[int, list[int]] | Tensor
+Sequences = tuple[IntArray, IntArray, IntArray, IntArray]  # rows, starts, num_new and offsets of `AttentionStep`
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
 Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
 
@@ -143,11 +144,9 @@ class StepRunner:
         attention = self.attention(sequences, (tensors.rows, tensors.seq_lens, tensors.cu_q), num_decode)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
 
-    def attention(
-        self, sequences: Sequence[IntArray], on_device: tuple[Tensor, Tensor, Tensor], num_decode: int
-    ) -> AttentionStep:
-        """sequences: rows, starts, num_new and offsets of `AttentionStep`; on_device: rows, seq_lens and cu_q."""
-        host, device = self.tables.host, PagedSequences(self.tables.page_table, *on_device, self.tables.host.page_size)
+    def attention(self, sequences: Sequences, on_gpu: tuple[Tensor, Tensor, Tensor], num_decode: int) -> AttentionStep:
+        """on_gpu: rows, seq_lens and cu_q of `PagedSequences`."""
+        host, device = self.tables.host, PagedSequences(self.tables.page_table, *on_gpu, self.tables.host.page_size)
         step = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
         if not host.window:
             return step

@@ -197,8 +197,9 @@ class Scheduler:
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
         tokens = (req.uid, wire.pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
         ending = output.finish_reason, output.error, output.error_status
-        told = [wire.pack_logprobs(parts) if parts else None for parts in (output.logprobs, output.prompt_logprobs)]
-        return wire.DetokenizeMsg(*tokens, *ending, *told, output.pooled, req.drafted)
+        told = output.logprobs, output.prompt_logprobs
+        logprobs, of_prompt = (wire.pack_logprobs(parts) if parts else None for parts in told)
+        return wire.DetokenizeMsg(*tokens, *ending, logprobs, of_prompt, output.pooled, req.drafted)
 
 
 def _stream_start(req: Req) -> wire.StreamStart:
