@@ -94,21 +94,23 @@ class Speculation:
         step.decode, step.prefill = ([], []), ([], [])
         num_samples = sum(share.num_samples for _, share in shares)
         following = Lengths(*self._config.step_costs, num_samples, num_samples)  # of the next step, about
+        room = self._most_samples - num_samples  # for drafts in it
         for req, share in shares:
             row, start, num_new, num_samples, _ = share
             if ids := self._with_room(req, share, drafts.get(row, ()), pages):
                 step.drafts.append(Draft(row, start + num_new, ids))
                 share = ScheduledReq(row, start, num_new + len(ids), num_samples + len(ids))
             if self._told is not None:
-                share = self._asking(req, share, pages, following)
+                share = self._asking(req, share, pages, following, room)
+                room -= share.num_drafts
             some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
             some_reqs.append(req)
             some_shares.append(share)
 
-    def _asking(self, req: Req, share: ScheduledReq, pages: Pages, following: Lengths) -> ScheduledReq:
+    def _asking(self, req: Req, share: ScheduledReq, pages: Pages, following: Lengths, room: int) -> ScheduledReq:
         """With how many tokens the engine is to tell, where they would pay and there are pages for them."""
         end, size = share.start + share.num_new, pages.page_size
-        most = min(self._longest_of(req), req.max_len - end - 1)
+        most = min(self._longest_of(req), req.max_len - end - 1, room)
         wanted = following.best(self._rates.get(req.uid, _FIRST_RATE), 0, most)
         if not share.num_samples or wanted <= 0 or not _is_plain(req) or req.params.grammar is not None:
             return share
