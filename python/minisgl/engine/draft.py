@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,13 +68,13 @@ class WholeDrafter:
         assert spec is not None, "the head's layer is one that the kernels cannot compute"
         (embedding, lm_head, both), norms = (handle for handle, _ in spec.matrices), spec.norms
         self._steps, self._backend, self._keep = steps, CpuBackend(ops), (head, ops)
-        own: int = self._module.create_model(
-            ops.workers, shard.config.model.rms_norm_eps, 1.0, embedding, lm_head, norms[2]
-        )
+        numbers = shard.config.model.rms_norm_eps, 1.0, embedding, lm_head, norms[2]
+        own: int = self._module.create_model(ops.workers, *numbers)
         self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, own))
         spec.build(self._module, own, shard.config.model.num_layers, steps.kv)
         self._handle: int = self._module.create_draft_head(ops.workers, model, own, both, *norms[:2])
-        weakref.finalize(self, _destroy, self._module, self._handle, own)
+        for destroy, handle in ((self._module.destroy_model, own), (self._module.destroy_draft_head, self._handle)):
+            weakref.finalize(self, destroy, handle)  # the last one made is called first
 
     def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> dict[int, list[int]]:  # noqa: ARG002
         going = {i: req for i, req in enumerate(plan.reqs) if req.num_drafts}
@@ -87,11 +86,6 @@ class WholeDrafter:
         step = self._backend.prepare(batch.attention)
         self._module.draft(self._handle, self._steps.tables.token_ids, *step, *map(torch.from_numpy, (numbers, out)))
         return {i: row[: req.num_drafts] for (i, req), row in zip(going.items(), out.tolist(), strict=True)}
-
-
-def _destroy(module: Any, handle: int, own: int) -> None:
-    module.destroy_draft_head(handle)
-    module.destroy_model(own)
 
 
 def create_drafter(

@@ -92,29 +92,36 @@ class Speculation:
         if not drafts and self._told is None:
             return
         step.decode, step.prefill = ([], []), ([], [])
-        num_samples = sum(share.num_samples for _, share in shares)
-        following = Lengths(*self._config.step_costs, num_samples, num_samples)  # of the next step, about
-        room = self._most_samples - num_samples  # for drafts in it
+        wanted = self._wanted(shares)
         for req, share in shares:
             row, start, num_new, num_samples, _ = share
             if ids := self._with_room(req, share, drafts.get(row, ()), pages):
                 step.drafts.append(Draft(row, start + num_new, ids))
                 share = ScheduledReq(row, start, num_new + len(ids), num_samples + len(ids))
-            if self._told is not None:
-                share = self._asking(req, share, pages, following, room)
-                room -= share.num_drafts
+            if most := wanted.get(row):
+                share = self._asking(req, share, most, pages)
             some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
             some_reqs.append(req)
             some_shares.append(share)
 
-    def _asking(self, req: Req, share: ScheduledReq, pages: Pages, following: Lengths, room: int) -> ScheduledReq:
-        """With how many tokens the engine is to tell, where they would pay and there are pages for them."""
+    def _wanted(self, shares: Sequence[tuple[Req, ScheduledReq]]) -> dict[int, int]:
+        """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
+        wanted, num_samples = dict[int, int](), sum(share.num_samples for _, share in shares)
+        lengths, room = Lengths(*self._config.step_costs, num_samples, num_samples), self._most_samples - num_samples
+        for req, share in shares if self._told is not None else ():
+            if share.num_samples and _is_plain(req) and req.params.grammar is None:
+                rate = self._rates.get(req.uid, _FIRST_RATE)
+                wanted[share.row] = length = lengths.best(rate, 0, min(self._longest_of(req), room))
+                lengths.add(rate, 0, length)
+                room -= length
+        return wanted if lengths.pays else {}
+
+    def _asking(self, req: Req, share: ScheduledReq, most: int, pages: Pages) -> ScheduledReq:
+        """With so many tokens that the engine is to tell, as far as there are pages: of all but the last it computes
+        keys and values."""
         end, size = share.start + share.num_new, pages.page_size
-        most = min(self._longest_of(req), req.max_len - end - 1, room)
-        wanted = following.best(self._rates.get(req.uid, _FIRST_RATE), 0, most)
-        if not share.num_samples or wanted <= 0 or not _is_plain(req) or req.params.grammar is not None:
+        if (wanted := min(most, req.max_len - end - 1)) <= 0:
             return share
-        # The engine computes all but the last one's keys and values.
         self._take(req, div_ceil(end + wanted - 1, size) - len(req.pages), pages)
         return share._replace(num_drafts=min(wanted, len(req.pages) * size - end + 1))
 
