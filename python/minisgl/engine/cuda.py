@@ -174,11 +174,8 @@ class CapturedSteps(StepRunner):
         if head is not None:
             self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
         self.drafter = self._teller
-        longest, has_states, num = (
-            config.draft_len,
-            bool(config.model.states),
-            most_samples(config.max_running_requests),
-        )
+        longest, has_states = config.draft_len, bool(config.model.states)
+        num = most_samples(config.max_running_requests)
         self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
         self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
         chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
