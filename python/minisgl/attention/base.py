@@ -42,9 +42,7 @@ class AttentionStep:
     num_decode: int
     device: PagedSequences | None = None  # the same on a GPU
     window: int | None = None  # of the layers that it is for; 0: that see all; None: all have the same pages
-    windowed: "AttentionStep | None" = (
-        None  # for layers whose windows slide, where these have their own: others' behind
-    )
+    windowed: "AttentionStep | None" = None  # for layers whose windows slide: entries behind these are others'
 
     @property
     def seq_lens(self) -> IntArray:

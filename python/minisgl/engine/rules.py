@@ -2,7 +2,7 @@
 
 Per row: repetition, presence and frequency penalties, then `logit_bias`, then the tokens that are forbidden (ends of
 the output before `min_tokens`, and what a bitmask leaves out). Kernels do so while they sample; their reference, for
-devices that have none, is here in plain torch. Sums are in float32. The history of a row is read from the engine's
+devices that have none, is here and in `kernel.sampling`. Sums are in float32. A row's history is read from the engine's
 token table, so nothing is kept that an abort or a retraction could leave behind. A step without such rows pays for a
 look at a few zeros.
 """
