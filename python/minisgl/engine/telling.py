@@ -47,8 +47,7 @@ class DeviceDrafter:
     def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, goes_on: bool) -> Tensor | None:
         """computed: of the step, which has sampled `ids`. → [requests, longest] int32; the first `num_drafts` of a
         request are of use. goes_on: without it there are none: the head only reads the step's tokens, so that its cache
-        is as long as the model's. What it has of tokens that are not kept, it overwrites as the model does.
-        """
+        is as long as the model's. What it has of tokens that are not kept, it overwrites as the model does."""
         tensors, token_ids = batch.tensors, self._tables.token_ids
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         everything = torch.arange(len(following), device=ids.device)
