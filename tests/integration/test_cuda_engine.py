@@ -102,10 +102,11 @@ def test_each_architecture_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access\n"), EngineError("a rank is gone")])
 def test_an_engine_whose_gpu_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    config = engine_config(tiny_model("qwen3"))  # what is imported for it looks into torch.cuda, too
     shard = SimpleNamespace(comm=SimpleNamespace(close=raises(error)))
-    parts = {"open_gpu": None, "load_shard": shard, "create_steps": (8, SimpleNamespace(shard=shard))}
+    parts = {"open_gpu": None, "load_shard": shard, "create_steps": ((8, 0), SimpleNamespace(shard=shard))}
     for name, value in parts.items():
         monkeypatch.setattr(cuda, name, lambda *_, value=value: value)
     for name in ("Stream", "stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
-    CudaRunner(engine_config(tiny_model("qwen3")), 0).close()
+    CudaRunner(config, 0).close()
