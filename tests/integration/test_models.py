@@ -70,9 +70,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512, "max_position_embeddings": 2048},
     ),
-    "phi3-longrope-long": (
+    "phi3-longrope-long": (  # by its formula the factor would be 3.3: scores so large that rounding decides
         "phi3",
-        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 2, "max_position_embeddings": 2048},
+        {
+            "rope_parameters": {**LONGROPE, "attention_factor": 1.3},
+            "original_max_position_embeddings": 2,
+            "max_position_embeddings": 2048,
+        },
     ),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
