@@ -1,12 +1,10 @@
-// The page's words, in English and Chinese. A key that one dictionary lacks fails a test.
-import en from "./i18n/en.json";
-import zh from "./i18n/zh.json";
+// The page's words, by key: in English, and in Chinese. A test says where one of them lacks.
+import words from "./i18n.json";
 
-const DICTIONARIES = { en, zh };
 export const LANGUAGES = { en: "English", zh: "中文" };
 
 let language = localStorage.getItem("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
-if (!(language in DICTIONARIES)) language = "en";
+if (!(language in LANGUAGES)) language = "en";
 
 export const currentLanguage = () => language;
 
@@ -18,12 +16,12 @@ export function setLanguage(name) {
 
 /** The words of a key; `{name}` in them stands for a value, `{name:page|pages}` for the word that fits 1, or others. */
 export function t(key, values = {}) {
-  return DICTIONARIES[language][key].replace(/\{(\w+)(?::([^|}]*)\|([^}]*))?\}/g, (_, name, one, others) =>
+  return words[key][language === "zh" ? 1 : 0].replace(/\{(\w+)(?::([^|}]*)\|([^}]*))?\}/g, (_, name, one, others) =>
     (one === undefined ? values[name] ?? "" : String(values[name]) === "1" ? one : others));
 }
 
 /** The words of a key that may be missing, of names that come from the server. */
-export const tOr = (key, otherwise) => (key in DICTIONARIES[language] ? t(key) : otherwise);
+export const tOr = (key, otherwise) => (key in words ? t(key) : otherwise);
 
 /** A number as people of this language write it. */
 export function num(value, digits = 0) {

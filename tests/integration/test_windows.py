@@ -158,6 +158,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", [0, 4])
 @pytest.mark.parametrize("backends", ["triton", "cuda"])
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "mistral"])
