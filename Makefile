@@ -91,7 +91,7 @@ test-clients: $(CLIENTS)  ## Run the tests with the programs that people call th
 test-faults: $(DEV)  ## Run the tests of what fails: workers, clients, memory, time; and everything at once
 	$(PYTEST) tests/faults tests/soak $(ARGS)
 
-test-cluster: $(BROWSER)  ## Run the tests of several replicas, on a real Ray
+test-cluster: $(DEV)  ## Run the tests of several replicas, on a real Ray
 	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 test-browser: $(BROWSER)  ## Run the tests of the page, in Chromium

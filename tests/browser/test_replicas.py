@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.browser.conftest import Page, browser, check_accessible, poll, visit
-from tests.cluster.conftest import Cluster
+from tests.browser.conftest import Page, check_accessible, poll
+from tests.cluster.conftest import Cluster, running
 
-__all__ = ["browser", "visit"]  # fixtures
 pytestmark = pytest.mark.timeout(240)
 ROW = "tr[data-replica]"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("cluster") / "log", "--replicas", "2", "--max-replicas", "2") as one:
+        yield one
 
 
 def look(visit: Callable[..., Page], cluster: Cluster, **options: Any) -> Page:
