@@ -88,4 +88,6 @@ def _plain(value: Any) -> Any:
         return vars(value) | {"nodes": [[id(node), *(getattr(node, x) for x in node.__slots__)] for node in nodes]}
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if callable(value):
+        return repr(value)
     return id(value) if isinstance(value, RadixNode) else vars(value) if hasattr(value, "__dict__") else list(value)
