@@ -29,8 +29,9 @@ _TEXT, _LIST = 8, 9
 _size_at = struct.Struct("<Q").unpack_from
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PRIVATE = mmap.MAP_PRIVATE | 0x4000  # MAP_NORESERVE: torch wants memory that may be written, which nobody does
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
-_ROPE = "rope_freqs.weight"
+_BLOCK = re.compile(r"blk\.(\d{1,4})\.([\w.]+?)(?:\.(weight|bias))?")
+# Tensors by which frequencies are divided, and their names in config.json.
+_ROPES = {"rope_freqs": "factors", "rope_factors_short": "short_factor", "rope_factors_long": "long_factor"}
 
 
 class Kind(NamedTuple):
@@ -184,8 +185,7 @@ class GgufFile:
 
 
 class GgufModel:
-    """All files of a model. tensors: by the names of Hugging Face checkpoints. interleaved_dim: features of a head,
-    where pairs of them stand side by side, and not in the head's two halves; else 0.
+    """All files of a model. layout: what `names.yaml` says of its architecture; stored: its tensors.
 
     Raises: ConfigError naming the file, and what of it is missing, broken or not supported.
     """
@@ -198,23 +198,39 @@ class GgufModel:
         if self._architecture not in NAMES["architectures"]:
             known = ", ".join(NAMES["architectures"])
             raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
-        self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
-        if (expected := self._metadata.integer("split.tensors.count", len(self._stored), 0)) != len(self._stored):
-            raise self._head.wrong(f"its parts have {len(self._stored)} tensors, not {expected}")
-        self.tensors = {our_name(name): tensor for name, tensor in self._stored.items() if name != _ROPE}
+        self.layout: dict[str, Any] = NAMES["architectures"][self._architecture]
+        self._numbers = self._head.values(f"{self._architecture}.").data
+        tensors = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
+        if (expected := self._metadata.integer("split.tensors.count", len(tensors), 0)) != len(tensors):
+            raise self._head.wrong(f"its parts have {len(tensors)} tensors, not {expected}")
+        self._factors = {name: tensors.pop(f"{name}.weight", None) for name in _ROPES}
+        self.stored = tensors
+        self._num_layers = self._integer("block_count") - self._integer("nextn_predict_layers")
         heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
         self._head_dim = self._integer("attention.key_length") or hidden // heads
-        for name, rows in {"token_embd.weight": None, "blk.0.attn_q.weight": heads * self._head_dim}.items():
-            if (tensor := self._stored.get(name)) is None:
-                raise self._head.wrong(f"tensor {name} is missing")
-            if tensor.shape != (shape := (tensor.shape[0] if rows is None else rows, hidden)):
-                raise tensor.wrong(f"is {list(tensor.shape)}; by the metadata it is {list(shape)}")
-        self.interleaved_dim = self._head_dim if self._architecture == "llama" else 0
+        if (table := tensors.get("token_embd.weight")) is None:
+            raise self._head.wrong("tensor token_embd.weight is missing")
+        if table.shape != (shape := (table.shape[0], hidden)):
+            raise table.wrong(f"is {list(table.shape)}; by the metadata it is {list(shape)}")
 
     def release(self) -> None:
         """Give back the memory of what was read of the files; whoever looks again reads again."""
         for file in self.files:
             file.data.madvise(mmap.MADV_DONTNEED)
+
+    def our_names(self, name: str) -> tuple[str, list[str]]:
+        """A tensor's name within its block, and what Hugging Face checkpoints call it, or the parts that lie one below
+        the other in it; what is not known stays what it is, in its layer."""
+        match, names = _BLOCK.fullmatch(name), NAMES["tensors"]
+        stem, end, prefix = *name.rpartition(".")[::2], ""
+        if match:
+            names, (layer, stem, end) = NAMES["in_blocks"] | self.layout.get("names", {}), match.group(1, 2, 3)
+            beyond = int(layer) - self._num_layers
+            prefix = f"model.layers.{layer}." if beyond < 0 else f"mtp.layers.{beyond}."
+        ours = names.get(f"{stem}.{end}") or names.get(stem, stem)
+        behind = f".{end}" if end and f"{stem}.{end}" not in names else ""
+        parts = [ours] if isinstance(ours, str) else ours
+        return stem, [f"{'' if part.startswith('mtp.') else prefix}{part}{behind}" for part in parts]
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What a file of a model's directory would hold, by its name."""
@@ -223,47 +239,63 @@ class GgufModel:
         if name == "generation_config.json":
             theirs, data = NAMES["sampling"], self._metadata.data
             return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
-        fields = self._fields(name)
-        return fields | self._config(fields) if name == "config.json" else fields
+        return self._config() if name == "config.json" else {}
 
     def _integer(self, key: str) -> int:
         return self._metadata.integer(f"{self._architecture}.{key}", 0, 0)
 
-    def _fields(self, table: str) -> dict[str, Any]:
-        """Of a table in names.yaml, with the values that the metadata has."""
-        keys = {ours: key.format(self._architecture) for ours, key in NAMES.get(table, {}).items()}
-        return {ours: self._metadata.data.get(key) for ours, key in keys.items()}
+    def _fields(self, table: str, usual: str) -> dict[str, Any]:
+        """Of a table in names.yaml, with the values that the metadata has, or else the architecture's usual ones."""
+        keys = {ours: key.format(self._architecture) for ours, key in NAMES[table].items()}
+        told = {ours: value for ours, key in keys.items() if (value := self._numbers.get(key)) is not None}
+        return dict.fromkeys(keys) | self.layout.get(usual, {}) | told
 
-    def _config(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """What stands in other forms in the metadata, or nowhere."""
-        architecture, window = NAMES["architectures"][self._architecture], self._integer("attention.sliding_window")
-        if self._architecture == "llama":
-            if fields["num_experts"]:
-                raise self._head.wrong("architecture not supported: llama with experts (Mixtral)")
-            architecture = "MistralForCausalLM" if window else architecture
-        return {
-            "architectures": [architecture],
-            "vocab_size": self._stored["token_embd.weight"].shape[0],
+    def _config(self) -> dict[str, Any]:
+        """With what stands in other forms in the metadata, or nowhere."""
+        fields, window = self._fields("config.json", "config"), self._integer("attention.sliding_window")
+        heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
+        inner, value_heads = self._integer("ssm.inner_size"), max(1, self._integer("ssm.time_step_rank"))
+        there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
+        known = self.layout["class"].items()
+        classes = [one for key, one in known if not key or self._numbers.get(f"{self._architecture}.{key}")]
+        for key in ("num_key_value_heads", "sliding_window_pattern"):
+            if isinstance(told := fields[key], list):  # of each layer
+                fields[key] = max(told, default=None) if key == "num_key_value_heads" else None
+        return fields | {
+            "architectures": classes[:1],
+            "num_hidden_layers": self._num_layers,
+            "vocab_size": self.stored["token_embd.weight"].shape[0],
             "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
-            "norm_topk_prob": fields["norm_topk_prob"] is not False,
+            "layer_types": self._layer_types(),
+            "rope_local_base_freq": fields["rope_local_base_freq"] or fields["rope_theta"],
             "rope_scaling": self._rope_scaling(),
             "partial_rotary_factor": (self._integer("rope.dimension_count") or self._head_dim) / self._head_dim,
+            "query_pre_attn_scalar": hidden / heads if self.layout.get("wide") == self._num_layers else self._head_dim,
+            "linear_value_head_dim": inner // value_heads or None,
             "sliding_window": window or None,
             "use_sliding_window": window > 0,
             "max_window_layers": 0,
-            "tie_word_embeddings": "output.weight" not in self._stored,
-            "attention_bias": "blk.0.attn_q.bias" in self._stored,
-            "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
+            "tie_word_embeddings": "output.weight" not in self.stored,
             "eos_token_id": self._ends(),
             "dtype": "bfloat16",
-            "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
+            "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
+            **{key: tensor in there for key, tensor in NAMES["there"].items()},
         }
 
+    def _layer_types(self) -> list[str] | None:
+        """Of layers that the metadata tells apart."""
+        for key, kinds in NAMES["layer_types"].items():
+            if isinstance(told := self._numbers.get(f"{self._architecture}.{key}"), list):
+                return [kinds[bool(value)] for value in told[: self._num_layers]]
+        return None
+
     def _rope_scaling(self) -> dict[str, Any] | None:
-        if (tensor := self._stored.get(_ROPE)) is not None:
-            return {"factors": self._factors(tensor)}
-        fields = self._fields("rope_scaling")
-        temperature, factor = fields["attention_factor"], fields["factor"]
+        fields, lists = self._fields("rope_scaling", "rope"), {ours: self._factors[name] for name, ours in _ROPES.items()}
+        found = {ours: self._divisors(tensor) for ours, tensor in lists.items() if tensor is not None}
+        if found:
+            longrope = {"rope_type": "longrope", "attention_factor": fields["temperature"]}
+            return found if "factors" in found else fields | found | longrope
+        temperature, factor = fields["temperature"], fields["factor"]
         if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
             fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
         return fields if fields["rope_type"] not in (None, "none") else None
@@ -275,23 +307,15 @@ class GgufModel:
         tokens = self._head.values("tokenizer.ggml.tokens").list_of(str, "tokenizer.ggml.tokens")
         return [end for end in named if end is not None] + [i for i, text in enumerate(tokens) if text in ends]
 
-    def _factors(self, tensor: StoredTensor) -> list[float]:
-        """By which frequencies are divided. Raises: ConfigError where they are of another kind, or no numbers."""
-        num = self._head_dim // 2
+    def _divisors(self, tensor: StoredTensor) -> list[float]:
+        """Of frequencies. Raises: ConfigError where they are of another kind, or no numbers."""
+        num = (self._integer("rope.dimension_count") or self._head_dim) // 2
         if tensor.kind.name != "F32" or tensor.shape != (num,):
             raise tensor.wrong(f"must be F32, [{num}]")
         factors = list(struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset))
         if not all(0 < factor < math.inf for factor in factors):
             raise tensor.wrong("has factors that are no numbers above 0")
         return factors
-
-
-def our_name(name: str) -> str:
-    """The name that a tensor has in Hugging Face checkpoints; what is not known stays what it is, in its layer."""
-    if match := _BLOCK.fullmatch(name):
-        return f"model.layers.{match[1]}.{NAMES['in_blocks'].get(match[2], match[2])}.{match[3]}"
-    stem, _, end = name.rpartition(".")
-    return f"{NAMES['tensors'].get(stem, stem)}.{end}"
 
 
 def chat_templates(metadata: Fields) -> list[dict[str, str]]:
