@@ -151,7 +151,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
         mtp=read_mtp(f, layers),
-        norm_offset=family.norm_offset,
+        norm_offset=f.number("norm_offset", family.norm_offset),
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
         logit_softcap=f.number("final_logit_softcapping", None, above=0),
@@ -246,7 +246,9 @@ def _state(f: Fields, family: Family) -> State | None:
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
     dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", family.groups_state))
+    return DeltaNet(
+        *heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", family.groups_state)
+    )
 
 
 def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:

@@ -50,7 +50,7 @@ class WeightSlot:
 class Shard:
     """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
     [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers', and
-    `padding` rows of zeros follow them. order: which of these rows, as the checkpoint has them, each is; [rows] int64."""
+    `padding` rows of zeros follow them. order: which of the checkpoint's rows each of them is; [rows] int64."""
 
     shape: Shape
     rows: tuple[int, int]

@@ -30,8 +30,6 @@ _size_at = struct.Struct("<Q").unpack_from
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PRIVATE = mmap.MAP_PRIVATE | 0x4000  # MAP_NORESERVE: torch wants memory that may be written, which nobody does
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.([\w.]+?)(?:\.(weight|bias))?")
-# Tensors by which frequencies are divided, and their names in config.json.
-_ROPES = {"rope_freqs": "factors", "rope_factors_short": "short_factor", "rope_factors_long": "long_factor"}
 
 
 class Kind(NamedTuple):
@@ -192,23 +190,22 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self.files = [GgufFile(part) for part in parts_of(path)]
-        self._head = self.files[0]
-        self._metadata = self._head.metadata
-        self._architecture = self._metadata.text("general.architecture", "")
-        if self._architecture not in NAMES["architectures"]:
+        self._head, self._metadata = self.files[0], self.files[0].metadata
+        if (name := self._metadata.text("general.architecture", "")) not in NAMES["architectures"]:
             known = ", ".join(NAMES["architectures"])
-            raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
-        self.layout: dict[str, Any] = NAMES["architectures"][self._architecture]
-        self._numbers = self._head.values(f"{self._architecture}.").data
-        tensors = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
-        if (expected := self._metadata.integer("split.tensors.count", len(tensors), 0)) != len(tensors):
-            raise self._head.wrong(f"its parts have {len(tensors)} tensors, not {expected}")
-        self._factors = {name: tensors.pop(f"{name}.weight", None) for name in _ROPES}
-        self.stored = tensors
+            raise self._head.wrong(f"architecture not supported: {name[:100]!r} (supported: {known})")
+        self.layout: dict[str, Any] = NAMES["architectures"][name]
+        values = self._head.values(start := f"{name}.").data.items()
+        self._numbers = Fields({key.removeprefix(start): value for key, value in values}, str(path), start)
+        self.stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
+        if (expected := self._metadata.integer("split.tensors.count", len(self.stored), 0)) != len(self.stored):
+            raise self._head.wrong(f"its parts have {len(self.stored)} tensors, not {expected}")
+        self._divisors = {ours: self.stored.pop(name, None) for ours, name in NAMES["divisors"].items()}
         self._num_layers = self._integer("block_count") - self._integer("nextn_predict_layers")
-        heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
+        hidden, heads = self._integer("embedding_length"), max(1, self._integer("attention.head_count"))
         self._head_dim = self._integer("attention.key_length") or hidden // heads
-        if (table := tensors.get("token_embd.weight")) is None:
+        self._rotary_dim = self._integer("rope.dimension_count") or self._head_dim
+        if (table := self.stored.get("token_embd.weight")) is None:
             raise self._head.wrong("tensor token_embd.weight is missing")
         if table.shape != (shape := (table.shape[0], hidden)):
             raise table.wrong(f"is {list(table.shape)}; by the metadata it is {list(shape)}")
@@ -242,59 +239,51 @@ class GgufModel:
         return self._config() if name == "config.json" else {}
 
     def _integer(self, key: str) -> int:
-        return self._metadata.integer(f"{self._architecture}.{key}", 0, 0)
+        return self._numbers.integer(key, 0, 0)
 
     def _fields(self, table: str, usual: str) -> dict[str, Any]:
         """Of a table in names.yaml, with the values that the metadata has, or else the architecture's usual ones."""
-        keys = {ours: key.format(self._architecture) for ours, key in NAMES[table].items()}
-        told = {ours: value for ours, key in keys.items() if (value := self._numbers.get(key)) is not None}
-        return dict.fromkeys(keys) | self.layout.get(usual, {}) | told
+        told = {ours: self._numbers.data.get(key) for ours, key in NAMES[table].items()}
+        usually = self.layout.get(usual, {})
+        return usually | {ours: usually.get(ours) if value is None else value for ours, value in told.items()}
 
     def _config(self) -> dict[str, Any]:
         """With what stands in other forms in the metadata, or nowhere."""
-        fields, window = self._fields("config.json", "config"), self._integer("attention.sliding_window")
-        heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
-        inner, value_heads = self._integer("ssm.inner_size"), max(1, self._integer("ssm.time_step_rank"))
+        fields, window, data = self._fields("config.json", "config"), "attention.sliding_window", self._numbers.data
+        lists = {key: data[key] for key in NAMES["layer_types"] if isinstance(data.get(key), list)}  # of each layer
+        told = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in lists.items()]
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
-        known = self.layout["class"].items()
-        classes = [one for key, one in known if not key or self._numbers.get(f"{self._architecture}.{key}")]
-        for key in ("num_key_value_heads", "sliding_window_pattern"):
-            if isinstance(told := fields[key], list):  # of each layer
-                fields[key] = max(told, default=None) if key == "num_key_value_heads" else None
-        return fields | {
-            "architectures": classes[:1],
-            "num_hidden_layers": self._num_layers,
-            "vocab_size": self.stored["token_embd.weight"].shape[0],
-            "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
-            "layer_types": self._layer_types(),
-            "rope_local_base_freq": fields["rope_local_base_freq"] or fields["rope_theta"],
-            "rope_scaling": self._rope_scaling(),
-            "partial_rotary_factor": (self._integer("rope.dimension_count") or self._head_dim) / self._head_dim,
-            "query_pre_attn_scalar": hidden / heads if self.layout.get("wide") == self._num_layers else self._head_dim,
-            "linear_value_head_dim": inner // value_heads or None,
-            "sliding_window": window or None,
-            "use_sliding_window": window > 0,
-            "max_window_layers": 0,
-            "tie_word_embeddings": "output.weight" not in self.stored,
-            "eos_token_id": self._ends(),
-            "dtype": "bfloat16",
-            "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
-            **{key: tensor in there for key, tensor in NAMES["there"].items()},
-        }
-
-    def _layer_types(self) -> list[str] | None:
-        """Of layers that the metadata tells apart."""
-        for key, kinds in NAMES["layer_types"].items():
-            if isinstance(told := self._numbers.get(f"{self._architecture}.{key}"), list):
-                return [kinds[bool(value)] for value in told[: self._num_layers]]
-        return None
+        kv_heads = lists.get("attention.head_count_kv", [fields["num_key_value_heads"]])
+        return (
+            fields
+            | NAMES["always"]
+            | {
+                "architectures": [one for key, one in self.layout["class"].items() if not key or data.get(key)][:1],
+                "num_hidden_layers": self._num_layers,
+                "num_key_value_heads": max(kv_heads, default=None) or fields["num_attention_heads"],
+                "head_dim": self._head_dim,
+                "vocab_size": self.stored["token_embd.weight"].shape[0],
+                "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
+                "layer_types": told[0][: self._num_layers] if told else None,
+                "rope_local_base_freq": fields["rope_local_base_freq"] or fields["rope_theta"],
+                "rope_scaling": self._rope_scaling(),
+                "partial_rotary_factor": self._rotary_dim / self._head_dim,
+                "query_pre_attn_scalar": self.layout.get("scalars", {}).get(self._num_layers) or self._head_dim,
+                "linear_value_head_dim": self._integer("ssm.inner_size") // (self._integer("ssm.time_step_rank") or 1),
+                "sliding_window": data.get(window) or None,
+                "use_sliding_window": bool(data.get(window)),
+                "tie_word_embeddings": "output.weight" not in self.stored,
+                "eos_token_id": self._ends(),
+                "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
+                **{key: tensor in there for key, tensor in NAMES["there"].items()},
+            }
+        )
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        fields, lists = self._fields("rope_scaling", "rope"), {ours: self._factors[name] for name, ours in _ROPES.items()}
-        found = {ours: self._divisors(tensor) for ours, tensor in lists.items() if tensor is not None}
-        if found:
+        fields, tensors = self._fields("rope_scaling", "rope"), self._divisors.items()
+        if divisors := {key: self._numbers_of(tensor) for key, tensor in tensors if tensor is not None}:
             longrope = {"rope_type": "longrope", "attention_factor": fields["temperature"]}
-            return found if "factors" in found else fields | found | longrope
+            return divisors if "factors" in divisors else fields | divisors | longrope
         temperature, factor = fields["temperature"], fields["factor"]
         if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
             fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
@@ -307,9 +296,9 @@ class GgufModel:
         tokens = self._head.values("tokenizer.ggml.tokens").list_of(str, "tokenizer.ggml.tokens")
         return [end for end in named if end is not None] + [i for i, text in enumerate(tokens) if text in ends]
 
-    def _divisors(self, tensor: StoredTensor) -> list[float]:
-        """Of frequencies. Raises: ConfigError where they are of another kind, or no numbers."""
-        num = (self._integer("rope.dimension_count") or self._head_dim) // 2
+    def _numbers_of(self, tensor: StoredTensor) -> list[float]:
+        """By which frequencies are divided. Raises: ConfigError where they are of another kind, or no numbers."""
+        num = self._rotary_dim // 2
         if tensor.kind.name != "F32" or tensor.shape != (num,):
             raise tensor.wrong(f"must be F32, [{num}]")
         factors = list(struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset))

@@ -183,11 +183,9 @@ class SparseMLP(Layer):
             shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * mine[0], 2 * mine[1]))}
         if self.biases:
             rows, end = (0, self._spec.num_experts), "_bias" if self._spec.turns else ".bias"
-            change = (lambda x: apart(x.t()).t()) if self._spec.turns else None
             for name, shard in shards.items():
-                target = self.biases[0] if change is not None else shard.of(self.biases[0].t()).t()
-                sizes = rows[1], shard.shape[0]
-                yield WeightSlot(f"{prefix}experts.{name[:-1]}{end}", sizes, target, rows, shard.rows, change)
+                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self.biases[0].t()).t()
+                yield WeightSlot(*slot, rows, shard.rows, (lambda x: apart(x.t()).t()) if self._spec.turns else None)
             yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self.biases[1], rows)
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
