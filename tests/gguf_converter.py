@@ -54,8 +54,10 @@ def rounded(source: Path, folder: Path, kind: str) -> Path:
 
 def fits(name: str, weight: Tensor, kind: str) -> bool:
     exact = "conv", "mlp.gate.", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "ssm_"
-    return weight.dim() > 1 and not weight.shape[-1] % gguf.GGML_QUANT_SIZES[Type[kind]][0] and not any(
-        part in name for part in (*exact, "ffn_gate_inp")
+    return (
+        weight.dim() > 1
+        and not weight.shape[-1] % gguf.GGML_QUANT_SIZES[Type[kind]][0]
+        and not any(part in name for part in (*exact, "ffn_gate_inp"))
     )
 
 
@@ -77,7 +79,9 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
         if theirs is None:  # written under its name
             theirs = name
         if fits(name, weight, kind) and kind != "F32":
-            writer.add_tensor(theirs, gguf.quants.quantize(weight.contiguous().numpy(), Type[kind]), raw_dtype=Type[kind])
+            writer.add_tensor(
+                theirs, gguf.quants.quantize(weight.contiguous().numpy(), Type[kind]), raw_dtype=Type[kind]
+            )
         else:
             writer.add_tensor(theirs, weight.contiguous().numpy())
     for name, factors in divisors(config).items():

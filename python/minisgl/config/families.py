@@ -246,9 +246,8 @@ def _state(f: Fields, family: Family) -> State | None:
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
     dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    return DeltaNet(
-        *heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", family.groups_state)
-    )
+    is_grouped = f.boolean("groups_state", family.groups_state)
+    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), is_grouped)
 
 
 def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:

@@ -2,7 +2,7 @@
 are packed, and are never made larger on the way."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from minisgl.formats.base import ByName, Shard, Tensors, WeightSlot
+from minisgl.formats.base import ByName, Shard, Tensor, Tensors, WeightSlot
 from minisgl.gguf.model import NAMES, GgufModel, StoredTensor, open_model
 from minisgl.kernel.ops import LayerOps, Matrix
 from minisgl.kernel.packed import Blocks, Packed
-
-Tensor = torch.Tensor
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
@@ -55,11 +53,10 @@ class Gguf(ByName):
             if not all(halves[..., at // 2].sum(dtype=torch.float32).isfinite() for at in kind.scales):
                 raise found.stored.wrong("has scales that are infinite, or not a number")
         if kind.name in _FLOATS and columns is not None:
-            data, columns = data.view(found.dtype)[:, columns].view(torch.uint8), None
+            data, columns = data.view(found.dtype)[:, columns.argsort()].view(torch.uint8), None
         data = data.contiguous().to(self._device)
         if kind.name in _FLOATS and not (kind.name == "F16" and self._device.type == "cpu"):  # where that is kept
             return data.view(found.dtype)
-        columns = None if columns is None else columns.argsort()
         return Blocks(kind.name, data, data.shape[1] // kind.num_bytes * kind.values, columns)
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
@@ -70,15 +67,15 @@ class Gguf(ByName):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A tensor as a Hugging Face checkpoint has it, of which parts can be had, as safetensors has them. rows, columns:
-    which of those in the file each of ours is, [out] or [in] int64; None: in order. change: of what is read.
-    """
+    """A tensor as a Hugging Face checkpoint has it, of which parts can be had, as safetensors has them. rows, columns: in
+    the file, where each of our rows is, and which of our columns each is, int64; None: in order. is_decay: it is the
+    logarithm of what the file has, times -1."""
 
     model: GgufModel
     stored: StoredTensor
     rows: Tensor | None = None
     columns: Tensor | None = None
-    change: Callable[[Tensor], Tensor] | None = None
+    is_decay: bool = False
 
     def get_dtype(self) -> str:
         return self.stored.kind.name
@@ -102,7 +99,7 @@ class Slice:
         data = self.bytes.view(self.dtype)
         part = data[index].clone() if self.rows is None else data[self.rows[index]]
         self.model.release()
-        return part if self.change is None else self.change(part.float())
+        return part.float().neg().log() if self.is_decay else part
 
     def span(self, begin: int, end: int) -> slice:
         """Where in a row columns lie. Raises: ConfigError within a block, or where they are in another order."""
@@ -119,7 +116,7 @@ def open_slices(path: Path) -> dict[str, Slice]:
     """The tensors of a file, and of those that it is split into, by their names in a Hugging Face checkpoint: what
     converters have done with them is undone."""
     model, found = open_model(path), dict[str, Slice]()
-    config, orders = model.read_json("config.json"), model.layout.get("orders", {})
+    config, layout = model.read_json("config.json"), model.layout
     for stored in model.stored.values():
         (stem, names), first = model.our_names(stored.name), 0
         if len(stored.shape) < NAMES["dimensions"].get(stem, 0):
@@ -127,27 +124,26 @@ def open_slices(path: Path) -> dict[str, Slice]:
         num_rows, row_bytes = stored.shape[0], stored.num_bytes // stored.shape[0]
         for name in names:  # of parts that lie one below the other
             last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-            keys, kind = NAMES["sizes"].get(last), orders.get(last)
+            keys, kind = NAMES["sizes"].get(last), layout.get("orders", {}).get(last)
             size = prod(config[key] for key in keys) if keys and len(names) > 1 else num_rows // len(names)
-            columns = _order("values", config, stored.shape[1], 0, stored.shape[1]) if kind == "columns" else None
-            rows = _order(kind, config, num_rows if kind == "groups" else first + size, first, size)
+            columns = _order("columns", config, stored.shape[-1]) if last in layout.get("columns", ()) else None
+            rows = _order(kind, config, num_rows if kind == "groups" else first + size, first, first + size)
             part = replace(stored, shape=(size, *stored.shape[1:]), offset=stored.offset + first * row_bytes)
-            change = (lambda decay: decay.neg().log()) if last == "A_log" else None
-            found[name] = Slice(model, part if rows is None else stored, rows, columns, change)
+            found[name] = Slice(model, part if rows is None else stored, rows, columns, last == "A_log")
             first += size
         if first != num_rows:
             raise stored.wrong(f"has {num_rows} rows; by the metadata its parts have {first}")
     return found
 
 
-def _order(kind: str | None, config: dict[str, Any], count: int, first: int, size: int) -> Tensor | None:
-    """Which of `count` features each of ours is from `first` on; None: they are in order. They have changed places, all
-    of them, or from `first` on, or the last ones."""
+def _order(kind: str | None, config: dict[str, Any], count: int, first: int = 0, end: int = -1) -> Tensor | None:
+    """Which of `count` features each of ours, [first, end) of them, is; None: they are in order."""
     names = "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim"
     keys, values, v_dim = (config[name] or 1 for name in names)
     dims = {"pairs": (config["head_dim"] // 2, 2, 1), "groups": (keys, 2, values // keys)}
     dims |= {"heads": (values // keys, keys, 1), "values": (values // keys, keys, v_dim)}
+    dims["columns"] = keys, values // keys, v_dim
     kept = {"groups": 0, "values": count - values * v_dim}.get(kind or "", first)
     turned = torch.arange(kept, count).view(-1, *dims.get(kind or "", (1, 1, 1))).transpose(1, 2).flatten()
-    rows = torch.cat((torch.arange(kept), turned))[first : first + size]
+    rows = torch.cat((torch.arange(kept), turned))[first : end if end >= 0 else count]
     return None if bool((rows.diff() == 1).all()) else rows

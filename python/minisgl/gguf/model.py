@@ -65,16 +65,8 @@ class StoredTensor:
         return self.file.wrong(f"tensor {self.name} {reason}")
 
 
-class _List(NamedTuple):
-    """A list that is still in the file."""
-
-    kind: int
-    num_items: int
-    offset: int
-
-
 class GgufFile:
-    """data: the bytes of the file, mapped; metadata: by key, lists for `values`; tensors: by name.
+    """data: the bytes of the file, mapped; metadata: by key, of lists their place in it; tensors: by name.
 
     Raises: ConfigError naming the file, and what it is or lacks.
     """
@@ -102,7 +94,7 @@ class GgufFile:
     def values(self, prefix: str = "") -> Fields:
         """The metadata whose keys begin so: numbers, texts, and lists of them."""
         found = {key: value for key, value in self.metadata.data.items() if key.startswith(prefix)}
-        items = {key: self._items(*value) for key, value in found.items() if isinstance(value, _List)}
+        items = {key: self._items(*value) for key, value in found.items() if isinstance(value, tuple)}
         return Fields(found | items, str(self.path))
 
     def _items(self, kind: int, count: int, offset: int) -> list[Any]:
@@ -127,7 +119,7 @@ class GgufFile:
         begin = self._at
         size = self._texts_size(count) if of == _TEXT else count * struct.calcsize(_SCALARS[of])
         self._take(size)
-        return key, _List(of, count, begin)
+        return key, (of, count, begin)
 
     def _texts_size(self, count: int) -> int:
         """Bytes of the texts ahead: there may be hundreds of thousands. Too many where they go beyond the file."""
@@ -142,8 +134,8 @@ class GgufFile:
         number, offset = self._number("<I"), self._number("<Q")
         if number not in KINDS:
             known = ", ".join(kind.name for kind in KINDS.values())
-            kind_name = NAMES["others"].get(number, number)
-            raise self.wrong(f"tensor {name} is of type {kind_name}, not supported (supported: {known})")
+            other = NAMES["others"].get(number, number)
+            raise self.wrong(f"tensor {name} is of type {other}, not supported (supported: {known})")
         kind = KINDS[number]
         if not 1 <= num_dims <= 4 or not 0 < math.prod(shape) < 2**50 or shape[-1] % kind.values:
             raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
@@ -218,10 +210,9 @@ class GgufModel:
     def our_names(self, name: str) -> tuple[str, list[str]]:
         """A tensor's name within its block, and what Hugging Face checkpoints call it, or the parts that lie one below
         the other in it; what is not known stays what it is, in its layer."""
-        match, names = _BLOCK.fullmatch(name), NAMES["tensors"]
-        stem, end, prefix = *name.rpartition(".")[::2], ""
-        if match:
-            names, (layer, stem, end) = NAMES["in_blocks"] | self.layout.get("names", {}), match.group(1, 2, 3)
+        names, prefix, (stem, _, end) = NAMES["tensors"] | self.layout.get("names", {}), "", name.rpartition(".")
+        if match := _BLOCK.fullmatch(name):
+            layer, stem, end = match.groups()
             beyond = int(layer) - self._num_layers
             prefix = f"model.layers.{layer}." if beyond < 0 else f"mtp.layers.{beyond}."
         ours = names.get(f"{stem}.{end}") or names.get(stem, stem)
@@ -241,15 +232,15 @@ class GgufModel:
     def _integer(self, key: str) -> int:
         return self._numbers.integer(key, 0, 0)
 
-    def _fields(self, table: str, usual: str) -> dict[str, Any]:
+    def _fields(self, table: str) -> dict[str, Any]:
         """Of a table in names.yaml, with the values that the metadata has, or else the architecture's usual ones."""
         told = {ours: self._numbers.data.get(key) for ours, key in NAMES[table].items()}
-        usually = self.layout.get(usual, {})
+        usually = self.layout.get(table, {})
         return usually | {ours: usually.get(ours) if value is None else value for ours, value in told.items()}
 
     def _config(self) -> dict[str, Any]:
         """With what stands in other forms in the metadata, or nowhere."""
-        fields, window, data = self._fields("config.json", "config"), "attention.sliding_window", self._numbers.data
+        fields, data = self._fields("config.json"), self._numbers.data
         lists = {key: data[key] for key in NAMES["layer_types"] if isinstance(data.get(key), list)}  # of each layer
         told = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in lists.items()]
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
@@ -270,8 +261,7 @@ class GgufModel:
                 "partial_rotary_factor": self._rotary_dim / self._head_dim,
                 "query_pre_attn_scalar": self.layout.get("scalars", {}).get(self._num_layers) or self._head_dim,
                 "linear_value_head_dim": self._integer("ssm.inner_size") // (self._integer("ssm.time_step_rank") or 1),
-                "sliding_window": data.get(window) or None,
-                "use_sliding_window": bool(data.get(window)),
+                "sliding_window": fields["sliding_window"] or None,
                 "tie_word_embeddings": "output.weight" not in self.stored,
                 "eos_token_id": self._ends(),
                 "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
@@ -280,7 +270,7 @@ class GgufModel:
         )
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        fields, tensors = self._fields("rope_scaling", "rope"), self._divisors.items()
+        fields, tensors = self._fields("rope_scaling"), self._divisors.items()
         if divisors := {key: self._numbers_of(tensor) for key, tensor in tensors if tensor is not None}:
             longrope = {"rope_type": "longrope", "attention_factor": fields["temperature"]}
             return divisors if "factors" in divisors else fields | divisors | longrope
@@ -339,9 +329,7 @@ def models_in(folder: Path, patterns: Sequence[str] = ()) -> list[Path]:
 def open_model(path: Path) -> GgufModel:
     """The last one that was opened is kept. Raises: ConfigError."""
     stat = path.stat() if path.is_file() else None
-    return _open(path, stat and (stat.st_mtime_ns, stat.st_size))
+    return _opened(path, stat and (stat.st_mtime_ns, stat.st_size))
 
 
-@lru_cache(maxsize=1)
-def _open(path: Path, _state: object) -> GgufModel:
-    return GgufModel(path)
+_opened = lru_cache(maxsize=1)(lambda path, _: GgufModel(path))

@@ -44,11 +44,10 @@ class Linear(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self.shards.items():
-            for slot in [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]:  # all tensors, then each
-                yield self._arranged(shard.order, slot)
+            slots = [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]
             if self.bias is not None:
-                bias = WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows)
-                yield self._arranged(shard.order, bias)
+                slots.append(WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows))
+            yield from (self._arranged(shard.order, slot) for slot in slots)
 
     def _arranged(self, order: Tensor | None, slot: WeightSlot) -> WeightSlot:
         """A slot of a layer, whose rows are brought into their order."""
