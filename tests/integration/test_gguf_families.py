@@ -113,6 +113,14 @@ def test_scores_of_the_largest_gemma(family: str, layers: int, scalar: int, tmp_
     assert ours == pytest.approx(theirs)
 
 
+def test_a_message_of_gpt_oss_is_no_turn(tmp_path: Path) -> None:
+    tokens = [f"t{i}" for i in range(256)]
+    tokens[5:9] = "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"
+    source = tiny_model("gpt_oss")
+    path = convert(source, tmp_path / "model.gguf", tokenizer__ggml__tokens=tokens, tokenizer__ggml__eos_token_id=6)
+    assert {*read_model_config(path).eos_token_ids} == {6, 7, 8}
+
+
 def test_names_of_a_head_that_foretells(tmp_path: Path) -> None:
     path, _ = made("qwen3_5_text", tmp_path)
     name = "qwen35.nextn_predict_layers"

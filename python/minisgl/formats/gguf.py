@@ -67,9 +67,9 @@ class Gguf(ByName):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A tensor as a Hugging Face checkpoint has it, of which parts can be had, as safetensors has them. rows, columns: in
-    the file, where each of our rows is, and which of our columns each is, int64; None: in order. is_decay: it is the
-    logarithm of what the file has, times -1."""
+    """A tensor as a Hugging Face checkpoint has it, of which parts can be had, as safetensors has them. rows: which of
+    the file's each of ours is; columns: which of ours each of the file's is, int64; None: they are in order. is_decay:
+    it is the logarithm of what the file has, times -1."""
 
     model: GgufModel
     stored: StoredTensor

@@ -281,7 +281,7 @@ class GgufModel:
 
     def _ends(self) -> list[Any]:
         """Ids of the tokens that end a turn, said or known."""
-        ends = NAMES["ends"]
+        ends = self.layout.get("ends", NAMES["ends"])
         named = (self._metadata.data.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
         tokens = self._head.values("tokenizer.ggml.tokens").list_of(str, "tokenizer.ggml.tokens")
         return [end for end in named if end is not None] + [i for i, text in enumerate(tokens) if text in ends]
