@@ -19,6 +19,7 @@ from tests.gguf_files import stacked
 Tensor = torch.Tensor
 ARCHITECTURES = {
     "mixtral": "llama",
+    "mistral": "mistral3",  # where it sees
     "qwen2_moe": "qwen2moe",
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
@@ -39,26 +40,22 @@ def rounded(source: Path, folder: Path, kind: str) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text((source / "config.json").read_text())
     weights = load_file(source / "model.safetensors")
-    save_file(
-        {
-            name: torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), Type[kind]), Type[kind]))
-            if fits(name, weight, kind)
-            else weight
-            for name, weight in weights.items()
-        },
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    for name, weight in weights.items():
+        is_turned = weight.dim() == 3 and ".experts." in name  # [experts, in, out]
+        rows = weight.transpose(1, 2).contiguous() if is_turned else weight
+        if fits(name, rows, kind):
+            values = gguf.quants.dequantize(gguf.quants.quantize(rows.numpy(), Type[kind]), Type[kind])
+            values = torch.from_numpy(values.reshape(rows.shape))
+            weights[name] = values.transpose(1, 2).contiguous() if is_turned else values
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def fits(name: str, weight: Tensor, kind: str) -> bool:
-    exact = "conv", "mlp.gate.", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "ssm_"
-    return (
-        weight.dim() > 1
-        and not weight.shape[-1] % gguf.GGML_QUANT_SIZES[Type[kind]][0]
-        and not any(part in name for part in (*exact, "ffn_gate_inp"))
-    )
+    """Whether a weight is stored in a type; convolutions, routers and gates are not."""
+    exact = "conv1d", "conv.conv", "mlp.gate.", "moe.gate.", "router", "shared_expert_gate", "in_proj_a", "in_proj_b"
+    is_whole = weight.dim() > 1 and weight.shape[-1] % gguf.GGML_QUANT_SIZES[Type[kind]][0] == 0
+    return is_whole and not name.endswith("_bias") and not any(part in name for part in exact)
 
 
 def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Path:
@@ -74,7 +71,7 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     weights = {name: weight.float() for name, weight in load_file(source / "model.safetensors").items()}
-    for name, weight in parts(architecture, config, stacked(weights)):
+    for name, weight in parts(architecture, config, weights if architecture == "gpt-oss" else stacked(weights)):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:  # written under its name
             theirs = name

@@ -57,11 +57,14 @@ def test_logits(family: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "lfm2", "gemma3_text", "gpt_oss", "phi3", "glm4"])
-def test_blocks_in_kernels(family: str, tmp_path: Path) -> None:
+ROUNDED = ["qwen3_5_text", "qwen3_next", "lfm2", "gemma3_text", "gpt_oss", "phi3", "glm4"]
+
+
+@pytest.mark.parametrize(("family", "kind"), [*((family, "Q8_0") for family in ROUNDED), ("gpt_oss", "MXFP4")])
+def test_blocks_in_kernels(family: str, kind: str, tmp_path: Path) -> None:
     """Kernels round activations to 8 bits where that pays, and with them a router may choose other experts."""
     sizes = {"linear_value_head_dim": 32} if family.startswith("qwen3_") else {}
-    path, source = made(family, tmp_path, "Q8_0", **sizes)
+    path, source = made(family, tmp_path, kind, **sizes)
     expected = hf_logits(source, PROMPT)
     assert distance(engine_logits(path, PROMPT), expected) < 1e-4
     rounds = 0.2 if family in ("qwen3_next", "gpt_oss") else 0.05
