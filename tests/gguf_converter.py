@@ -38,14 +38,23 @@ NORMS_WITH_ONE = "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next"
 def rounded(source: Path, folder: Path, kind: str) -> Path:
     """The checkpoint with the values that blocks of a type can have, where these fit a weight."""
     folder.mkdir()
-    (folder / "config.json").write_text((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    keys, heads, size = (
+        config.get(f"linear_{key}", 1) for key in ("num_key_heads", "num_value_heads", "value_head_dim")
+    )
     weights = load_file(source / "model.safetensors")
     for name, weight in weights.items():
         is_turned = weight.dim() == 3 and ".experts." in name  # [experts, in, out]
         rows = weight.transpose(1, 2).contiguous() if is_turned else weight
+        is_reordered = name.endswith("linear_attn.out_proj.weight") and "qwen3_5" in config["model_type"]
+        if is_reordered:
+            rows = values_in_turn("qwen35", config, "out_proj", rows).contiguous()
         if fits(name, rows, kind):
             values = gguf.quants.dequantize(gguf.quants.quantize(rows.numpy(), Type[kind]), Type[kind])
             values = torch.from_numpy(values.reshape(rows.shape))
+            if is_reordered:  # and back
+                values = values.unflatten(1, (heads // keys, keys, size)).transpose(1, 2).flatten(1)
             weights[name] = values.transpose(1, 2).contiguous() if is_turned else values
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -55,7 +64,7 @@ def fits(name: str, weight: Tensor, kind: str) -> bool:
     """Whether a weight is stored in a type; convolutions, routers and gates are not."""
     exact = "conv1d", "conv.conv", "mlp.gate.", "moe.gate.", "router", "shared_expert_gate", "in_proj_a", "in_proj_b"
     is_whole = weight.dim() > 1 and weight.shape[-1] % gguf.GGML_QUANT_SIZES[Type[kind]][0] == 0
-    return is_whole and not name.endswith("_bias") and not any(part in name for part in exact)
+    return is_whole and not name.endswith("bias") and not any(part in name for part in exact)
 
 
 def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Path:

@@ -3,7 +3,7 @@
     python -m benchmark.cpu.whole_step DIRECTORY [--quantization int4] [--threads 2] [--rounds 9]
 
 DIRECTORY: with a `config.json`; weights are random. Both engines are in one process and take turns in a random order.
-Prints for 1, 8 and 16 streams the median time of a decode step, and of a prompt of 512 tokens, of each, with all rounds'
+DIRECTORY: with a `config.json`; weights are random. Both engines are in one process, and take turns in random order.
 ratios (the first to the second).
 """
 

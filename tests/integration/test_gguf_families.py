@@ -58,26 +58,20 @@ def test_logits(family: str, tmp_path: Path) -> None:
 
 
 ROUNDED = ["qwen3_5_text", "qwen3_next", "lfm2", "gemma3_text", "gpt_oss", "phi3", "glm4"]
+CASES = [*((family, "Q8_0", 32) for family in ROUNDED), ("gpt_oss", "MXFP4", 32)]
+# Two heads of values in each block of 32 columns, whose order is undone where they multiply; and floats.
+CASES += [("qwen3_5_text", "Q8_0", 16), ("qwen3_5_text", "Q4_0", 16), ("qwen3_5_text", "F16", 16)]
 
 
-@pytest.mark.parametrize(("family", "kind"), [*((family, "Q8_0") for family in ROUNDED), ("gpt_oss", "MXFP4")])
-def test_blocks_in_kernels(family: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "kind", "size"), CASES)
+def test_blocks_in_kernels(family: str, kind: str, size: int, tmp_path: Path) -> None:
     """Kernels round activations to 8 bits where that pays, and with them a router may choose other experts."""
-    sizes = {"linear_value_head_dim": 32} if family.startswith("qwen3_") else {}
+    sizes = {"linear_value_head_dim": size} if family.startswith("qwen3_") else {}
     path, source = made(family, tmp_path, kind, **sizes)
     expected = hf_logits(source, PROMPT)
     assert distance(engine_logits(path, PROMPT), expected) < 1e-4
     rounds = 0.2 if family in ("qwen3_next", "gpt_oss") else 0.05
     assert distance(engine_logits(path, PROMPT, **CPU_KERNELS), expected) < rounds
-
-
-@pytest.mark.parametrize("kernels", [{}, CPU_KERNELS], ids=["torch", "kernels"])
-@pytest.mark.parametrize(("kind", "bound"), [("Q8_0", 0.05), ("F16", 1e-2)])
-def test_heads_within_a_block(kind: str, bound: float, kernels: dict[str, Any], tmp_path: Path) -> None:
-    """Two heads of values, of 16 features, in each block of 32 columns: their order is undone where they multiply."""
-    source = tiny_model("qwen3_5_text", linear_value_head_dim=16)
-    path = convert(source, tmp_path / "model.gguf", kind)
-    assert distance(engine_logits(path, PROMPT, **kernels), hf_logits(source, PROMPT)) < bound
 
 
 def test_heads_that_take_turns_have_one_rank(tmp_path: Path) -> None:

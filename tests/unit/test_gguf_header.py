@@ -144,7 +144,7 @@ def test_noise(tmp_path: Path, noise: bytes) -> None:
         ),
         ({"llama__block_count": 0}, "num_hidden_layers must be a whole number, 1 to 4096, not 0"),
         ({"general__alignment": 48}, "general.alignment is 48, which is no power of 2"),
-        ({"llama__attention__key_length": 31}, "head_dim is 31, but rotary embeddings need an even one"),
+        ({"llama__attention__head_count_kv": 3}, "3 key-value heads do not divide"),
     ],
 )
 def test_metadata_that_contradicts_the_tensors(changes: dict[str, int], reason: str, tmp_path: Path) -> None:
