@@ -13,6 +13,7 @@ import argparse
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -103,8 +104,8 @@ def main() -> None:
     engines = {in_one: Engine(config, in_one) for in_one in (True, False)}
     print(f"{describe_machine()}, {describe_commit()}, {args.directory.name}, {args.quantization or args.dtype}\n")
     print("| | in one, ms | by layer, ms | ratio | all ratios |\n|---|---|---|---|---|")
-    loads = {f"decode, {rows}": lambda one, rows=rows: one.decode(rows) for rows in (1, 8, 16)}
-    loads["prefill, 512"] = lambda one: one.prefill(1, 512)
+    loads = {f"decode, {rows}": partial(Engine.decode, rows=rows) for rows in (1, 8, 16)}
+    loads["prefill, 512"] = partial(Engine.prefill, rows=1, length=512)
     for name, load in loads.items():
         found: dict[bool, list[float]] = {True: [], False: []}
         for i in range(args.rounds + 1):

@@ -116,7 +116,7 @@ def open_slices(path: Path) -> dict[str, Slice]:
     """The tensors of a file, and of those that it is split into, by their names in a Hugging Face checkpoint: what
     converters have done with them is undone."""
     model, found = open_model(path), dict[str, Slice]()
-    config, layout = model.read_json("config.json"), model.layout
+    config, layout = model.config, model.layout
     for stored in model.stored.values():
         (stem, names), first = model.our_names(stored.name), 0
         if len(stored.shape) < NAMES["dimensions"].get(stem, 0):

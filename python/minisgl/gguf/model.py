@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,7 +227,7 @@ class GgufModel:
         if name == "generation_config.json":
             theirs, data = NAMES["sampling"], self._metadata.data
             return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
-        return self._config() if name == "config.json" else {}
+        return self.config if name == "config.json" else {}
 
     def _integer(self, key: str) -> int:
         return self._numbers.integer(key, 0, 0)
@@ -238,8 +238,9 @@ class GgufModel:
         usually = self.layout.get(table, {})
         return usually | {ours: usually.get(ours) if value is None else value for ours, value in told.items()}
 
-    def _config(self) -> dict[str, Any]:
-        """With what stands in other forms in the metadata, or nowhere."""
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What config.json would hold, with what stands in other forms in the metadata, or nowhere."""
         fields, data = self._fields("config.json"), self._numbers.data
         lists = {key: data[key] for key in NAMES["layer_types"] if isinstance(data.get(key), list)}  # of each layer
         told = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in lists.items()]
