@@ -74,9 +74,9 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
     writer = gguf.GGUFWriter(path, architecture)
     add_numbers(writer, architecture, config)
     for key, value in metadata.items():
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_array)(
-            key.replace("__", "."), value
-        )
+        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(
+            type(value), writer.add_array
+        )(key.replace("__", "."), value)
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     weights = {name: weight.float() for name, weight in load_file(source / "model.safetensors").items()}

@@ -110,6 +110,22 @@ def test_scores_of_the_largest_gemma(family: str, layers: int, scalar: int, tmp_
     assert ours == pytest.approx(theirs)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("glm4", {"glm4__rope__dimension_sections": [4, 6, 2, 0]}, "rope_sections must be 0, not "),
+        ("mixtral", {"llama__expert_gating_func": 2}, "expert_gating_func must be 0 or 1, not 2"),
+        ("qwen2_moe", {"qwen2moe__expert_weights_scale": 2.5}, "expert_weights_scale must be 0 or 1, not 2.5"),
+        ("gemma3_text", {"gemma3__attention__causal": False}, "is_causal must be true, not False"),
+        ("lfm2", {"lfm2__attention__sliding_window": 64}, "sliding_window must be 0, not 64"),
+    ],
+)
+def test_what_is_not_computed(family: str, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    path = convert(tiny_model(family, **SAYS.get(family, {})), tmp_path / "model.gguf", **changes)
+    with pytest.raises(ConfigError, match=f"^{path}/config.json: {told}"):
+        read_model_config(path)
+
+
 def test_a_message_of_gpt_oss_is_no_turn(tmp_path: Path) -> None:
     tokens = [f"t{i}" for i in range(256)]
     tokens[5:9] = "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"
