@@ -65,12 +65,13 @@ CASES += [("qwen3_5_text", "Q8_0", 16), ("qwen3_5_text", "Q4_0", 16), ("qwen3_5_
 
 @pytest.mark.parametrize(("family", "kind", "size"), CASES)
 def test_blocks_in_kernels(family: str, kind: str, size: int, tmp_path: Path) -> None:
-    """Kernels round activations to 8 bits where that pays, and with them a router may choose other experts."""
+    """Kernels round activations to 8 bits where that pays, and with them a router may choose other experts. Columns in
+    another order would give logits that have nothing in common with these (1.4)."""
     sizes = {"linear_value_head_dim": size} if family.startswith("qwen3_") else {}
     path, source = made(family, tmp_path, kind, **sizes)
     expected = hf_logits(source, PROMPT)
     assert distance(engine_logits(path, PROMPT), expected) < 1e-4
-    rounds = 0.2 if family in ("qwen3_next", "gpt_oss") else 0.05
+    rounds = 0.2 if family in ("qwen3_next", "gpt_oss") else 0.1 if kind == "Q4_0" else 0.05
     assert distance(engine_logits(path, PROMPT, **CPU_KERNELS), expected) < rounds
 
 
