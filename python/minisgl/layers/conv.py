@@ -6,7 +6,7 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
 from minisgl.config.states import ShortConv
 from minisgl.formats.base import WeightSlot
-from minisgl.layers.base import Layer, LayerEnv, Tensor
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined
 from minisgl.layers.linear import ColumnLinear, RowLinear
 
 _WHAT = "channels of a convolution"
@@ -20,12 +20,8 @@ class GatedShortConv(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden = config.layers[layer].attention.cache, config.hidden_size
         assert isinstance(spec, ShortConv)
-        self._ops, self._layer, self._eps, self._shape = (
-            env.ops,
-            layer,
-            config.rms_norm_eps,
-            (spec.num_channels, 1, spec.width),
-        )
+        self._ops, self._layer, self._eps = env.ops, layer, config.rms_norm_eps
+        self._shape = spec.num_channels, 1, spec.width
         mine = env.share(spec.num_channels, _WHAT)
         self._channels = mine.start, mine.stop
         parts = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), (spec.num_channels, 1))
@@ -47,3 +43,6 @@ class GatedShortConv(Layer):
         yield WeightSlot(name, shape, self._weight, rows, transform=lambda part: part.flatten(1))
         if self._bias is not None:
             yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, rows)
+
+    def cpu_spec(self) -> CpuSpec | None:
+        return joined((self.in_proj, self.out_proj), "short_conv", (self._weight, self._bias))

@@ -34,8 +34,8 @@ class GatedDeltaNet(Layer):
                 {name: (keys[0], n)} for name, n in (("in_proj_qkvz", sum(sizes)), ("in_proj_ba", 2 * each))
             )
             orders = {
-                "in_proj_qkvz.": _ungrouped(len(num_k), sizes),
-                "in_proj_ba.": _ungrouped(len(num_k), (each, each)),
+                "in_proj_qkvz": _ungrouped(len(num_k), sizes),
+                "in_proj_ba": _ungrouped(len(num_k), (each, each)),
             }
         self.in_proj, self.gates_proj = (ColumnLinear(env, hidden, of, _WHAT, orders=orders) for of in (parts, gates))
         self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _WHAT)

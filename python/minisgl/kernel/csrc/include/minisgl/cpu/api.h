@@ -124,6 +124,14 @@ struct DeltaState {
   float *conv, *memory;
 };
 
+// A convolution of each channel over `width` tokens, between two gates (conv.h). weight: [channels, width]; bias: [channels] or
+// null; past: [slots, channels, width - 1], its last inputs.
+struct ShortConv {
+  int64_t channels, width;
+  const float *weight, *bias;
+  float* past;
+};
+
 // Tokens [first, first + count) of the batch, which go on from the state of a slot.
 struct StateSequence {
   int64_t slot, first, count;
@@ -167,13 +175,19 @@ struct DeltaBlock {
   DeltaState state;
 };
 
+struct ConvBlock {
+  Linear in, o;
+  const float *before, *after;
+  ShortConv net;
+};
+
 struct MlpBlock {
   Linear gate_up, down;
   const float *before, *after;
   Into activation;
 };
 
-using AnyBlock = std::variant<AttentionBlock, DeltaBlock, MlpBlock>;
+using AnyBlock = std::variant<AttentionBlock, DeltaBlock, ConvBlock, MlpBlock>;
 
 // Where tokens lie in the caches of some layers. slots: [num_tokens].
 struct Places {
