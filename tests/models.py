@@ -177,7 +177,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 param.copy_(noise * 1.5 / param.shape[-1] ** 0.5)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # most are a megabyte
 def hf_model(path: Path, dtype: str = "float32") -> Any:
     """The same model in transformers, on the CPU."""
     config = transformers.AutoConfig.from_pretrained(path)
@@ -188,8 +188,13 @@ def hf_model(path: Path, dtype: str = "float32") -> Any:
 
 
 def hf_generate(path: Path, prompt: Iterable[int], num_tokens: int, dtype: str = "float32") -> list[int]:
-    """Greedy continuation by `generate()`, past end-of-sequence tokens."""
-    ids = torch.tensor([list(prompt)])
+    """Greedy continuation by `generate()`, past end-of-sequence tokens. What was asked before is known."""
+    return [*_hf_generate(path, tuple(prompt), num_tokens, dtype)]
+
+
+@functools.cache
+def _hf_generate(path: Path, prompt: tuple[int, ...], num_tokens: int, dtype: str) -> list[int]:
+    ids = torch.tensor([prompt])
     output = hf_model(path, dtype).generate(
         ids,
         attention_mask=torch.ones_like(ids),

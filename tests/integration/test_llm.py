@@ -18,7 +18,7 @@ import pytest
 from minisgl import LLM, SamplingParams
 from minisgl.core import FinishReason
 from minisgl.errors import ConfigError, RequestError, WorkerDied
-from tests.fake_server import broken
+from tests.fake_server.workers import broken
 from tests.models import hf_generate, random_prompt, tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
