@@ -11,7 +11,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,13 @@ def _hf_generate(path: Path, prompt: tuple[int, ...], num_tokens: int, dtype: st
         eos_token_id=None,
     )
     return output[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def hf_greedy(path: Path, prompt: Iterable[int], output: Sequence[int], dtype: str = "float32") -> list[int]:
+    """The most probable token of transformers after each prefix of `output`: all of them are its own exactly if it is
+    what `generate()` gives, for the price of one step. (Not so where angles depend on how long a sequence is.)"""
+    logits = hf_logits(path, [*prompt, *output[:-1]], dtype)
+    return logits[-len(output) :].argmax(-1).tolist()  # type: ignore[no-any-return]
 
 
 def hf_logits(path: Path, tokens: Iterable[int], dtype: str = "float32") -> torch.Tensor:
