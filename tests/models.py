@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from minisgl.config import families
 
@@ -130,6 +129,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: str = "float32", shard: str
 
 @functools.cache
 def _make(family: str, seed: int, dtype: str, shard: str, overrides: str) -> Path:
+    import transformers  # here, and not by each process that is given a model, and imports a test's module
+
     fields = {**BASE, **EXTRA.get(family, {}), **json.loads(overrides)}
     if family == "gemma4_text":
         fields["vocab_size_per_layer_input"] = fields["vocab_size"]
@@ -180,6 +181,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 @functools.lru_cache(maxsize=64)  # most are a megabyte
 def hf_model(path: Path, dtype: str = "float32") -> Any:
     """The same model in transformers, on the CPU."""
+    import transformers
+
     config = transformers.AutoConfig.from_pretrained(path)
     # Releases differ in what they do with soft-capped scores, which torch's attention has not.
     kind = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
