@@ -95,10 +95,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list[list[int]], schedule: str) -> None:
+    num = 8 if "tensor parallel" in schedule else 16  # ranks wait for each other in each step
     with LLM(str(model), **SCHEDULES[schedule]) as llm:
         for _ in range(2):  # the second time, prompts and outputs are in the cache
-            outputs = llm.generate(make_prompts(), GREEDY)
-            assert [output.token_ids for output in outputs] == expected
+            outputs = llm.generate(make_prompts()[:num], GREEDY)
+            assert [output.token_ids for output in outputs] == expected[:num]
         assert llm.scheduler.planner.pages.num_free == llm.config.engine.num_pages
 
 
@@ -110,7 +111,7 @@ OF_FAMILIES = [("llama", 1), ("mistral", 1), ("qwen2", 1), ("qwen3_moe", 1), ("q
 def test_every_family_through_the_planner(family: str, tp_size: int) -> None:
     overrides = {"sliding_window": 16} if family == "mistral" else {}
     path = with_tokenizer(tiny_model(family, vocab_size=512, **overrides))
-    prompts = make_prompts()[:6]
+    prompts = make_prompts()[: 6 if tp_size == 1 else 4]
     pages = {"num_pages": 18, "page_size": 8} if family == "qwen3_5_text" else {}  # requests are retracted
     with LLM(str(path), max_prefill_length=33, tp=tp_size, **pages) as llm:
         outputs = llm.generate(prompts, GREEDY)
