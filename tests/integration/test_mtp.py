@@ -100,7 +100,7 @@ def generate(
         config = replace(config, num_snapshots=12)
     engine = create(config)
     if breaks:
-        engine.steps.drafter = Mock(propose=Mock(side_effect=RuntimeError("the head is broken")))
+        engine.steps.propose = Mock(side_effect=RuntimeError("the head is broken"))
     planning = SchedulerConfig(4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate)
     planner = Planner(replace(planning, has_states=bool(model.states), num_snapshots=config.num_snapshots))
     told: list[list[int]] = [[] for _ in PARAMS]
