@@ -100,6 +100,7 @@ class Planner:
                 failed.append(ReqOutput(req, (), FinishReason.ERROR, error=why))
             else:
                 self._wait(req)
+                self.speculation.expect(req)
         return failed
 
     def _knows(self, ids: npt.NDArray[np.int32], params: SamplingParams) -> bool:

@@ -104,6 +104,8 @@ class Exposition(Collector):
         if (stats := self._stats) is not None:
             usage = 1 - stats.num_free_pages / max(1, stats.num_pages)
             values |= {**msgspec.structs.asdict(stats), "usage": usage}
+            for key in ("num_drafted", "num_right"):
+                values[key] = {(self._model_name, drafter): count for drafter, count in values[key].items()}
         for name, (kind, text, key, *labels) in _TABLES["families"].items():
             if key not in values:
                 continue
