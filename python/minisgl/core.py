@@ -140,7 +140,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     pooling: str = ""
     speculate: int | None = None
-    prediction: str | tuple[int, ...] = ""
+    prediction: str | tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         limit, least = self.max_tokens, 0 if self.echo else 1

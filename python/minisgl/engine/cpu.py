@@ -70,8 +70,7 @@ class WholeStep:
     def __init__(self, shard: ModelShard, kv: KVPool, tables: CpuTables, ops: CpuOps, specs: list[CpuSpec]) -> None:
         embedding, *layers, head = specs
         config, self._model = shard.config.model, shard.model
-        self._module, self._backend, self._inputs = ops.module, CpuBackend(ops), tables.inputs
-        self._window_table = tables.window_table
+        self._module, self._backend, self._tables = ops.module, CpuBackend(ops), tables
         self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (kv, ops)
         self._logits = torch.empty(0, self._vocab_size)
         numbers = config.rms_norm_eps, config.embedding_scale, embedding.matrices[0][0], head.matrices[0][0]
@@ -82,14 +81,14 @@ class WholeStep:
             layer.build(self._module, self.handle, index, kv)
 
     def __call__(self, batch: Batch) -> Computed:
-        input_ids, slots = self._inputs(batch)
+        input_ids, slots = self._tables.inputs(batch)
         num_logits = len(input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
-        sequences, page_table, page_size = self._backend.prepare(batch.attention)
-        numbers = input_ids, batch.tensors.positions, *slots, sequences, page_table, self._window_table, page_size
+        sequences, pages, page_size = self._backend.prepare(batch.attention)
+        numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, self._tables.window_table, page_size
         self._module.forward(self.handle, *numbers, batch.logit_tokens, logits)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)

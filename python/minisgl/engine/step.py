@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # `StepResult.drafts`; or of all m requests, as far as they have `num_drafts`: [m, longest].
 Told = Mapping[int, list[int]] | Tensor
-Propose = Callable[[StepPlan, Batch, Computed, Tensor], Told]  # what may follow in a step that has sampled these ids
 Sequences = tuple[IntArray, IntArray, IntArray, IntArray]  # rows, starts, num_new and offsets of `AttentionStep`
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
 Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
@@ -96,11 +95,11 @@ class LayerByLayer:
 
 
 class StepRunner:
-    """Launches steps, in order. forward: computes the layers of one."""
+    """Launches steps, in order. forward: computes the layers of one; propose: says what may follow the ids of one."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
-        self.propose: Propose | None = None
+        self.propose: Callable[[StepPlan, Batch, Computed, Tensor], Told] | None = None
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         self.tables.host.apply(plan)

@@ -79,6 +79,7 @@ class Speculation:
 
     @property
     def is_on(self) -> bool:
+        """Whether anybody may guess anything."""
         return self._drafter is not None or bool(self._forced or self._predictions)
 
     def expect(self, req: Req) -> None:
@@ -93,6 +94,8 @@ class Speculation:
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
+        if not self.is_on:
+            return
         shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
         drafts = self._drafts(shares, step.budget)
         if not drafts and self._told is None:

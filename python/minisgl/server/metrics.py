@@ -98,8 +98,7 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from ProcessCollector(registry=None).collect()
         values: dict[str, Any] = {**vars(self._requests), "http": self._http}
-        ended = self._requests.num_finished.items()
-        values["ended"] = {(self._model_name, reason.value): count for reason, count in ended}
+        values["ended"] = {(self._model_name, reason.value): n for reason, n in self._requests.num_finished.items()}
         values["restarts"] = {(worker,): count for worker, count in self._restarts.items()}
         if (stats := self._stats) is not None:
             usage = 1 - stats.num_free_pages / max(1, stats.num_pages)

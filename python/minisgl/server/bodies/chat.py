@@ -129,9 +129,8 @@ def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
     begins = body.add_generation_prompt is not False
     prompt = ChatPrompt(messages, None if tools is None else tools.shown, kwargs, begins, goes_on)
     params = body.params(max_tokens, defaults, (body.top_logprobs or 0) if body.logprobs else None)
-    if body.prediction is not None:
-        params = replace(params, prediction=body.prediction.text())
-    return replace(body.request((prompt,), params), tools=tools)
+    guess = () if body.prediction is None else body.prediction.text()
+    return replace(body.request((prompt,), replace(params, prediction=guess)), tools=tools)
 
 
 def _reasoning(body: ChatBody) -> Object:
