@@ -37,7 +37,7 @@ def counted(server: Server, name: str) -> dict[str, float]:
 
 def details(usage: Any) -> tuple[int, int]:
     told = usage and usage.completion_tokens_details
-    return (told.accepted_prediction_tokens, told.rejected_prediction_tokens) if told else (0, 0)
+    return (told.accepted_prediction_tokens or 0, told.rejected_prediction_tokens or 0) if told else (0, 0)
 
 
 def test_a_prediction_that_is_right_is_accepted(demo: Server) -> None:
