@@ -84,8 +84,8 @@ class Speculation:
 
     def expect(self, req: Req) -> None:
         """A new request, which may bring a draft of its own."""
-        if req.params.prediction and self._config.draft_len:
-            self._predictions[req.uid] = Prediction(req.params.prediction)
+        if self._config.draft_len and isinstance(ids := req.params.prediction, tuple) and ids:
+            self._predictions[req.uid] = Prediction(ids)
 
     def force(self, uid: int, position: int, ids: list[int]) -> None:
         """From this position on, a request's grammar prescribes these tokens: it has no other choice."""
