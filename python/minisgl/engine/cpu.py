@@ -40,7 +40,7 @@ class CpuTables:
     """What steps on a CPU read, beside what every engine's host remembers (`host`)."""
 
     def __init__(self, config: EngineConfig) -> None:
-        num_rows = config.max_running_requests
+        num_rows, self.entries = config.max_running_requests, None
         self.host = RowTables(num_rows, config.max_seq_len, config.page_size, config.window)
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
         self.token_ids = torch.from_numpy(np.zeros((num_rows, config.max_seq_len + 1), np.int32))  # memory on first use
