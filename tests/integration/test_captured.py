@@ -1,6 +1,8 @@
 """What a GPU's engine makes of plans: captured steps, padding, drafts in them. No GPU is needed: a step that was
 captured is computed again by the function that would have been captured, from the same static tensors."""
 
+import ctypes
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +24,12 @@ from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
 from minisgl.engine.engine import create_engine
 from minisgl.engine.graph import RunStep
+from minisgl.engine.rules import apply_bitmask
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.staging import DeviceTables
 from minisgl.kernel.ops import PagedSequences, TorchOps
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
 from minisgl.kvcache.pool import LayerCache
 from minisgl.scheduler.drafters import NgramDrafter
 from minisgl.scheduler.speculation import Speculation
@@ -81,12 +85,51 @@ class Ops(TorchOps):
     captures_chunks = True
 
 
+class RuleOps(Ops):
+    """Reads the rules from tables on the device, as kernels do that sample by them."""
+
+    most_ruled = 1 << 20
+
+    def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
+        assert store is not None
+        if store.masks is not None and store.mask_of is not None:
+            return self._sample_masked(logits, columns, out, store, store.masks, store.mask_of)
+        super().sample(self._changed(logits, columns, store), columns, out)
+        self.store_ids(store.token_ids, store.rows, columns["position"], out)
+        return out
+
+    def _sample_masked(
+        self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore, masks: Tensor, mask_of: Tensor
+    ) -> Tensor:
+        index = torch.from_numpy(np.flatnonzero(mask_of.numpy() >= 0))
+        changed = self._changed(logits, columns, store)[index]
+        apply_bitmask(changed, masks[mask_of[index].long()])
+        out[index] = super().sample(changed, columns.select(index), torch.empty_like(out[: len(index)]))
+        return out
+
+    def _changed(self, logits: Tensor, columns: SamplingColumns, store: TokenStore) -> Tensor:
+        assert store.entries is not None
+        num_rows, changed = len(store.token_ids), logits.float().clone()
+        address = int(store.entries[0])
+        bounds = (ctypes.c_int32 * (num_rows + 1)).from_address(address)
+        total = bounds[num_rows]
+        ids = (ctypes.c_int32 * total).from_address(address + 4 * (num_rows + 1))
+        values = (ctypes.c_float * total).from_address(address + 4 * (num_rows + 1 + total))
+        for i, row in enumerate(store.rows.tolist()):
+            own, position = columns.select(torch.tensor([i])), int(columns["position"][i])
+            penalize(changed[i : i + 1], own, store.token_ids[row : row + 1, :position].long())
+            for entry in range(bounds[row], bounds[row + 1]):
+                if values[entry] != -math.inf or position < int(own["min_len"]):
+                    changed[i, ids[entry]] += values[entry]
+        return changed
+
+
 class Engine:
     """A `core.Executor` of captured steps."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, ops: TorchOps | None = None) -> None:
         with torch.inference_mode():
-            shard = ModelShard(config, torch.device("cpu"), Communicator(), Ops())
+            shard = ModelShard(config, torch.device("cpu"), Communicator(), ops or Ops())
             tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
             row = tables.padding_row
             tables.page_table[row] = tables.host.pages[row] = config.num_pages
@@ -120,9 +163,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     return made
 
 
+@pytest.mark.parametrize("ops", [Ops(), RuleOps()], ids=["", "rules in kernels"])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5_text", "lfm2"])
 @pytest.mark.parametrize("kind", ["none", "right", "noise", "some", "ngram"])
-def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, graphs: list[Graphs]) -> None:
+def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, ops: Ops, graphs: list[Graphs]) -> None:
     config = engine_config(tiny_model(family), page_size=4, num_pages=256, max_running_requests=128)
     has_states = bool(config.model.states)
     if has_states:
@@ -140,7 +184,7 @@ def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, graphs
         "some": lambda n: n * 7 % 5,
     }
     drafter = Knowing(truth, lengths[kind]) if kind in lengths else NgramDrafter() if kind == "ngram" else None
-    engine = Engine(replace(config, draft_len=8, cuda_graph_max_bs=128))
+    engine = Engine(replace(config, draft_len=8, cuda_graph_max_bs=128), ops)
     told, num_steps = run(engine, planning, drafter)
     for outputs, wanted in zip(told, expected, strict=True):
         assert ids_of(outputs) == ids_of(wanted)

@@ -24,7 +24,7 @@ from minisgl.engine.memory import activation_bytes, large_step, pages_that_fit
 from minisgl.engine.rules import StepRules
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit, one_by_one
 from minisgl.engine.shard import DTYPES, ModelShard
-from minisgl.engine.staging import NUM_BUFFERS, DeviceTables
+from minisgl.engine.staging import DeviceTables
 from minisgl.engine.step import Launched, LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
@@ -175,9 +175,6 @@ class CapturedSteps(StepRunner):
             self._teller = HeadDrafter(head, self, self._layers, lambda numbers: np.zeros(len(numbers), np.int64))
             self.propose = self._teller.propose
         longest, has_states = config.draft_len, bool(config.model.states)
-        num = most_samples(config.max_running_requests)
-        self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
-        self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
         chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
         shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
         self._shapes = [shape for shape in shapes if chunks or not (has_states and shape.is_wide)]
@@ -187,14 +184,6 @@ class CapturedSteps(StepRunner):
         self._counting = torch.arange(most + 1, dtype=torch.int32, device=shard.device)
         self._ends = torch.empty_like(self._counting)
         self._graphs = DecodeGraphs(self._capture, self._shapes)
-
-    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
-        """Its results are on their way to the host."""
-        launched, turn = super().launch(plan, masks), plan.step_id % NUM_BUFFERS
-        ids, told = self._out[turn, : len(launched.ids)], launched.drafts
-        if isinstance(told, Tensor):
-            told = self._told[turn, : len(told), : told.shape[1]].copy_(told, non_blocking=True)
-        return launched._replace(ids=ids.copy_(launched.ids, non_blocking=True), drafts=told)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
@@ -245,7 +234,9 @@ class CapturedSteps(StepRunner):
     def _sample(
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
     ) -> Tensor:
-        if ids is not None:  # a replay has written over the drafts, to which penalties look back
+        if ids is None and rules is not None and self.tables.entries is not None:
+            ids = super()._sample(logits, tensors)  # all but the masks
+        if ids is not None:  # the drafts were written over, to which penalties look back
             self.tables.write_drafts()
         return super()._sample(logits, tensors, rules, ids)
 
@@ -255,7 +246,7 @@ class CapturedSteps(StepRunner):
         assert padding is not None
         index = StepIndex.of(padding)
         self.tables.send(_NO_STEP, index)
-        batch, teller, most = self._batch(index, shape), self._teller, self._told.shape[2] if shape.is_wide else 0
+        batch, teller, most = self._batch(index, shape), self._teller, self.shard.config.draft_len * shape.is_wide
         metadata = self._prepare(batch, captures=True)
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:

@@ -89,7 +89,7 @@ class DeviceLogprobs(NamedTuple):
         results, begin = {}, 0
         for key, num_top, num in self.step.wanted:
             part = slice(begin, begin + num)
-            results[key] = TokenLogprobs(chosen[part].copy(), top_ids[part, :num_top], top[part, :num_top])
+            results[key] = TokenLogprobs(chosen[part], top_ids[part, :num_top], top[part, :num_top])
             begin += num
         return results
 

@@ -16,7 +16,7 @@ import torch
 from minisgl.attention.base import IntArray, to_device
 from minisgl.core import MAX_COUNT, NOT_READY, Admission, Masks
 from minisgl.kernel.ops import StepOps
-from minisgl.kernel.sampling import SamplingColumns, TokenStore, Words, penalize
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
 
 Tensor = torch.Tensor
 
@@ -28,8 +28,8 @@ _ENTRY = np.dtype([("id", np.int32), ("value", np.float32)])
 class StepRules(NamedTuple):
     """What changes the logits of n rows that sample, beside penalties, which their records have. On the host.
 
-    To the logits of row i of the engine's tables the entries from bounds[i] to bounds[i + 1] are added; -inf only where
-    its position is below its `min_len`.
+    To the logits of row i of the engine's tables the entries from bounds[i] to bounds[i + 1] are added; -inf, which
+    come first, only where its position is below its `min_len`.
     """
 
     rows: IntArray  # [n] of the engine's tables
@@ -46,54 +46,58 @@ class LogitRules:
 
     def __init__(self, num_rows: int) -> None:
         self._until = np.zeros(num_rows, np.int64)  # the position from which on a row's logits stay as they are
-        self._penalized = np.zeros(num_rows, np.bool_)
         self._entries = [np.empty(0, _ENTRY)] * num_rows
-        self._lists = _together(self._entries)
+        self.lists = _together(self._entries)  # `bounds`, `ids` and `values`
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests ask for, and forget who had their rows before."""
         has_lists = False
         for row, _, params, prompt_len, end_ids in admissions:
             least = min(prompt_len + params.min_tokens, MAX_COUNT) if params.min_tokens else 0
-            until = MAX_COUNT if params.has_penalties or params.logit_bias else least
-            self._until[row], self._penalized[row] = until, params.has_penalties
+            self._until[row] = MAX_COUNT if params.has_penalties or params.logit_bias else least
             ends = [(token, -np.inf) for token in end_ids if least]
             before, self._entries[row] = self._entries[row], np.array([*ends, *params.logit_bias], _ENTRY)
             has_lists |= len(before) + len(self._entries[row]) > 0
         if has_lists:
-            self._lists = _together(self._entries)
+            self.lists = _together(self._entries)
 
     def step(self, rows: IntArray, positions: IntArray, masked: Sequence[int], masks: Masks | None) -> StepRules | None:
         """What is done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
         if not masked or masks is None:
-            return StepRules(rows, positions, *self._lists) if masked or (positions < self._until[rows]).any() else None
-        mask_of, found = np.full(len(rows), NO_MASK, np.int32), list[Words]()
-        for i, sample in enumerate(masked):
-            mask_of[sample] = len(found) if len(masks[i]) else NOT_READY
-            found += [masks[i]] if len(masks[i]) else []
-        stacked = torch.from_numpy(np.stack(found)) if found else None
-        return StepRules(rows, positions, *self._lists, stacked, torch.from_numpy(mask_of))
+            return StepRules(rows, positions, *self.lists) if masked or (positions < self._until[rows]).any() else None
+        mask_of, words, stacked = np.full(len(rows), NO_MASK, np.int32), [masks[i] for i in range(len(masked))], None
+        is_ready = np.array([len(one) > 0 for one in words])
+        mask_of[list(masked)] = np.where(is_ready, is_ready.cumsum() - 1, NOT_READY)
+        if found := [one for one in words if len(one)]:  # from pinned memory a GPU takes them without being waited for
+            size = len(found), len(found[0])
+            stacked = torch.empty(size, dtype=torch.int32, pin_memory=torch.cuda.is_initialized())
+            np.stack(found, out=stacked.numpy())
+        return StepRules(rows, positions, *self.lists, stacked, torch.from_numpy(mask_of))
 
     def sample(
         self, ops: StepOps, logits: Tensor, columns: SamplingColumns, ids: Tensor, store: TokenStore, rules: StepRules,
         is_captured: bool,
     ) -> None:  # fmt: skip
-        """Into `ids` and `store`, n rows of logits. Where no kernel does it all at once, the rows that have rules are
-        sampled again from changed copies of their logits: so a captured step, which has filled `ids`, stays whole, and
-        rows that need nothing pay nothing."""
-        if not is_captured and ops.sample_by_rules(logits, columns.words, ids, *store, *rules[2:]):
+        """Into `ids` and `store`, n rows of logits. Where the step was captured, or with `store.entries`, `ids` are
+        there: those with rules, or with masks, are sampled again, and no other row pays for them. Where no kernel does
+        it, that is done with changed copies of their logits."""
+        if not is_captured and ops.by_kernel("sample", logits, columns.words, ids, *store[:2], *rules[2:]):
             return
         if not is_captured:
             ops.sample(logits, columns, ids)
         mask_of = np.array(NO_MASK) if rules.mask_of is None else rules.mask_of.numpy()
-        found = np.flatnonzero((rules.positions < self._until[rules.rows]) | (mask_of != NO_MASK))
+        has_rules = (rules.positions < self._until[rules.rows]) | (mask_of != NO_MASK)
+        found = np.flatnonzero(has_rules & (store.entries is None))
+        if store.entries is not None and rules.masks is not None:
+            masks = rules.masks.to(ids.device, non_blocking=True), to_device(mask_of, ids.device)
+            ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], *masks))
         for first in range(0, len(found), ROWS_AT_ONCE):
             samples = found[first : first + ROWS_AT_ONCE]
             index, changed = to_device(samples, ids.device), self.changed(logits, columns, store, rules, samples)
             ids.index_copy_(0, index, ops.sample(changed, columns.select(index), torch.empty_like(ids[: len(index)])))
         if NOT_READY in mask_of:
             ids.masked_fill_(to_device(mask_of == NOT_READY, ids.device), NOT_READY)
-        ops.store_ids(*store, columns["position"], ids)
+        ops.store_ids(*store[:2], columns["position"], ids)
 
     def changed(
         self, logits: Tensor, columns: SamplingColumns, store: TokenStore, rules: StepRules, samples: IntArray
@@ -103,9 +107,8 @@ class LogitRules:
         device, rows = logits.device, rules.rows[samples]
         index = to_device(samples, device)
         changed, some = logits.index_select(0, index), columns.select(index)
-        num_known = int(rules.positions[samples][self._penalized[rows]].max(initial=0))
-        entries = [self._entries[row] for row in rows]
-        counts = [len(part) for part in entries]
+        num_known = int(rules.positions[samples][self._until[rows] == MAX_COUNT].max(initial=0))  # 0: has no penalties
+        entries, counts = [self._entries[row] for row in rows], [len(self._entries[row]) for row in rows]
         if num_known or any(counts):
             changed = changed.float()
         if num_known:
@@ -117,29 +120,20 @@ class LogitRules:
             tokens = to_device(table["id"].astype(np.int64), device)
             changed.index_put_((of, tokens), values.masked_fill(is_free, 0), accumulate=True)
         if rules.masks is not None and rules.mask_of is not None:
-            mask_of = rules.mask_of.numpy()[samples]
-            masked = np.flatnonzero(mask_of >= 0)
-            words = rules.masks.numpy()[mask_of[masked]]
-            apply_bitmask(changed, to_device(masked, device), to_device(words, device))
+            mask_of = rules.mask_of.numpy()[samples, None]
+            words = np.where(mask_of >= 0, rules.masks.numpy()[mask_of[:, 0]], -1)
+            apply_bitmask(changed, to_device(words, device))
         return changed
 
 
 def _together(entries: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """`bounds`, `ids` and `values` of `StepRules`."""
     bounds, table = np.cumsum([0, *map(len, entries)]), np.concatenate(entries)
     ids, values = table["id"].copy(), table["value"].copy()
     return torch.from_numpy(bounds), torch.from_numpy(ids), torch.from_numpy(values)
 
 
-def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
-    """In place: logits[index[i], t] = -inf where bit t % 32 of words[i, t // 32] is not set.
-
-    index: [k] int64, ascending, none twice; words: [k, ceil(vocab / 32)] int32.
-    """
+def apply_bitmask(logits: Tensor, words: Tensor) -> None:
+    """In place: logits[i, t] = -inf where bit t % 32 of words[i, t // 32] is not set. words: int32."""
     shifts = torch.arange(8, device=logits.device, dtype=torch.uint8)
     missing = words.bitwise_not().view(torch.uint8)[:, :, None] >> shifts  # the lowest byte of a word comes first
-    forbidden = missing.bitwise_and_(1).view(torch.bool).flatten(1)[:, : logits.shape[1]]
-    if len(index) == len(logits):
-        logits.masked_fill_(forbidden, float("-inf"))
-    else:
-        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, float("-inf")))
+    logits.masked_fill_(missing.bitwise_and_(1).view(torch.bool).flatten(1)[:, : logits.shape[1]], float("-inf"))

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.attention.base import to_device
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, most_samples
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, check_pages
@@ -69,7 +70,9 @@ class DeviceTables:
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
         num_tokens = max(config.max_prefill_length, 2 * most_samples(num_rows) + 1)
         num_words = most_samples(num_rows) * (NUM_WORDS + 6) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
-        self._drafted = list[Tensor]()
+        self._drafted, self._sent = list[Tensor](), tuple[Tensor, ...]()
+        takes_rules = config.model.vocab_size <= ops.most_ruled
+        self.entries = torch.zeros(1, dtype=torch.int64, device=device) if takes_rules else None
         self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
 
     def tensors(self, index: StepIndex) -> StepTensors:
@@ -98,6 +101,11 @@ class DeviceTables:
         for table, values in zip(self._tables, gained[1:], strict=False):
             self._ops.scatter(table, gained[0], values)
         self.write_drafts()
+        if self.entries is not None and self._sent is not self.host.logit_rules.lists:
+            self._sent = bounds, ids, values = self.host.logit_rules.lists
+            words = torch.cat((bounds.int(), ids, values.view(torch.int32)))
+            self._entries = to_device(words.numpy(), self.entries.device)  # those before are free when steps have run
+            self.entries.fill_(self._entries.data_ptr())
         if plan.expected:  # it waits for the device, now and then
             check_pages(plan, *(table.cpu().numpy() for table in self._tables))
 

@@ -58,6 +58,7 @@ class Tables(Protocol):
     """What the device remembers of running requests, by row."""
 
     host: RowTables
+    entries: Tensor | None  # of `TokenStore`
     token_ids: Tensor  # [num_rows, tokens] int32
     page_table: Tensor  # [num_rows, max_pages] int32
     window_table: Tensor  # the same, for layers whose windows slide
@@ -102,9 +103,12 @@ class StepRunner:
         self.propose: Callable[[StepPlan, Batch, Computed, Tensor], Told] | None = None
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
+        """Its results are on their way to the host, from a GPU to pinned memory."""
         self.tables.host.apply(plan)
         self.kv.states.copy(plan.states)
-        return self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
+        launched = self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
+        told = launched.drafts.to("cpu", non_blocking=True) if isinstance(launched.drafts, Tensor) else launched.drafts
+        return launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=told)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Launch a step that computes something, op by op."""
@@ -159,14 +163,14 @@ class StepRunner:
             ids = torch.empty(len(rows), dtype=torch.int32, device=self.shard.device)
         else:  # it may have had more rows, of nobody
             columns, rows = SamplingColumns(columns.words[: len(ids)]), rows[: len(ids)]
-        store = TokenStore(self.tables.token_ids, rows)
+        store = TokenStore(self.tables.token_ids, rows, self.tables.entries)
         if comm.rank == 0 and rules is None:
             ops.sample(logits, columns, ids, store)
         elif comm.rank == 0 and rules is not None:
             self.tables.host.logit_rules.sample(ops, logits, columns, ids, store, rules, is_captured)
         if comm.size > 1:
             ids = comm.broadcast(ids)
-            ops.store_ids(*store, columns["position"], ids)
+            ops.store_ids(*store[:2], columns["position"], ids)
         return ids
 
     def _finish(
@@ -177,7 +181,8 @@ class StepRunner:
         first in `index`; source: logits, and the step's numbers, asked for only where that is not all."""
         num = len(index.sample_rows) if ids is None else len(ids)
         rows, host = index.sample_rows[:num], self.tables.host
-        rules = host.logit_rules.step(rows, index.sample_positions[:num], plan.masked, masks)
+        asks = plan.masked or self.tables.entries is None  # else what there is to do is done where tokens are sampled
+        rules = host.logit_rules.step(rows, index.sample_positions[:num], plan.masked, masks) if asks else None
         if ids is None or rules is not None:
             ids = self._sample(*source(), rules, ids)
         wanted = host.logprob_rules.sampled(rows)

@@ -154,15 +154,9 @@ class CpuOps(TorchOps):
         handle: int = self.module.create_linear(data, scale, num_out, num_in, is_pair)
         return PanelMatrix(self, (num_out, num_in), [data] if scale is None else [data, scale], handle, activation)
 
-    def sample_by_rules(self, *tensors: Tensor | None) -> bool:
-        self.module.sample(self.workers, *tensors)
+    def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:
+        getattr(self.module, name)(self.workers, logits, *others)
         return True
-
-    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-        top = torch.empty(len(rows), min(num_top, logits.shape[1]))
-        found = torch.empty(len(rows)), torch.empty(top.shape, dtype=torch.int32), top
-        self.module.log_probabilities(self.workers, logits, rows, targets, *found)
-        return found
 
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         self.module.rope_store(self.workers, qkv, norm, eps, rope.cos, rope.sin, cache.slots, cache.k, cache.v)

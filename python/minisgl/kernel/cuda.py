@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-KERNELS = ("elementwise", "sampling", "step")
+KERNELS = ("elementwise", "sampling", "logprobs", "step")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
@@ -98,7 +98,9 @@ class CudaOps(delta.DeltaOps, TritonOps):
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend)
         self._arch, self.captures_chunks = arch, True
-        self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
+        self._elementwise, self._sampling, self._logprobs, self._step = (load_kernel(name, arch) for name in KERNELS)
+        self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
+        self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         return CudaMatrix(self, weight, activation, self._elementwise.embedding)
@@ -152,8 +154,13 @@ class CudaOps(delta.DeltaOps, TritonOps):
         """Masses are rounded to 2^-44 of the largest."""
         if logits.dtype not in DTYPES or logits.stride(-1) != 1 or logits.shape[-1] > MAX_VOCAB:
             return super().sample(logits, columns, out, store)
-        self._sampling.sample(logits, columns.words, out, *(store or (None, None)))
+        self._sampling.sample(logits, columns.words, out, *(store or (None,) * 5))
         return out
+
+    def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:
+        if fits := name == "log_probabilities" and logits.dtype in DTYPES and logits.stride(-1) == 1:
+            self._logprobs.log_probabilities(logits, *others)
+        return fits
 
     def step_inputs(
         self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_tables: Sequence[Tensor], page_size: int,
@@ -170,13 +177,6 @@ class CudaOps(delta.DeltaOps, TritonOps):
             self._step.prepare(rows, positions, *tables, ids, slots[last], cos, sin)
             ropes.append(RopeAngles(cos, sin))
         return ids, slots, ropes
-
-    def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
-        """index: int32 or int64; negative indices are skipped."""
-        self._step.scatter(table, index, values)
-
-    def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
-        self._step.store_ids(token_ids, rows, positions, ids)
 
 
 def create_cuda_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) -> TorchOps:

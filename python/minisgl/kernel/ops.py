@@ -241,6 +241,8 @@ class LayerOps(StateOps):
 class StepOps:
     """What a step does beside its layers, with tables that lie on the device."""
 
+    most_ruled = 0  # tokens of the largest vocabulary whose logits `sample` changes by `TokenStore.entries` and `masks`
+
     def step_inputs(
         self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_tables: Tensors, page_size: int, angles: Tensors
     ) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
@@ -262,20 +264,24 @@ class StepOps:
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
         """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens; -1 where a row's
         largest logit is not finite."""
-        if not self.sample_by_rules(logits, columns.words, out, *(store or (None,) * 2), *(None,) * 5):
+        if not self.by_kernel("sample", logits, columns.words, out, *(store or (None,) * 2)[:2], *(None,) * 5):
             sample_reference(logits, columns, out)
             if store is not None:
                 self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
 
-    def sample_by_rules(self, *tensors: Tensor | None) -> bool:  # noqa: ARG002
-        """`sample` of logits that penalties and rules change first, if a kernel does it all at once: whether one does.
-        tensors: logits, records, ids, tokens and rows (`TokenStore`), and those of `engine.rules.StepRules`."""
+    def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:  # noqa: ARG002
+        """Whether a kernel has done it all at once. "sample": records, ids, tokens, rows, and what changes logits first
+        (`engine.rules.StepRules`); "log_probabilities": what `logprobs` takes and gives."""
         return False
 
     def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
         """logits: [m, vocab]; rows: [n] int64 of them; targets: [n] int32, negative ones count as 0 → log-probabilities
         of targets [n], and the largest of each row: ids [n, num_top] int32 and values [n, num_top] float32."""
+        top = torch.empty(len(rows), min(num_top, logits.shape[1]), dtype=torch.float32, device=rows.device)
+        found = top.new_empty(len(rows)), torch.empty_like(top, dtype=torch.int32), top
+        if self.by_kernel("log_probabilities", logits, rows, targets, *found):
+            return found
         logits = logits.index_select(0, rows).float()
         total = logits.logsumexp(-1, keepdim=True)
         top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)

@@ -70,9 +70,6 @@ class SamplingColumns:
     def of(num: int, device: str = "cpu", /, **values: npt.ArrayLike) -> "SamplingColumns":
         return SamplingColumns(torch.from_numpy(records(num, **values)).to(device))
 
-    def __len__(self) -> int:
-        return len(self.words)
-
     def __getitem__(self, name: str) -> Tensor:
         """[n]: a column, as a view of the records."""
         dtype, index = _PLACES[name]
@@ -83,10 +80,14 @@ class SamplingColumns:
 
 
 class TokenStore(NamedTuple):
-    """Where sampled ids become input of later steps: token_ids[rows[i], position of i]."""
+    """Where sampled ids become input of later steps: token_ids[rows[i], position of i]. And rules that a GPU knows, as
+    in `engine.rules.StepRules`: with masks only rows that have one are sampled, and nothing is stored."""
 
     token_ids: Tensor  # [num_rows, max_len] int32
     rows: Tensor  # [n] int32; int64 on a CPU
+    entries: Tensor | None = None  # [1] int64: the address of `bounds`, `ids` and `values`, in int32 words
+    masks: Tensor | None = None
+    mask_of: Tensor | None = None
 
 
 def sample_reference(logits: Tensor, columns: SamplingColumns, out: Tensor) -> Tensor:
@@ -141,16 +142,13 @@ def filter_weights(logits: Tensor, weights: Tensor, columns: SamplingColumns) ->
 
 
 def penalize(logits: Tensor, columns: SamplingColumns, history: Tensor) -> None:
-    """In place, at the tokens that are there: of a large vocabulary all others are not even looked at. A token that is
-    there twice gets the same value twice. history: [m, longest] int64, what is known of each row and what is not."""
+    """In place. history: [m, longest] int64, what is known of each row and what is not."""
     names = "repetition_penalty", "frequency_penalty", "presence_penalty", "prompt_len", "position"
     repetition, frequency, presence, start, end = (columns[name][:, None] for name in names)
     place = torch.arange(history.shape[1], device=logits.device)
-    known, scores, table = place < end, logits.gather(1, history), torch.empty_like(logits)
-
-    def counts(weights: Tensor) -> Tensor:
-        return table.scatter_(1, history, 0.0).scatter_add_(1, history, weights.float()).gather(1, history)
-
-    scaled = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores, of_output = scaled.where(counts(known) > 0, scores), counts(known & (place >= start))
-    logits.scatter_(1, history, scores - frequency * of_output - presence * (of_output > 0))
+    known, of_output = (
+        torch.zeros_like(logits).scatter_add_(1, history, (where & (place < end)).float())
+        for where in (place >= 0, place >= start)
+    )
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits.copy_(scaled.where(known > 0, logits) - frequency * of_output - presence * (of_output > 0))

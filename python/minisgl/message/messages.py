@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
-import numpy as np
 
 from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
 
@@ -180,20 +179,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:
     """One record of all parts, one after the other."""
-    chosen, top_ids, top = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    chosen, top = (np.where(values > LEAST, values, LEAST).astype("<f4") for values in (chosen, top))
-    return PackedLogprobs(chosen.tobytes(), top_ids.astype("<i4").tobytes(), top.tobytes())
+    kinds = zip(("<f4", "<i4", "<f4"), zip(*parts, strict=True), strict=True)
+    return PackedLogprobs(*(b"".join(a.astype(kind, copy=False).tobytes() for a in arrays) for kind, arrays in kinds))
 
 
 def unpack_logprobs(packed: PackedLogprobs) -> list[tuple[float, list[tuple[int, float]]]]:
-    """For each token its log-probability, and (id, log-probability) of the most probable ones."""
-    chosen = np.frombuffer(packed.chosen, "<f4")
-    top_ids = np.frombuffer(packed.top_ids, "<i4").reshape(len(chosen), -1)
-    top = np.frombuffer(packed.top, "<f4").reshape(len(chosen), -1)
-    return [
-        (logprob, list(zip(ids, values, strict=True)))
-        for logprob, ids, values in zip(chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True)
-    ]
+    """For each token its log-probability, and (id, log-probability) of the most probable ones. Not below `LEAST`."""
+    chosen, top = ([x if x > LEAST else LEAST for x in array("f", data)] for data in (packed.chosen, packed.top))
+    pairs, num_top = list(zip(array("i", packed.top_ids), top, strict=True)), len(top) // max(1, len(chosen))
+    return [(one, pairs[i * num_top : (i + 1) * num_top]) for i, one in enumerate(chosen)]
 
 
 class UserReply(Message, frozen=True):

@@ -32,7 +32,7 @@ _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, beyond so many seconds, what masks may take. On a CPU nothing else of
 # the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
-CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
+CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002, 2.0)
 # Masks that take so few seconds may take more of it: a row that sits out has been computed in vain, for more than that.
 CHEAP_SECONDS, CHEAP_SHARE = 0.0001, 0.4
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
@@ -71,7 +71,7 @@ class Grammars:
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
-        self._share, self._unshared = _GPU_SHARE if is_gpu else CPU_SHARE
+        self._share, self._unshared, self._cheap_share = _GPU_SHARE if is_gpu else (*CPU_SHARE, CHEAP_SHARE)
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
         self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
         self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
@@ -186,7 +186,7 @@ class Grammars:
 
     def _most(self, output: Matching) -> float:
         """Seconds that the masks of a step may take, to the end of this one's."""
-        return max(self._budget, CHEAP_SHARE * self._interval * (output.cost <= CHEAP_SECONDS))
+        return max(self._budget, self._cheap_share * self._interval * (output.cost <= CHEAP_SECONDS))
 
     def close(self) -> None:
         for threads in self._threads:

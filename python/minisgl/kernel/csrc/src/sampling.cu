@@ -12,312 +12,13 @@
 //
 // From sm_90 a cluster of 8 blocks holds one row in shared memory, an eighth each; otherwise, and for rows too long for
 // that, one block reads its row again and again, through the caches.
-#include <minisgl/sampling_row.cuh>
+#include <minisgl/sampling_rules.cuh>
 
 #include <algorithm>
 
 namespace minisgl {
 
 namespace {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kMassScale = 17592186044416.0f;  // 2^44; the sum over 2^19 tokens fits into 64 bits
-constexpr int64_t kMaxVocab = int64_t(1) << 19;
-constexpr float kNegligible = 32.0f;  // nats below the largest: beyond the fixed point
-
-// Tokens that the filters keep: keys above `key`, the first `ties` (in index order) of those that equal it; and of all
-// these the ones that weigh at least `min_weight`.
-struct Cut {
-  uint32_t key = 0;  // below every key
-  uint32_t ties = 0;
-  float min_weight = 0.0f;
-};
-
-// The same for one warp, in terms of logits: those from `from` on, and those that equal `tied` up to an index.
-struct WarpCut {
-  float from, tied, min_weight;
-  int last_tied;
-};
-
-template <typename T, int kRanks, int kThreads, bool kStaged>
-struct Sampler {
-  using L = Logit<T>;
-  using Tokens = Slice<T, kThreads, kStaged>;
-  using Words = typename Tokens::Words;
-  using RowTeam = Team<kRanks, kThreads>;
-  static constexpr int kLen = Tokens::kLen;
-  static constexpr bool kCounted = sizeof(T) == 2;
-  Tokens tokens;
-  RowTeam team;
-  uint32_t best;      // largest key of the row
-  float best_logit, temperature;
-  float rate;         // log2(weight) per unit of logit
-
-  // Unnormalised: the largest weighs 1.
-  __device__ __forceinline__ float weight(float logit) const { return exp2f((logit - best_logit) * rate); }
-
-  static __device__ __forceinline__ uint64_t mass(float weight) { return __float2ull_rz(weight * kMassScale); }
-  __device__ __forceinline__ uint64_t mass_of(uint32_t key) const { return mass(weight(decode<T>(key))); }
-
-  static __device__ __forceinline__ uint32_t key(const Words& words, int j) {
-    return L::to_keys(words.data[j / Tokens::kPerWord]) >> (j % Tokens::kPerWord * 16) & L::kMask;
-  }
-
-  // How far the smallest prefix reaches whose mass before its last token is below top_p of all: the first always.
-  static __device__ __forceinline__ uint64_t needed(float top_p, uint64_t all) {
-    const uint64_t need = __double2ull_ru(static_cast<double>(top_p) * static_cast<double>(all));
-    return min(max(need, uint64_t(1)), all);
-  }
-
-  // Count this block's tokens by key. Returns the mass of this thread's tokens beyond the bins, where it is wanted.
-  __device__ uint64_t count_keys(bool weigh_rest) {
-    uint64_t rest = 0;
-    tokens.visit([&](int, const Words& words) {
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) {
-        const uint32_t bin = best - key(words, j);
-        if (bin < RowTeam::kBins) atomicAdd(&team.shared.bins[bin], 1u);
-        else if (weigh_rest) rest += mass(weight(L::value(Tokens::raw(words, j))));
-      }
-    });
-    return rest;
-  }
-
-  // Find the cut among the counted keys; false where it lies below them. Bins are zero before.
-  __device__ bool find_counted(uint32_t top_k, float top_p, Cut& cut) {
-    const uint64_t rest = count_keys(top_k == 0);
-    team.sync(true);
-    const uint32_t count = team.own_bin();
-    const uint32_t own_key = best - (team.rank * (RowTeam::kBins / kRanks) + threadIdx.x);
-    uint64_t total;
-    uint32_t kept = count, ties = 0;  // ties: in the thread of the last token that is kept
-    if (top_k > 0) {
-      const uint64_t before = team.exclusive_sum(count, total);
-      if (total < top_k) return false;
-      kept = before < top_k ? min(count, static_cast<uint32_t>(top_k - before)) : 0;
-      if (kept > 0 && before + kept == top_k) ties = kept;
-    }
-    if (top_p < 1.0f) {
-      const uint64_t each = kept > 0 ? mass_of(own_key) : 0, own = kept * each;
-      const uint64_t before = team.exclusive_sum(own, total);
-      if (top_k == 0) total += team.template reduce<Sum>(rest);
-      const uint64_t need = needed(top_p, total);
-      ties = before < need && need <= before + own ? static_cast<uint32_t>((need - before + each - 1) / each) : 0;
-    }
-    // Where all of a key are kept they need not be told apart.
-    uint64_t found = ties == 0 ? 0 : ties < count ? uint64_t(own_key) << 32 | ties : uint64_t(own_key - 1) << 32;
-    found = team.template reduce<Max>(found);
-    cut.key = static_cast<uint32_t>(found >> 32);
-    cut.ties = static_cast<uint32_t>(found);
-    return found != 0;
-  }
-
-  // Number (or mass) of the row's tokens with low <= key < high.
-  template <bool kMass>
-  __device__ uint64_t measure(uint32_t low, uint32_t high) {
-    const uint32_t width = high - low;
-    uint64_t total = 0;
-    tokens.visit([&](int, const Words& words) {
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) {
-        if (key(words, j) - low >= width) continue;
-        if constexpr (kMass) total += mass(weight(L::value(Tokens::raw(words, j))));
-        else ++total;
-      }
-    });
-    return team.template reduce<Sum>(total);
-  }
-
-  // The largest key such that the tokens from it on measure at least `need` > 0; `above`: what those beyond it measure.
-  // 0 where even all tokens that weigh something do not reach it.
-  template <bool kMass>
-  __device__ uint32_t search(uint64_t need, uint64_t& above) {
-    uint32_t low = 0, high = best + 1;  // the key is in [low, high)
-    above = 0;                          // from `high` on
-    for (float distance = 1.0f; low == 0; distance *= 2.0f) {
-      if (distance > kNegligible) return 0;
-      const uint32_t middle = key_of<T>(best_logit - distance * temperature);
-      if (middle >= high) continue;
-      const uint64_t part = measure<kMass>(middle, high);
-      if (above + part >= need) {
-        low = middle;
-      } else {
-        high = middle;
-        above += part;
-      }
-    }
-    while (high - low > 1) {
-      const uint32_t middle = low + (high - low) / 2;
-      const uint64_t part = measure<kMass>(middle, high);
-      if (above + part >= need) {
-        low = middle;
-        if (!kMass && above + part == need) {  // all from here on: no need to look inside
-          above = need;
-          return low - 1;
-        }
-      } else {
-        high = middle;
-        above += part;
-      }
-    }
-    return low;
-  }
-
-  __device__ void find_searched(uint32_t top_k, float top_p, Cut& cut) {
-    uint64_t above;
-    cut.key = cut.ties = 0;
-    if (top_k > 0) {
-      cut.key = search<false>(top_k, above);
-      if (cut.key > 0) cut.ties = static_cast<uint32_t>(top_k - above);
-    }
-    if (top_p >= 1.0f) return;
-    uint64_t left = measure<true>(cut.key + 1, best + 1);  // what top-k left
-    if (cut.ties > 0) left += cut.ties * mass_of(cut.key);
-    const uint64_t need = needed(top_p, left);
-    cut.key = search<true>(need, above);
-    const uint64_t each = mass_of(cut.key);
-    cut.ties = static_cast<uint32_t>((need - above + each - 1) / max(each, uint64_t(1)));
-  }
-
-  __device__ Cut filter(uint32_t top_k, float top_p, float min_p) {
-    Cut cut;
-    cut.min_weight = fminf(min_p, 1.0f);
-    if (top_k == 0 && top_p >= 1.0f) return cut;
-    if constexpr (kCounted) {
-      if (find_counted(top_k, top_p, cut)) return cut;
-    }
-    find_searched(top_k, top_p, cut);
-    return cut;
-  }
-
-  // A sum over the threads of this warp and of those before it.
-  __device__ __forceinline__ uint64_t warp_sums(uint64_t own, uint64_t& before, uint64_t& total) {
-    const uint64_t mine = team.exclusive_sum(own, total);
-    before = __shfl_sync(0xffffffffu, mine, 0);
-    return __shfl_sync(0xffffffffu, mine + own, 31) - before;
-  }
-
-  // Which of the tokens with the threshold's key this warp keeps: those up to an index.
-  __device__ WarpCut for_warp(const Cut& cut) {
-    constexpr int kAll = 0x7fffffff;
-    const float infinity = __uint_as_float(0x7f800000u);
-    WarpCut result{-infinity, -infinity, cut.min_weight, -1};
-    if (cut.key > kNegInf<T>) result.from = decode<T>(cut.key + 1), result.tied = decode<T>(cut.key);
-    if (cut.ties == 0) return result;
-    const uint32_t tied = to_raw<T>(cut.key);
-    const auto count = [&](const Words& words) {
-      uint32_t own = 0;
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) own += Tokens::raw(words, j) == tied;
-      return own;
-    };
-    uint64_t own = 0, before, total;
-    tokens.visit([&](int, const Words& words) { own += count(words); });
-    const uint64_t in_warp = warp_sums(own, before, total);
-    if (before >= cut.ties) return result;
-    uint64_t left = cut.ties - before;
-    result.last_tied = kAll;
-    if (left >= in_warp) return result;
-    tokens.visit([&](int position, const Words& words) {  // this warp holds the border
-      const uint64_t here = count(words), up_to = RowTeam::inclusive_warp_sum(here, threadIdx.x % 32);
-      int last = kAll;
-      if (up_to - here < left && left <= up_to) {
-        uint64_t number = up_to - here;
-#pragma unroll
-        for (int j = 0; j < kLen; ++j) {
-          if (Tokens::raw(words, j) == tied && ++number == left) last = tokens.index(position + j);
-        }
-      }
-      const uint64_t in_row = __shfl_sync(0xffffffffu, up_to, 31);
-      if (left > 0) result.last_tied = __reduce_min_sync(0xffffffffu, last);
-      left = in_row < left ? left - in_row : 0;
-    });
-    return result;
-  }
-
-  // Running sums of the kept weights of one vector.
-  template <bool kFiltered>
-  __device__ __forceinline__ void running_sums(const Words& words, const WarpCut& cut, int position,
-                                               float (&sums)[kLen]) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kLen; ++j) {
-      const float logit = L::value(Tokens::raw(words, j));
-      const float w = weight(logit);
-      if constexpr (kFiltered) {
-        const bool is_tied = __float_as_uint(logit) == __float_as_uint(cut.tied);  // there is no -0
-        const bool keep = at_least(logit, cut.from) || (is_tied && tokens.index(position + j) <= cut.last_tied);
-        if (keep && w >= cut.min_weight) sum += w;
-      } else {
-        sum += w;
-      }
-      sums[j] = sum;
-    }
-  }
-
-  template <bool kFiltered>
-  __device__ __forceinline__ uint64_t own_mass(const WarpCut& cut) const {
-    uint64_t own = 0;
-    tokens.visit([&](int position, const Words& words) {
-      if constexpr (kFiltered) {
-        uint32_t largest = words.data[0];
-        Tokens::take(words, largest);
-        float top = L::value(largest & L::kMask);
-        if constexpr (kCounted) top = fmaxf(top, L::value(largest >> 16));
-        if (top < cut.tied) return;  // subnormal numbers count as zero here, and then stay
-      }
-      float sums[kLen];
-      running_sums<kFiltered>(words, cut, position, sums);
-      own += mass(sums[kLen - 1]);
-    });
-    return own;
-  }
-
-  // Invert the CDF over the kept tokens in index order. Returns the token in the one thread that holds it, else -1.
-  template <bool kFiltered>
-  __device__ int pick(const WarpCut& cut, uint64_t number) {
-    uint64_t before, total;
-    const uint64_t in_warp = warp_sums(own_mass<kFiltered>(cut), before, total);
-    const uint64_t target = __umul64hi(number, total);  // floor(uniform * total)
-    if (target < before || target >= before + in_warp) return -1;
-    int found = -1;
-    tokens.visit([&](int position, const Words& words) {
-      float sums[kLen];
-      running_sums<kFiltered>(words, cut, position, sums);
-      const uint64_t own = mass(sums[kLen - 1]);
-      const uint64_t up_to = before + RowTeam::inclusive_warp_sum(own, threadIdx.x % 32);
-      if (up_to - own <= target && target < up_to) {
-#pragma unroll
-        for (int j = kLen - 1; j >= 0; --j) {
-          if (up_to - own + mass(sums[j]) > target) found = tokens.index(position + j);
-        }
-      }
-      before = __shfl_sync(0xffffffffu, up_to, 31);
-    });
-    return found;
-  }
-
-  // The lowest index with the largest key among this warp's tokens.
-  __device__ int arg_max() const {
-    const uint32_t wanted = to_raw<T>(best);
-    int own = 0x7fffffff;
-    tokens.visit([&](int position, const Words& words) {
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) {
-        if (Tokens::raw(words, j) == wanted) own = min(own, tokens.index(position + j));
-      }
-    });
-    return __reduce_min_sync(0xffffffffu, own);
-  }
-};
-
-// splitmix64 (Steele et al., OOPSLA 2014), as in kernel/sampling.py.
-__device__ __forceinline__ uint64_t splitmix(uint64_t x) {
-  x += 0x9E3779B97F4A7C15ull;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  return x ^ (x >> 31);
-}
 
 __device__ __forceinline__ void write_token(const SampleArgs& args, int row, int token) {
   args.out[row] = token;
@@ -328,22 +29,11 @@ __device__ __forceinline__ void write_token(const SampleArgs& args, int row, int
   args.token_ids[args.rows[row] * args.max_len + position] = max(token, 0);
 }
 
-template <typename T, int kRanks, int kThreads, bool kStaged>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_kernel(const SampleArgs args) {
-  using Row = Sampler<T, kRanks, kThreads, kStaged>;
-  using RowTeam = typename Row::RowTeam;
-  extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ typename RowTeam::Shared shared;
-  const int row = blockIdx.x / kRanks, rank = blockIdx.x % kRanks;
-  if constexpr (kRanks > 1) cluster_arrive(false);
-  pdl_trigger();
-  for (int i = threadIdx.x; i < RowTeam::kBins; i += kThreads) shared.bins[i] = 0;
-  pdl_wait();
-  Row sampler{{args, row, rank, memory}, {shared, static_cast<unsigned>(rank)}};
-  const uint32_t own_best = sampler.tokens.stage();
-  if constexpr (kRanks > 1) cluster_wait();  // no block writes to another that has not started
+// What all do once the row is staged: own_best is this thread's largest key.
+template <typename T, typename Row>
+__device__ void sample_row(Row& sampler, uint32_t own_best, const SampleArgs& args, int row, int rank, int num_warps) {
   // The largest key, and of the warps that have it the first.
-  const uint32_t warp = rank * (kThreads / 32) + threadIdx.x / 32;
+  const uint32_t warp = rank * num_warps + threadIdx.x / 32;
   const uint64_t first_best = sampler.team.template reduce<Max>(uint64_t(own_best) << 32 | (0xffffu - warp));
   sampler.best = static_cast<uint32_t>(first_best >> 32);
   if (sampler.best == kNegInf<T> || sampler.best >= Logit<T>::kPosInf) {
@@ -373,8 +63,64 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_kernel(const
   if (token >= 0) write_token(args, row, token);
 }
 
+// rules.entries: null where no row has rules; those that have some were sampled by `sample_changed_kernel`.
 template <typename T, int kRanks, int kThreads, bool kStaged>
-void launch_sample(SampleArgs args, int64_t num_rows, cudaStream_t stream) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+sample_kernel(const SampleArgs args, const RuleArgs rules) {
+  using Row = Sampler<T, kRanks, kThreads, kStaged>;
+  using RowTeam = typename Row::RowTeam;
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ typename RowTeam::Shared shared;
+  const int row = blockIdx.x / kRanks, rank = blockIdx.x % kRanks;
+  if constexpr (kRanks > 1) cluster_arrive(false);
+  pdl_trigger();
+  for (int i = threadIdx.x; i < RowTeam::kBins; i += kThreads) shared.bins[i] = 0;
+  pdl_wait();
+  if (rules.entries != nullptr && is_ruled(args, rules, row)) {
+    if constexpr (kRanks > 1) cluster_wait();
+    if (rank == 0 && threadIdx.x == 0) write_token(args, row, args.out[row]);
+    return;
+  }
+  Row sampler{{args, row, rank, memory}, {shared, static_cast<unsigned>(rank)}};
+  const uint32_t own_best = sampler.tokens.stage();
+  if constexpr (kRanks > 1) cluster_wait();  // no block writes to another that has not started
+  sample_row<T>(sampler, own_best, args, row, rank, kThreads / 32);
+}
+
+// Samples the rows that have rules now; with masks those that have one. S: the logits' type.
+template <typename S, int kRanks, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+sample_changed_kernel(const SampleArgs args, const RuleArgs rules) {
+  using Row = Sampler<float, kRanks, kThreads, true>;
+  using RowTeam = typename Row::RowTeam;
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ typename RowTeam::Shared shared;
+  const int row = blockIdx.x / kRanks, rank = blockIdx.x % kRanks;
+  pdl_trigger();
+  pdl_wait();
+  const int mask = rules.mask_of == nullptr ? kNoMask : rules.mask_of[row];
+  if (rules.mask_of == nullptr ? !is_ruled(args, rules, row) : mask < 0) return;
+  cluster_arrive(false);
+  const SamplingParams& params = args.params[row];
+  Row sampler{{args, rank, memory}, {shared, static_cast<unsigned>(rank)}};
+  const auto& tokens = sampler.tokens;
+  auto* counts = reinterpret_cast<uint32_t*>(tokens.staged + args.vecs * kThreads);
+  const ChangedSlice<S, kThreads> slice{tokens, reinterpret_cast<float*>(tokens.staged), counts, tokens.end};
+  const int32_t* words = mask < 0 ? nullptr : rules.masks + int64_t(mask) * rules.words;
+  slice.load(static_cast<const S*>(args.logits) + row * args.stride, words);
+  __syncthreads();
+  if (has_penalties(params)) {
+    slice.penalize(params, rules.token_ids + args.rows[row] * args.max_len, args.max_len);
+  }
+  slice.add(params, Entries(args, rules, row));
+  __syncthreads();
+  const uint32_t own_best = slice.finish();
+  cluster_wait();  // no block writes to another that has not started
+  sample_row<float>(sampler, own_best, args, row, rank, kThreads / 32);
+}
+
+template <typename T, int kRanks, int kThreads, bool kStaged>
+void launch_sample(SampleArgs args, const RuleArgs& rules, int64_t num_rows, cudaStream_t stream) {
   constexpr int kLen = 16 / sizeof(T);
   args.slice = (args.vocab + kRanks * kLen - 1) / (kRanks * kLen) * kLen;
   args.vecs = (args.slice / kLen + 1 + kThreads - 1) / kThreads;  // one more vector where the row is not aligned
@@ -385,25 +131,55 @@ void launch_sample(SampleArgs args, int64_t num_rows, cudaStream_t stream) {
     config.smem = size_t(args.vecs) * kThreads * 16;
     MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem)));
   }
-  launch(config, stream, kernel, args);
+  launch(config, stream, kernel, args, rules);
+}
+
+constexpr int kClusterRanks = 8, kChangedThreads = 512;  // of a row
+
+// Bytes of shared memory that a block takes for its part of a row, at most, and what else it has there.
+template <typename T>
+int64_t staged_bytes(int64_t vocab) {
+  return vocab / kClusterRanks * int64_t(sizeof(T)) + (1024 + 2) * 16 + 10240;
+}
+
+int shared_limit(int device) {
+  int limit = 0;
+  MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return limit;
 }
 
 template <typename T>
-void choose_sample(const SampleArgs& args, int64_t num_rows, int device, cudaStream_t stream) {
+void choose_sample(const SampleArgs& args, const RuleArgs& rules, int64_t num_rows, int device, cudaStream_t stream) {
 #ifdef MINISGL_PDL  // set from sm_90 on, which has clusters too
-  int limit = 0, num_sms = 0;
-  MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int num_sms = 0;
   MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
   // Always 8 blocks, in which sums of vectors are the same, with as many threads as lets all blocks run at once.
-  constexpr int kRanks = 8;
-  const int64_t bytes = args.vocab / kRanks * int64_t(sizeof(T)) + (1024 + 2) * 16;  // and rounding, at most
-  if (bytes + 10240 <= limit) {
-    if (num_rows * kRanks <= num_sms) return launch_sample<T, kRanks, 1024, true>(args, num_rows, stream);
-    if (num_rows * kRanks <= 2 * num_sms) return launch_sample<T, kRanks, 512, true>(args, num_rows, stream);
-    return launch_sample<T, kRanks, 256, true>(args, num_rows, stream);
+  constexpr int kRanks = kClusterRanks;
+  if (staged_bytes<T>(args.vocab) <= shared_limit(device)) {
+    if (num_rows * kRanks <= num_sms) return launch_sample<T, kRanks, 1024, true>(args, rules, num_rows, stream);
+    if (num_rows * kRanks <= 2 * num_sms) return launch_sample<T, kRanks, 512, true>(args, rules, num_rows, stream);
+    return launch_sample<T, kRanks, 256, true>(args, rules, num_rows, stream);
   }
 #endif
-  launch_sample<T, 1, 1024, false>(args, num_rows, stream);
+  launch_sample<T, 1, 1024, false>(args, rules, num_rows, stream);
+}
+
+template <typename S>
+void launch_changed(SampleArgs args, const RuleArgs& rules, int64_t num_rows, cudaStream_t stream) {
+#ifdef MINISGL_PDL
+  constexpr int kRanks = kClusterRanks, kThreads = kChangedThreads, kLen = 4;
+  args.token_ids = nullptr;  // ids are stored when all rows have been looked at: histories hold drafts
+  args.slice = (args.vocab + kRanks * kLen - 1) / (kRanks * kLen) * kLen;
+  args.vecs = (args.slice / kLen + kThreads - 1) / kThreads;
+  LaunchConfig config{dim3(num_rows * kRanks), dim3(kThreads)};
+  config.cluster = kRanks;
+  config.smem = size_t(args.vecs) * kThreads * 16 + kNumCounts * sizeof(uint32_t);
+  const auto kernel = sample_changed_kernel<S, kRanks, kThreads>;
+  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem)));
+  launch(config, stream, kernel, args, rules);
+#else
+  TVM_FFI_THROW(RuntimeError) << "rules need clusters";
+#endif
 }
 
 template <typename T>
@@ -412,40 +188,87 @@ const T* column(const TensorView& t, bool is_right_type, int64_t size) {
   return static_cast<const T*>(t.data_ptr());
 }
 
+using MaybeView = tvm::ffi::Optional<TensorView>;
+
+struct Arguments {
+  SampleArgs sample{};
+  RuleArgs rules{};
+  int64_t num_rows;
+
+  Arguments(const TensorView& logits, const TensorView& params, const TensorView& out) : num_rows(logits.size(0)) {
+    const int64_t vocab = logits.size(1);
+    MINISGL_CHECK(vocab > 0 && vocab <= kMaxVocab && (logits.stride(1) == 1 || vocab == 1));
+    MINISGL_CHECK(reinterpret_cast<uintptr_t>(params.data_ptr()) % alignof(SamplingParams) == 0);
+    const int64_t words = num_rows * int64_t(sizeof(SamplingParams) / 4);
+    sample.logits = logits.data_ptr();
+    sample.params = reinterpret_cast<const SamplingParams*>(column<int32_t>(params, is_int32(params), words));
+    sample.out = const_cast<int32_t*>(column<int32_t>(out, is_int32(out), num_rows));
+    sample.stride = logits.stride(0);
+    sample.vocab = static_cast<int>(vocab);
+  }
+
+  void set_store(const TensorView& token_ids, const TensorView& rows) {
+    MINISGL_CHECK(token_ids.ndim() == 2);
+    rules.token_ids = column<int32_t>(token_ids, is_int32(token_ids), token_ids.numel());
+    rules.num_rows = token_ids.size(0);
+    sample.token_ids = const_cast<int32_t*>(rules.token_ids);
+    sample.max_len = token_ids.size(1);
+    sample.rows = column<int32_t>(rows, is_int32(rows), num_rows);
+  }
+
+  void set_rules(const TensorView& entries, const MaybeView& masks, const MaybeView& mask_of) {
+    MINISGL_CHECK(sample.rows != nullptr && masks.has_value() == mask_of.has_value());
+    rules.entries = column<int64_t>(entries, is_int64(entries), 1);
+    if (!masks.has_value()) return;
+    rules.words = (sample.vocab + 31) / 32;
+    const int64_t num_masks = masks.value().size(0);
+    rules.masks = column<int32_t>(masks.value(), is_int32(masks.value()), num_masks * rules.words);
+    rules.mask_of = column<int32_t>(mask_of.value(), is_int32(mask_of.value()), num_rows);
+  }
+};
+
+// f(a value of the logits' type)
+template <typename F>
+void for_type_of(const TensorView& logits, F&& f) {
+  if (is_bf16(logits)) f(__nv_bfloat16{});
+  else if (is_fp16(logits)) f(__half{});
+  else if (is_fp32(logits)) f(float{});
+  else TVM_FFI_THROW(TypeError) << "sample: expected logits in bfloat16, float16 or float32";
+}
+
 }  // namespace
 
 // logits: [b, vocab] bf16, fp16 or fp32, any row stride; params: [b, words] int32, records; out: [b] int32, -1 where the
 // largest logit is not finite. With token_ids [num_rows, max_len] int32 and rows [b] int32, the token also goes to
-// token_ids[rows[i], position[i]].
-void sample(TensorView logits, TensorView params, TensorView out, tvm::ffi::Optional<TensorView> token_ids,
-            tvm::ffi::Optional<TensorView> rows) {
-  MINISGL_CHECK(logits.ndim() == 2);
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  if (num_rows == 0) return;
-  MINISGL_CHECK(vocab > 0 && vocab <= kMaxVocab && (logits.stride(1) == 1 || vocab == 1));
-  MINISGL_CHECK(reinterpret_cast<uintptr_t>(params.data_ptr()) % alignof(SamplingParams) == 0);
-  SampleArgs args{};
-  args.logits = logits.data_ptr();
-  const int64_t words = num_rows * int64_t(sizeof(SamplingParams) / 4);
-  args.params = reinterpret_cast<const SamplingParams*>(column<int32_t>(params, is_int32(params), words));
-  args.out = const_cast<int32_t*>(column<int32_t>(out, is_int32(out), num_rows));
-  if (token_ids.has_value()) {
-    const TensorView table = token_ids.value();
-    MINISGL_CHECK(rows.has_value() && table.ndim() == 2);
-    args.token_ids = const_cast<int32_t*>(column<int32_t>(table, is_int32(table), table.numel()));
-    args.max_len = table.size(1);
-    args.rows = column<int32_t>(rows.value(), is_int32(rows.value()), num_rows);
-  }
-  args.stride = logits.stride(0);
-  args.vocab = static_cast<int>(vocab);
+// token_ids[rows[i], position[i]]. With entries [1] int64 (see `RuleArgs`), for up to `most_ruled` tokens, logits are
+// changed by penalties and entries before. With masks [k, ceil(vocab / 32)] int32 and mask_of [b] int32, which of them a
+// row has, negative for none, only the rows with a mask are sampled so, and nothing is stored.
+void sample(TensorView logits, TensorView params, TensorView out, MaybeView token_ids, MaybeView rows,
+            MaybeView entries, MaybeView masks, MaybeView mask_of) {
+  MINISGL_CHECK(logits.ndim() == 2 && token_ids.has_value() == rows.has_value());
+  if (logits.size(0) == 0) return;
+  Arguments args(logits, params, out);
+  if (token_ids.has_value()) args.set_store(token_ids.value(), rows.value());
+  if (entries.has_value()) args.set_rules(entries.value(), masks, mask_of);
   const cudaStream_t stream = current_stream(logits);
-  const int device = logits.device().device_id;
-  if (is_bf16(logits)) choose_sample<__nv_bfloat16>(args, num_rows, device, stream);
-  else if (is_fp16(logits)) choose_sample<__half>(args, num_rows, device, stream);
-  else if (is_fp32(logits)) choose_sample<float>(args, num_rows, device, stream);
-  else TVM_FFI_THROW(TypeError) << "sample: expected logits in bfloat16, float16 or float32";
+  for_type_of(logits, [&](auto zero) {
+    if (entries.has_value()) launch_changed<decltype(zero)>(args.sample, args.rules, args.num_rows, stream);
+    if (masks.has_value()) return;
+    choose_sample<decltype(zero)>(args.sample, args.rules, args.num_rows, logits.device().device_id, stream);
+  });
+}
+
+// Tokens of the largest vocabulary whose rows fit where they can be changed; 0: there is no such place.
+int64_t most_ruled(int64_t device) {
+#ifdef MINISGL_PDL
+  const int64_t room = shared_limit(device) - staged_bytes<float>(0) - int64_t(kNumCounts * sizeof(uint32_t));
+  return std::clamp<int64_t>(room / int64_t(sizeof(float)) * kClusterRanks, 0, kMaxVocab);
+#else
+  return 0;
+#endif
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, minisgl::sample);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(most_ruled, minisgl::most_ruled);
 
 }  // namespace minisgl

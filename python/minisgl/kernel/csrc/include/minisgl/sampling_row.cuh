@@ -275,6 +275,13 @@ struct Slice {
     staged = static_cast<Words*>(memory);
   }
 
+  // Of a row that is put into shared memory in another way than by `stage`: without a shift.
+  __device__ Slice(const SampleArgs& args, int rank, void* memory)
+      : aligned(nullptr), staged(static_cast<Words*>(memory)), shift(0), vecs(args.vecs) {
+    first = min(rank * args.slice, args.vocab);
+    end = min(args.slice, args.vocab - first);
+  }
+
   __device__ __forceinline__ int index(int position) const { return first + position - shift; }
   __device__ __forceinline__ int vector(int i) const { return (threadIdx.x / 32 * vecs + i) * 32 + threadIdx.x % 32; }
 
