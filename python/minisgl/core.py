@@ -256,7 +256,8 @@ class ScheduledReq(NamedTuple):
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
     them (one, and one for each drafted token; none in prefill chunks but the last) yields the token at the position
     after it, which the engine writes into the buffer. A request for a vector has none. Of so many tokens behind those
-    the engine tells what they may be: its `num_drafts`, for which the row has pages.
+    the engine tells what they may be: its `num_drafts`, for which the row has pages. A state does not take in a draft,
+    all tokens that sample but the first: it keeps them for the row's next share, before which `num_held` of them come.
     """
 
     row: int
@@ -264,6 +265,7 @@ class ScheduledReq(NamedTuple):
     num_new: int
     num_samples: int
     num_drafts: int = 0
+    num_held: int = 0
 
 
 class Draft(NamedTuple):
@@ -276,7 +278,7 @@ class Draft(NamedTuple):
 
 
 class StateCopy(NamedTuple):
-    """The state in slot `source`, of all layers that have one, becomes that in slot `target` too; -1: zeros do.
+    """The state in slot `source`, of all layers that have one, and what it keeps, is in slot `target`, too; -1: zeros.
 
     Slots are rows, one more for padding, and then those of snapshots.
     """

@@ -304,7 +304,7 @@ def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str
 def _with_states(config: EngineConfig, memory: int) -> EngineConfig:
     """Fewer requests at once, where their states would take more than half of what weights leave of a rank's memory."""
     rows, room = config.max_running_requests, memory - config.model.weight_bytes(kept_as(config), config.tp_size)
-    num_slots = room // 2 // max(1, config.model.state_bytes(config.tp_size))
+    num_slots = room // 2 // max(1, config.model.state_bytes(config.tp_size, config.draft_len))
     if not config.model.states or config.num_states <= num_slots:
         return config
     fitting = max(1, min(rows, max((num_slots - 1) // 2, num_slots - 1 - config.num_snapshots)))

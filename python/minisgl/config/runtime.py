@@ -88,7 +88,7 @@ class EngineConfig:
     @property
     def state_bytes(self) -> int:
         """Bytes that all of them take on one rank."""
-        return self.num_states * self.model.state_bytes(self.tp_size)
+        return self.num_states * self.model.state_bytes(self.tp_size, self.draft_len)
 
 
 @dataclass(frozen=True, slots=True)

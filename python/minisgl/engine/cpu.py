@@ -88,8 +88,10 @@ class WholeStep:
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
         sequences, page_table, page_size = self._backend.prepare(batch.attention)
-        numbers = input_ids, batch.tensors.positions, *slots, sequences, page_table, self._window_table, page_size
-        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits)
+        tensors = batch.tensors
+        numbers = input_ids, tensors.positions, *slots, sequences, page_table, self._window_table, page_size
+        drafts = tensors.num_held, tensors.num_tried
+        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, *drafts)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(

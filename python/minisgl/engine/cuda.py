@@ -174,15 +174,13 @@ class CapturedSteps(StepRunner):
         if head is not None:
             self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
         self.drafter = self._teller
-        longest, has_states = config.draft_len, bool(config.model.states)
-        num = most_samples(config.max_running_requests)
+        longest, kinds, num = config.draft_len, config.model.states, most_samples(config.max_running_requests)
         self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
         self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
-        chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
-        shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
-        self._shapes = [shape for shape in shapes if chunks or not (has_states and shape.is_wide)]
+        self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
+        can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
+        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
-        self._belong = has_states or head is not None  # tokens of a request, in layers
         most = self._shapes[-1].num_tokens if self._shapes else 0
         self._counting = torch.arange(most + 1, dtype=torch.int32, device=shard.device)
         self._ends = torch.empty_like(self._counting)
@@ -200,8 +198,9 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self._teller is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.is_decode_only else self._verifying(plan)
-        found = None
-        for shapes in (self._wide, self._shapes) if asks else (self._shapes,):  # the narrow ones tell no drafts
+        # The narrow ones tell no drafts, and know of none that a state is to take in.
+        kinds, found = [self._wide, self._shapes] if asks else [self._shapes], None
+        for shapes in [self._wide] if any(share.num_held for share in reqs) else kinds:
             found = found or (fit(shapes, reqs, self.tables.padding_row) if reqs else None)
         if found is None:
             return super()._launch(plan, masks)

@@ -67,8 +67,8 @@ class DeviceTables:
         self._ops, self._page_size = ops, config.page_size
         angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
-        num_tokens = max(config.max_prefill_length, 2 * most_samples(num_rows) + 1)
-        num_words = most_samples(num_rows) * (NUM_WORDS + 6) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
+        num_tokens = max(config.max_prefill_length, most_samples(num_rows) + 1)
+        num_words = most_samples(num_rows) * (NUM_WORDS + 8) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
         self._drafted = list[Tensor]()
         self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
 

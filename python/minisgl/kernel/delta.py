@@ -12,7 +12,7 @@ from minisgl.kernel.state import DeltaState, DeltaWeights, StateOps, StateSequen
 Tensor = torch.Tensor
 
 _DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
-_CONVOLVE, _FINISH, _TOKENS = range(3)  # `Stage` in the source
+_CONVOLVE, _FINISH, _TOKENS, _DRAFTS = range(4)  # `Stage` in the source
 
 
 @functools.cache
@@ -41,15 +41,17 @@ class DeltaOps(StateOps):
             return super().gated_delta_net(qkvz, ba, weights, state, seqs)
         out, qkv = qkvz.new_empty(num_tokens, num_v * v_dim), qkvz.new_empty(num_tokens * has_chunks, channels)
         gates = qkvz.new_empty(2, num_tokens * has_chunks, num_v, dtype=torch.float32)
-        args = (
-            *(qkvz, ba, weights.conv, weights.a_log, weights.dt_bias, weights.norm, state.conv, state.memory),
-            *(seqs.slots, seqs.cu_q, out, qkv, gates, weights.eps, torch.cuda.is_current_stream_capturing()),
-        )
-        if has_chunks:
+        is_captured = torch.cuda.is_current_stream_capturing()
+        are_drafts = is_captured and seqs.held is not None  # no step with prompts is captured
+        args = qkvz, ba, *weights[:4], *state, *seqs, out, qkv, gates, weights.eps, is_captured, are_drafts
+        if seqs.held is not None:
+            kernel(_DRAFTS, *args)
+        if has_chunks and not are_drafts:
             from minisgl.kernel.triton.delta import delta_chunks
 
             kernel(_CONVOLVE, *args)
             delta_chunks(qkv, gates, state.memory, seqs, out)
             kernel(_FINISH, *args)
-        kernel(_TOKENS, *args)
+        if not are_drafts:
+            kernel(_TOKENS, *args)
         return out

@@ -12,17 +12,18 @@ from minisgl.core import StateCopy
 
 
 class StatePool:
-    """Zeros at first. dtype: in which layers compute."""
+    """Zeros at first. dtype: in which layers compute; draft_len: tokens that a slot keeps while it is not known whether
+    they hold."""
 
     def __init__(
-        self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
+        self, model: ModelConfig, num_slots: int, draft_len: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.device, self._layers = device, dict[int, list[torch.Tensor]]()
         self._stacks: list[torch.Tensor] = []  # [layers, num_slots, …], of all layers of a kind
         for kind in dict.fromkeys(model.states):
             layers = [index for index, spec in enumerate(model.layers) if spec.attention.cache == kind]
-            shapes = zip(kind.shapes(tp_size), (dtype, torch.float32), strict=False)
-            stacks = [lazy_zeros((len(layers), num_slots, *shape), kept, device) for shape, kept in shapes]
+            shapes = {shape: torch.float32 if len(shape) > 2 else dtype for shape in kind.shapes(tp_size, draft_len)}
+            stacks = [lazy_zeros((len(layers), num_slots, *shape), kept, device) for shape, kept in shapes.items()]
             self._layers |= {index: parts for index, *parts in zip(layers, *stacks, strict=True)}
             self._stacks += stacks
 

@@ -20,12 +20,8 @@ class GatedShortConv(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden = config.layers[layer].attention.cache, config.hidden_size
         assert isinstance(spec, ShortConv)
-        self._ops, self._layer, self._eps, self._shape = (
-            env.ops,
-            layer,
-            config.rms_norm_eps,
-            (spec.num_channels, 1, spec.width),
-        )
+        self._ops, self._layer, self._eps = env.ops, layer, config.rms_norm_eps
+        self._shape = spec.num_channels, 1, spec.width
         mine = env.share(spec.num_channels, _WHAT)
         self._channels = mine.start, mine.stop
         parts = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), (spec.num_channels, 1))
@@ -36,8 +32,8 @@ class GatedShortConv(Layer):
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
         the new stream."""
-        gated, (seen,) = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
-        out = self._ops.short_conv(gated, self._weight, self._bias, seen, step.seqs)
+        gated, state = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
+        out = self._ops.short_conv(gated, self._weight, self._bias, state, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
