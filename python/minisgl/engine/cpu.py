@@ -88,10 +88,8 @@ class WholeStep:
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
         sequences, page_table, page_size = self._backend.prepare(batch.attention)
-        tensors = batch.tensors
-        numbers = input_ids, tensors.positions, *slots, sequences, page_table, self._window_table, page_size
-        drafts = tensors.num_held, tensors.num_tried
-        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, *drafts)
+        numbers = input_ids, batch.tensors.positions, *slots, sequences, page_table, self._window_table, page_size
+        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, batch.tensors.drafted)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(

@@ -198,10 +198,9 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self._teller is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.is_decode_only else self._verifying(plan)
-        # The narrow ones tell no drafts, and know of none that a state is to take in.
-        kinds, found = [self._wide, self._shapes] if asks else [self._shapes], None
-        for shapes in [self._wide] if any(share.num_held for share in reqs) else kinds:
-            found = found or (fit(shapes, reqs, self.tables.padding_row) if reqs else None)
+        # The narrow ones tell no drafts, and know of none that states are to take in.
+        shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
+        found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks)
         shape, padding = found

@@ -48,6 +48,8 @@ def fit(
     shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int
 ) -> tuple[GraphShape, tuple[ScheduledReq, ...]] | None:
     """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it. shapes: by size."""
+    if not reqs:
+        return None
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
     for shape in shapes[begin:]:
         if (padding := shape.padding(reqs, row)) is not None:

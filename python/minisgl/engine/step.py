@@ -87,9 +87,8 @@ class LayerByLayer:
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:
         """For the model's layers, and for those that are computed beside them."""
-        index, tensors = batch.index, batch.tensors
-        drafted = index.num_held.any() or index.num_tried.any()
-        seqs = StateSequences(tensors.rows, tensors.cu_q, *((tensors.num_held, tensors.num_tried) if drafted else ()))
+        drafts = batch.tensors.drafted.view(2, -1) if batch.index.drafted.any() else ()
+        seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q, *drafts)
         metadata = metadata or self._backend.prepare_both(batch.attention, captured=False)
         ids, slots, ropes = self._inputs(batch)
         return StepContext(ids, slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)

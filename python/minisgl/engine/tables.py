@@ -30,8 +30,9 @@ class StepIndex(NamedTuple):
     logit_tokens: IntArray  # [n]: which of the t
     rows: IntArray  # [m] of the tables
     num_drafts: IntArray  # [m]
-    num_held: IntArray  # [m]
-    num_tried: IntArray  # [m]: drafts among the tokens
+    drafted: (
+        IntArray  # [2 * m]: how many tokens of its last draft held, of each; then how many of the t are one's draft
+    )
     seq_lens: IntArray  # [m] tokens, this step's included
     offsets: IntArray  # [m + 1]: request i has tokens [offsets[i], offsets[i + 1])
     token_rows: IntArray  # [t]
@@ -47,9 +48,9 @@ class StepIndex(NamedTuple):
         """reqs: not empty."""
         num_fields = len(ScheduledReq._fields)
         table = np.fromiter(chain.from_iterable(reqs), np.int64, num_fields * len(reqs)).reshape(-1, num_fields)
-        rows, starts, num_new, num_samples, *counts = table.T.copy()
+        rows, starts, num_new, num_samples, num_drafts, num_held = table.T.copy()
         seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
-        counts.append(np.maximum(num_samples - 1, 0))
+        counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0)))
         if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
             ends, firsts = (seq_lens, rows), offsets[:-1]
             return StepIndex(starts, num_new, *ends, firsts, rows, *counts, seq_lens, offsets, rows, starts)
@@ -69,8 +70,7 @@ class StepTensors(NamedTuple):
     logit_tokens: torch.Tensor
     rows: torch.Tensor
     num_drafts: torch.Tensor
-    num_held: torch.Tensor
-    num_tried: torch.Tensor
+    drafted: torch.Tensor
     seq_lens: torch.Tensor
     cu_q: torch.Tensor  # offsets
     token_rows: torch.Tensor

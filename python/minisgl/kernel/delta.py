@@ -35,23 +35,23 @@ class DeltaOps(StateOps):
     ) -> Tensor:
         """ba and qkvz: their rows may be parts of wider ones."""
         (channels, width), (_, num_v, k_dim, v_dim), num_tokens = weights.conv.shape, state.memory.shape, len(qkvz)
-        num_k, has_chunks = (channels - num_v * v_dim) // (2 * k_dim), num_tokens > len(seqs.slots)
+        num_k = (channels - num_v * v_dim) // (2 * k_dim)
         kernel = _kernel(qkvz.device, qkvz.dtype, width, num_k, k_dim, num_v, v_dim)
         if kernel is None:
             return super().gated_delta_net(qkvz, ba, weights, state, seqs)
-        out, qkv = qkvz.new_empty(num_tokens, num_v * v_dim), qkvz.new_empty(num_tokens * has_chunks, channels)
-        gates = qkvz.new_empty(2, num_tokens * has_chunks, num_v, dtype=torch.float32)
         is_captured = torch.cuda.is_current_stream_capturing()
         are_drafts = is_captured and seqs.held is not None  # no step with prompts is captured
+        has_chunks = num_tokens > len(seqs.slots) and not are_drafts
+        out, qkv = qkvz.new_empty(num_tokens, num_v * v_dim), qkvz.new_empty(num_tokens * has_chunks, channels)
+        gates = qkvz.new_empty(2, num_tokens * has_chunks, num_v, dtype=torch.float32)
         args = qkvz, ba, *weights[:4], *state, *seqs, out, qkv, gates, weights.eps, is_captured, are_drafts
         if seqs.held is not None:
             kernel(_DRAFTS, *args)
-        if has_chunks and not are_drafts:
+        if has_chunks:
             from minisgl.kernel.triton.delta import delta_chunks
 
             kernel(_CONVOLVE, *args)
             delta_chunks(qkv, gates, state.memory, seqs, out)
             kernel(_FINISH, *args)
-        if not are_drafts:
-            kernel(_TOKENS, *args)
+        kernel(_TOKENS, *args)
         return out

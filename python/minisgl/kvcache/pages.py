@@ -131,8 +131,7 @@ class WindowPages:
 
 class Pages:
     """Owns all rows, all page ids and the prefix cache. updates, states: what the next plan is to tell. slots:
-    of snapshots of states; if there are any, a cached prefix is of use only up to one. held: by slot, how many tokens
-    that it keeps have held, and are to be taken into its state. windows: of layers whose windows
+    of snapshots of states; if there are any, a cached prefix is of use only up to one. windows: of layers whose windows
     slide; if there are any, it is of use only up to where the window before has its pages."""
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -146,7 +145,7 @@ class Pages:
         self.states: list[StateCopy] = []
         self.slots = range(config.max_running_requests + 1, config.max_running_requests + 1 + config.num_snapshots)
         self.free_slots = [*self.slots]
-        self.held: dict[int, int] = {}
+        self.held: dict[int, int] = {}  # by slot, how many tokens that it keeps its state is still to take in
         self.snapshots: dict[int, int] = {}  # slots, by the cached page before; the one used least recently first
 
     @property

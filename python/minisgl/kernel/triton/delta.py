@@ -129,7 +129,6 @@ def delta_chunks(qkv: Tensor, gates: Tensor, memory: Tensor, seqs: StateSequence
         precise, pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     _across_kernel[(triton.cdiv(v_dim, BLOCK_V), num_v, num)](
-        qkv, gates, scores, read, added, memory, out, seqs.slots, seqs.cu_q, seqs.tried, *shape, BLOCK_V, chunk,
-        precise, pdl, num_warps=warps, num_stages=3 if capability == (9, 0) and chunk == 64 else 2,
-        **launch_options(pdl),
+        qkv, gates, scores, read, added, memory, out, *seqs[:2], seqs.tried, *shape, BLOCK_V, chunk, precise, pdl,
+        num_warps=warps, num_stages=3 if capability == (9, 0) and chunk == 64 else 2, **launch_options(pdl),
     )  # fmt: skip

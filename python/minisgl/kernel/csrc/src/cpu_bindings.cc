@@ -256,7 +256,7 @@ void py_add_mlp(int64_t model, int64_t gate_up, Optional<TensorView> gate_up_bia
 
 void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView window_slots, TensorView sequences,
                 TensorView pages, TensorView window_pages, int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits,
-                TensorView held, TensorView tried) {
+                TensorView drafted) {
   Step step{};
   step.num_tokens = ids.size(0);
   step.ids = data_of<int64_t>(ids);
@@ -267,7 +267,7 @@ void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView 
   step.logit_tokens = data_of<int64_t>(logit_tokens);
   step.num_logits = logits.size(0);
   step.logits = data_of<float>(logits);
-  step.held = data_of<int64_t>(held), step.tried = data_of<int64_t>(tried);
+  step.held = data_of<int64_t>(drafted), step.tried = step.held + drafted.numel() / 2;
   forward(at<Model>(model), step);
 }
 

@@ -273,7 +273,7 @@ Params params_of(TensorView x, TensorView ba, TensorView conv, TensorView a_log,
                  TensorView seen, TensorView memory, TensorView kept, TensorView slots, TensorView cu_q,
                  tvm::ffi::Optional<TensorView> held, tvm::ffi::Optional<TensorView> tried, TensorView out, TensorView qkv, TensorView gates) {
   int64_t num_tokens = x.size(0), num_seqs = slots.numel(), num_slots = memory.size(0);
-  bool has_chunks = num_tokens > num_seqs;
+  bool has_chunks = qkv.numel() > 0;
   Params p{};
   p.x = rows_of(x, num_tokens, kChannels + kValues), p.x_stride = x.stride(0);
   p.ba = rows_of(ba, num_tokens, 2 * kNumV), p.ba_stride = ba.stride(0);
@@ -321,7 +321,7 @@ void delta(int64_t stage, TensorView x, TensorView ba, TensorView conv, TensorVi
     launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * kShares * (is_few ? kFew : kMany))}, stream,
            is_few ? drafts_kernel<kFew> : drafts_kernel<kMany>, p);
   }
-  if (stage != kTokens) return;
+  if (stage != kTokens || all) return;
   launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * (is_few ? kFewWarps : kManyWarps))}, stream,
          is_few ? tokens_kernel<kFewWarps> : tokens_kernel<kManyWarps>, p);
 }
