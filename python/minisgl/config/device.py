@@ -98,12 +98,12 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
 
 
 def step_costs(engine: EngineConfig) -> tuple[float, float]:
-    """`SchedulerConfig.step_costs`. Of GPUs a guess: half a millisecond beside reading the weights; of hybrids, which
-    copy states and compute tokens again, what fits 1, 8 and 32 streams of Qwen3.5-9B's shape on an H200."""
-    if engine.device == "cuda" and engine.model.states:
-        return 0.06, 1.0
-    seconds = 5e-4 + engine.model.weight_bytes(engine.dtype, engine.tp_size) / 4e12
-    return (0.15, 0.03) if engine.device == "cpu" else (0.004, 5e-4 / seconds)
+    """`SchedulerConfig.step_costs`. On GPUs about what Qwen3-14B's and Qwen3.5-9B's shapes take on an H200: bytes that
+    are read, by a head for each token that it tells; half a millisecond a step, and one more while the host plans."""
+    model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
+    told = num_bytes / len(model.layers) + 2 * model.vocab_size * model.hidden_size / engine.tp_size
+    told *= engine.draft_len if model.mtp else 0
+    return (0.15, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
 
 
 def dotted(version: tuple[int, ...]) -> str:

@@ -181,8 +181,7 @@ class CapturedSteps(StepRunner):
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
-        most = self._shapes[-1].num_tokens if self._shapes else 0
-        self._counting = torch.arange(most + 1, dtype=torch.int32, device=shard.device)
+        self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
         self._ends = torch.empty_like(self._counting)
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
@@ -218,9 +217,7 @@ class CapturedSteps(StepRunner):
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
         prompts = self.tables.host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
-        if not plan.drafts or not all(share.num_samples for share in plan.reqs) or prompts is not None:
-            return ()
-        return plan.reqs if self._belong else one_by_one(plan.reqs) or ()
+        return (plan.reqs if self._belong else one_by_one(plan.reqs) or ()) if prompts is None else ()
 
     def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
         """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the

@@ -23,7 +23,7 @@ class GraphShape(NamedTuple):
     def padding(self, reqs: Sequence[ScheduledReq], row: int) -> tuple[ScheduledReq, ...] | None:
         """Requests of `row`, which is nobody's, that make a step of `reqs` one of this shape; None: it does not fit."""
         num, tokens = self.num_reqs - len(reqs), self.num_tokens - sum(req.num_new for req in reqs)
-        if not (0 < num <= tokens or num == tokens == 0) or any(req.num_new != req.num_samples for req in reqs):
+        if not (0 < num <= tokens or num == tokens == 0):
             return None
         sizes = ((tokens + i) // num for i in range(num))
         return tuple(ScheduledReq(row, 0, size, size) for size in sizes)
@@ -48,7 +48,7 @@ def fit(
     shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int
 ) -> tuple[GraphShape, tuple[ScheduledReq, ...]] | None:
     """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it. shapes: by size."""
-    if not reqs:
+    if not reqs or any(req.num_new != req.num_samples for req in reqs):
         return None
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
     for shape in shapes[begin:]:

@@ -300,14 +300,14 @@ Params params_of(TensorView x, TensorView ba, TensorView conv, TensorView a_log,
 enum Stage { kConvolve, kFinish, kTokens, kDrafts };
 
 // stage: a number of `Stage`. early: all that is of sequences, and their states, was written before the last launch
-// without PDL, so `tokens` and `drafts` may read it while the kernels before this one still run. all: `drafts` computes
-// every sequence, else those that `has_draft` names.
+// without PDL, so `tokens` and `drafts` may read it while the kernels before this one still run: it is captured. What is
+// captured has no prompts, so where drafts are `drafts` computes all.
 void delta(int64_t stage, TensorView x, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias,
            TensorView norm, TensorView seen, TensorView memory, TensorView kept, TensorView slots, TensorView cu_q,
            tvm::ffi::Optional<TensorView> held, tvm::ffi::Optional<TensorView> tried, TensorView out, TensorView qkv, TensorView gates,
-           double eps, bool early, bool all) {
+           double eps, bool early) {
   Params p = params_of(x, ba, conv, a_log, dt_bias, norm, seen, memory, kept, slots, cu_q, held, tried, out, qkv, gates);
-  p.eps = static_cast<float>(eps), p.early = early, p.all = all;
+  p.eps = static_cast<float>(eps), p.early = early, p.all = early && p.held != nullptr;
   MINISGL_CHECK(stage != kDrafts || (p.held != nullptr && p.tried != nullptr)) << "drafts of which sequences?";
   unsigned num_seqs = p.num_seqs, runs = (p.num_tokens + kRun - 1) / kRun;
   if (num_seqs == 0) return;
@@ -321,7 +321,7 @@ void delta(int64_t stage, TensorView x, TensorView ba, TensorView conv, TensorVi
     launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * kShares * (is_few ? kFew : kMany))}, stream,
            is_few ? drafts_kernel<kFew> : drafts_kernel<kMany>, p);
   }
-  if (stage != kTokens || all) return;
+  if (stage != kTokens || p.all) return;
   launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * (is_few ? kFewWarps : kManyWarps))}, stream,
          is_few ? tokens_kernel<kFewWarps> : tokens_kernel<kManyWarps>, p);
 }
