@@ -101,7 +101,7 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     """`SchedulerConfig.step_costs`. On GPUs about what Qwen3-14B's and Qwen3.5-9B's shapes take on an H200: bytes that
     are read, by a head for each token that it tells; half a millisecond a step, and one more while the host plans."""
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
-    told = num_bytes / len(model.layers) + 2 * model.vocab_size * model.hidden_size / engine.tp_size
+    told = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size / engine.tp_size  # in 8 bits
     told *= engine.draft_len if model.mtp else 0
     return (0.15, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
 

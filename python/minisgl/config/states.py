@@ -41,8 +41,7 @@ class ShortConv:
 
     def shapes(self, tp_size: int, draft_len: int = 0) -> tuple[tuple[int, ...], ...]:
         """Of what the convolution has last seen, and what it was given of the tokens of a draft."""
-        channels = self.num_channels // tp_size
-        return (channels, self.width - 1), (draft_len, 3 * channels)
+        return (self.num_channels // tp_size, self.width - 1), (draft_len, 3 * self.num_channels // tp_size)
 
     def num_weights(self, hidden_size: int, tp_size: int) -> int:
         return 4 * self.num_channels * hidden_size // tp_size
