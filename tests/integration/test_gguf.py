@@ -179,6 +179,7 @@ def test_ranks_cut_between_blocks(kind: Kind, tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"llama.attention.head_count_kv": 1}, r"wrong shape: .*k_proj.weight is \[32, 64\], not \[16, 64\]"),
+        ({"llama.attention.key_length": 32}, r"wrong shape: .*q_proj.weight is \[64, 64\], not \[128, 64\]"),
         ({"llama.block_count": 4}, r"missing: model.layers.3.self_attn.q_proj.weight, "),
         ({"llama.feed_forward_length": 64}, r"wrong shape: .*gate_proj.weight is \[96, 64\], not \[64, 64\]"),
     ],

@@ -142,13 +142,9 @@ def test_noise(tmp_path: Path, noise: bytes) -> None:
             {"llama__embedding_length": 128},
             r"tensor token_embd.weight is \[40, 64\]; by the metadata it is \[40, 128\]",
         ),
-        (
-            {"llama__attention__key_length": 32},
-            r"tensor blk.0.attn_q.weight is \[64, 64\]; by the metadata it is \[128, 64\]",
-        ),
         ({"llama__block_count": 0}, "num_hidden_layers must be a whole number, 1 to 4096, not 0"),
         ({"general__alignment": 48}, "general.alignment is 48, which is no power of 2"),
-        ({"llama__expert_count": 8}, r"architecture not supported: llama with experts \(Mixtral\)"),
+        ({"llama__attention__head_count_kv": 3}, "3 key-value heads do not divide"),
     ],
 )
 def test_metadata_that_contradicts_the_tensors(changes: dict[str, int], reason: str, tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ OTHERS = {
     "starcoder": [pre.Digits(individual_digits=True), WORDS],
     "falcon": [pre.Punctuation("contiguous"), WORDS, pre.Digits(individual_digits=False), *split("[0-9][0-9][0-9]")],
     "llama-bpe": [*split(rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}"), BYTES],
+    "seed-coder": [
+        *split(
+            rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+"
+            r"|\s+(?!\S)|\s+"
+        ),
+        BYTES,
+    ],
     "tekken": [*split(cased("") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"), BYTES],
     "gpt-4o": [
         *split(cased(f"{CONTRACTIONS}?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
@@ -84,6 +91,7 @@ OTHERS = {
     ],
     "deepseek-coder": [*split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN), pre.Digits(individual_digits=True), BYTES],
 }
+OTHERS |= dict.fromkeys(("lfm2", "glm4", "dbrx"), OTHERS["llama-bpe"])
 CLASSES: dict[str, Any] = {"gpt-2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer, "olmo": GPTNeoXTokenizer}
 CLASSES |= {"command-r": CohereTokenizer}
 

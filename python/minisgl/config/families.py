@@ -151,7 +151,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
         mtp=read_mtp(f, layers),
-        norm_offset=family.norm_offset,
+        norm_offset=f.number("norm_offset", family.norm_offset),
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
         logit_softcap=f.number("final_logit_softcapping", None, above=0),
@@ -246,7 +246,8 @@ def _state(f: Fields, family: Family) -> State | None:
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
     dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), family.groups_state)
+    is_grouped = f.boolean("groups_state", family.groups_state)
+    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), is_grouped)
 
 
 def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
@@ -296,6 +297,7 @@ def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> lis
         activation="clamped_swiglu" if family.clamped_experts else activation,
         shared_size=f.integer("shared_expert_intermediate_size", 0),
         bias=family.clamped_experts,
+        turns=family.clamped_experts and not f.boolean("splits_experts", False),
     )
     only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     sparse = [i not in only and num_experts > 0 and (i + 1) % step == 0 for i in range(len(sources))]

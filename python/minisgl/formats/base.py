@@ -50,13 +50,14 @@ class WeightSlot:
 class Shard:
     """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
     [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers', and
-    `padding` rows of zeros follow them."""
+    `padding` rows of zeros follow them. order: which of the checkpoint's rows each of them is; [rows] int64."""
 
     shape: Shape
     rows: tuple[int, int]
     cols: tuple[int, int] | None = None
     at: int = 0
     padding: int = 0
+    order: torch.Tensor | None = None
 
     @property
     def local(self) -> Shape:

@@ -3,21 +3,20 @@ are packed, and are never made larger on the way."""
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minisgl.formats.base import ByName, Shard, Tensors, WeightSlot
-from minisgl.gguf.model import GgufModel, StoredTensor, open_model
+from minisgl.formats.base import ByName, Shard, Tensor, Tensors, WeightSlot
+from minisgl.gguf.model import NAMES, GgufModel, StoredTensor, open_model
 from minisgl.kernel.ops import LayerOps, Matrix
 from minisgl.kernel.packed import Blocks, Packed
 
-Tensor = torch.Tensor
-
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
-_ROTATED = re.compile(r"\.self_attn\.[qk]_proj\.\w+$")
-_CHECKED_BYTES = 16 << 20
 
 
 class Gguf(ByName):
@@ -29,108 +28,122 @@ class Gguf(ByName):
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
-        self._model = open_model(path)
+        self._model, self._slices, self._found = open_model(path), open_slices(path), dict[str, Slice]()
 
     def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
         name, (begin, end) = f"{prefix}weight", shard.rows
-        stored, data = self._rows(name)
-        if stored is None or stored.shape[-2:] != shard.shape:  # the loader says what is wrong
-            yield WeightSlot(name, shard.shape, torch.empty(0, dtype=torch.uint8), (begin, begin))
-            return
-        if shard.cols is not None:
-            data = data[:, slice(*(_bytes_of(stored, column) for column in shard.cols))]
-        if shard.padding or is_interleaved(self._model, name):
-            tensors[name] = torch.zeros(end - begin + shard.padding, data.shape[1], dtype=torch.uint8)
-            target = _typed(tensors[name][: end - begin], stored)
-            yield WeightSlot(name, shard.shape, target, shard.rows)
-        else:
-            tensors[name] = data[begin:end]
-            yield WeightSlot(name, shard.shape, data[:0], (begin, begin))  # nothing is left to be read
+        target, rows = torch.empty(0, dtype=torch.uint8), (begin, begin)  # nothing is to be read, or the loader objects
+        found, first = self._slices.get(name), 0
+        if match := _EXPERT.fullmatch(name):  # in a stack of all
+            found, first = self._slices.get(match[1] + match[3]), int(match[2]) * shard.shape[0]
+        if found is not None and found.get_shape()[-2:] == shard.shape:
+            self._found[name], data = found, found.bytes.flatten(0, -2)[first:, found.span(*shard.span)]
+            if shard.padding or shard.order is not None or found.rows is not None:
+                tensors[name] = torch.zeros(end - begin + shard.padding, data.shape[1], dtype=torch.uint8)
+                target, rows = tensors[name][: end - begin].view(found.dtype), shard.rows
+            else:
+                tensors[name] = data[begin:end]
+        yield WeightSlot(name, shard.shape, target, rows)
 
     def part(self, prefix: str, tensors: Tensors) -> Packed | Tensor:
-        blocks = self._blocks(f"{prefix}weight", tensors["weight"])
-        keeps_half = blocks.kind == "F16" and self._device.type == "cpu"
-        return blocks if keeps_half or blocks.kind not in _FLOATS else blocks.data.view(_FLOATS[blocks.kind])
+        found, data = self._found[f"{prefix}weight"], tensors["weight"]
+        kind, columns = found.stored.kind, found.columns
+        if kind.scales:
+            halves = data.view(torch.float16).view(len(data), -1, kind.num_bytes // 2)
+            if not all(halves[..., at // 2].sum(dtype=torch.float32).isfinite() for at in kind.scales):
+                raise found.stored.wrong("has scales that are infinite, or not a number")
+        if kind.name in _FLOATS and columns is not None:
+            data, columns = data.view(found.dtype)[:, columns.argsort()].view(torch.uint8), None
+        data = data.contiguous().to(self._device)
+        if kind.name in _FLOATS and not (kind.name == "F16" and self._device.type == "cpu"):  # where that is kept
+            return data.view(found.dtype)
+        return Blocks(kind.name, data, data.shape[1] // kind.num_bytes * kind.values, columns)
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         matrix = super().matrix(ops, tensors, activation)
         self._model.release()
         return matrix
 
-    def _rows(self, name: str) -> tuple[StoredTensor | None, Tensor]:
-        """What the file has for a weight, perhaps in a stack of all experts', and its bytes: [out, bytes of a row]."""
-        if stored := self._model.tensors.get(name):
-            return stored, bytes_of(stored)
-        if match := _EXPERT.fullmatch(name):
-            stored = self._model.tensors.get(match[1] + match[3])
-            if stored is not None and int(match[2]) < stored.shape[0]:
-                return stored, bytes_of(stored)[int(match[2])]
-        return None, torch.empty(0)
 
-    def _blocks(self, name: str, data: Tensor) -> Blocks:
-        stored, _ = self._rows(name)
-        assert stored is not None
-        kind, step = stored.kind, max(1, _CHECKED_BYTES // data.shape[1])
-        for begin in range(0, len(data) if kind.scales else 0, step):
-            rows = data[begin : begin + step].view(torch.float16)
-            blocks = rows.view(len(rows), -1, kind.num_bytes // 2)
-            if not all(blocks[..., offset // 2].float().sum().isfinite() for offset in kind.scales):
-                raise stored.wrong("has scales that are infinite, or not a number")
-        num_in = data.shape[1] // kind.num_bytes * kind.values
-        return Blocks(kind.name, data.contiguous().to(self._device), num_in)
-
-
+@dataclass(frozen=True, slots=True)
 class Slice:
-    """A tensor of a file, of which parts can be had: as safetensors has them, in our order of rows. Parts of tensors
-    that are no floats are bytes."""
+    """A tensor as a Hugging Face checkpoint has it, of which parts can be had, as safetensors has them. rows: which of
+    the file's each of ours is; columns: which of ours each of the file's is, int64; None: they are in order. is_decay:
+    it is the logarithm of what the file has, times -1."""
 
-    def __init__(self, model: GgufModel, name: str) -> None:
-        self._model, self._stored = model, model.tensors[name]
-        self._half = model.interleaved_dim // 2 if is_interleaved(model, name) else 0
+    model: GgufModel
+    stored: StoredTensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    is_decay: bool = False
 
     def get_dtype(self) -> str:
-        return self._stored.kind.name
+        return self.stored.kind.name
 
     def get_shape(self) -> tuple[int, ...]:
-        return self._stored.shape
+        return self.stored.shape if self.rows is None else (len(self.rows), *self.stored.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parts: the floats that they are, or bytes."""
+        return _FLOATS.get(self.stored.kind.name, torch.uint8)
+
+    @property
+    def bytes(self) -> Tensor:
+        """Of the tensor in the mapped file: [..., bytes of a row]."""
+        at = self.stored
+        data = torch.frombuffer(at.file.data, dtype=torch.uint8, count=at.num_bytes, offset=at.offset)
+        return data.view(*at.shape[:-1], -1)
 
     def __getitem__(self, index: slice | tuple[int, slice]) -> Tensor:
-        data = _typed(bytes_of(self._stored), self._stored)
-        if self._half and isinstance(index, slice):  # feature i of a head's half h is the file's 2 * i + h
-            rows = torch.arange(len(data))[index]
-            within = rows % (2 * self._half)
-            part = data[rows - within + within % self._half * 2 + within // self._half]
-        else:
-            part = data[index].clone()
-        self._model.release()
-        return part
+        data = self.bytes.view(self.dtype)
+        part = data[index].clone() if self.rows is None else data[self.rows[index]]
+        self.model.release()
+        return part.float().neg().log() if self.is_decay else part
+
+    def span(self, begin: int, end: int) -> slice:
+        """Where in a row columns lie. Raises: ConfigError within a block, or where they are in another order."""
+        kind, size = self.stored.kind, self.stored.shape[-1]
+        column = next((column for column in (begin, end) if column % kind.values), None)
+        if column is not None or (self.columns is not None and (begin, end) != (0, size)):
+            reason = f"{kind.name} has blocks of {kind.values} columns, and the ranks' parts begin at column {column}"
+            reason = "the heads of its columns take turns" if column is None else reason
+            raise self.stored.wrong(f"cannot be shared with --tensor-parallel-size: {reason}")
+        return slice(kind.row_bytes(begin), kind.row_bytes(end))
 
 
 def open_slices(path: Path) -> dict[str, Slice]:
-    """The tensors of a file, and of those that it is split into, by their names in a Hugging Face checkpoint."""
-    model = open_model(path)
-    return {name: Slice(model, name) for name in model.tensors}
+    """The tensors of a file, and of those that it is split into, by their names in a Hugging Face checkpoint: what
+    converters have done with them is undone."""
+    model, found = open_model(path), dict[str, Slice]()
+    config, layout = model.config, model.layout
+    for stored in model.stored.values():
+        (stem, names), first = model.our_names(stored.name), 0
+        if len(stored.shape) < NAMES["dimensions"].get(stem, 0):
+            stored = replace(stored, shape=(*stored.shape[:-1], 1, stored.shape[-1]))
+        num_rows, row_bytes = stored.shape[0], stored.num_bytes // stored.shape[0]
+        for name in names:  # of parts that lie one below the other
+            last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+            keys, kind = NAMES["sizes"].get(last), layout.get("orders", {}).get(last)
+            size = prod(config[key] for key in keys) if keys and len(names) > 1 else num_rows // len(names)
+            columns = _order("columns", config, stored.shape[-1]) if last in layout.get("columns", ()) else None
+            rows = _order(kind, config, num_rows if kind == "groups" else first + size, first, first + size)
+            part = replace(stored, shape=(size, *stored.shape[1:]), offset=stored.offset + first * row_bytes)
+            found[name] = Slice(model, part if rows is None else stored, rows, columns, last == "A_log")
+            first += size
+        if first != num_rows:
+            raise stored.wrong(f"has {num_rows} rows; by the metadata its parts have {first}")
+    return found
 
 
-def bytes_of(stored: StoredTensor) -> Tensor:
-    """The bytes of a tensor in the mapped file: [..., bytes of a row]."""
-    data = torch.frombuffer(stored.file.data, dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset)
-    return data.view(*stored.shape[:-1], -1)
-
-
-def _typed(data: Tensor, stored: StoredTensor) -> Tensor:
-    """Bytes as the floats that they are, or as bytes."""
-    return data.view(_FLOATS.get(stored.kind.name, torch.uint8))
-
-
-def is_interleaved(model: GgufModel, name: str) -> bool:
-    """Whether a tensor has the two features of a pair, which are rotated together, side by side."""
-    return model.interleaved_dim > 0 and _ROTATED.search(name) is not None
-
-
-def _bytes_of(stored: StoredTensor, column: int) -> int:
-    """Where in a row a column begins. Raises: ConfigError when that is within a block."""
-    if column % stored.kind.values:
-        size = f"{stored.kind.values} columns, and the ranks' parts begin at column {column}"
-        raise stored.wrong(f"cannot be shared with --tensor-parallel-size: {stored.kind.name} has blocks of {size}")
-    return stored.kind.row_bytes(column)
+def _order(kind: str | None, config: dict[str, Any], count: int, first: int = 0, end: int = -1) -> Tensor | None:
+    """Which of `count` features each of ours, [first, end) of them, is; None: they are in order."""
+    names = "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim"
+    keys, values, v_dim = (config[name] or 1 for name in names)
+    dims = {"pairs": (config["head_dim"] // 2, 2, 1), "groups": (keys, 2, values // keys)}
+    dims |= {"heads": (values // keys, keys, 1), "values": (values // keys, keys, v_dim)}
+    dims["columns"] = keys, values // keys, v_dim
+    kept = {"groups": 0, "values": count - values * v_dim}.get(kind or "", first)
+    turned = torch.arange(kept, count).view(-1, *dims.get(kind or "", (1, 1, 1))).transpose(1, 2).flatten()
+    rows = torch.cat((torch.arange(kept), turned))[first : end if end >= 0 else count]
+    return None if bool((rows.diff() == 1).all()) else rows

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,7 @@ _TEXT, _LIST = 8, 9
 _size_at = struct.Struct("<Q").unpack_from
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PRIVATE = mmap.MAP_PRIVATE | 0x4000  # MAP_NORESERVE: torch wants memory that may be written, which nobody does
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
-_ROPE = "rope_freqs.weight"
+_BLOCK = re.compile(r"blk\.(\d{1,4})\.([\w.]+?)(?:\.(weight|bias))?")
 
 
 class Kind(NamedTuple):
@@ -66,16 +65,8 @@ class StoredTensor:
         return self.file.wrong(f"tensor {self.name} {reason}")
 
 
-class _List(NamedTuple):
-    """A list that is still in the file."""
-
-    kind: int
-    num_items: int
-    offset: int
-
-
 class GgufFile:
-    """data: the bytes of the file, mapped; metadata: by key, lists for `values`; tensors: by name.
+    """data: the bytes of the file, mapped; metadata: by key, of lists their place in it; tensors: by name.
 
     Raises: ConfigError naming the file, and what it is or lacks.
     """
@@ -103,7 +94,7 @@ class GgufFile:
     def values(self, prefix: str = "") -> Fields:
         """The metadata whose keys begin so: numbers, texts, and lists of them."""
         found = {key: value for key, value in self.metadata.data.items() if key.startswith(prefix)}
-        items = {key: self._items(*value) for key, value in found.items() if isinstance(value, _List)}
+        items = {key: self._items(*value) for key, value in found.items() if isinstance(value, tuple)}
         return Fields(found | items, str(self.path))
 
     def _items(self, kind: int, count: int, offset: int) -> list[Any]:
@@ -128,7 +119,7 @@ class GgufFile:
         begin = self._at
         size = self._texts_size(count) if of == _TEXT else count * struct.calcsize(_SCALARS[of])
         self._take(size)
-        return key, _List(of, count, begin)
+        return key, (of, count, begin)
 
     def _texts_size(self, count: int) -> int:
         """Bytes of the texts ahead: there may be hundreds of thousands. Too many where they go beyond the file."""
@@ -143,8 +134,8 @@ class GgufFile:
         number, offset = self._number("<I"), self._number("<Q")
         if number not in KINDS:
             known = ", ".join(kind.name for kind in KINDS.values())
-            kind_name = NAMES["others"].get(number, number)
-            raise self.wrong(f"tensor {name} is of type {kind_name}, not supported (supported: {known})")
+            other = NAMES["others"].get(number, number)
+            raise self.wrong(f"tensor {name} is of type {other}, not supported (supported: {known})")
         kind = KINDS[number]
         if not 1 <= num_dims <= 4 or not 0 < math.prod(shape) < 2**50 or shape[-1] % kind.values:
             raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
@@ -184,37 +175,50 @@ class GgufFile:
 
 
 class GgufModel:
-    """All files of a model. tensors: by the names of Hugging Face checkpoints. interleaved_dim: features of a head,
-    where pairs of them stand side by side, and not in the head's two halves; else 0.
+    """All files of a model. layout: what `names.yaml` says of its architecture; stored: its tensors.
 
     Raises: ConfigError naming the file, and what of it is missing, broken or not supported.
     """
 
     def __init__(self, path: Path) -> None:
         self.files = [GgufFile(part) for part in parts_of(path)]
-        self._head = self.files[0]
-        self._metadata = self._head.metadata
-        self._architecture = self._metadata.text("general.architecture", "")
-        if self._architecture not in NAMES["architectures"]:
+        self._head, self._metadata = self.files[0], self.files[0].metadata
+        if (name := self._metadata.text("general.architecture", "")) not in NAMES["architectures"]:
             known = ", ".join(NAMES["architectures"])
-            raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
-        self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
-        if (expected := self._metadata.integer("split.tensors.count", len(self._stored), 0)) != len(self._stored):
-            raise self._head.wrong(f"its parts have {len(self._stored)} tensors, not {expected}")
-        self.tensors = {our_name(name): tensor for name, tensor in self._stored.items() if name != _ROPE}
-        heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
+            raise self._head.wrong(f"architecture not supported: {name[:100]!r} (supported: {known})")
+        self.layout: dict[str, Any] = NAMES["architectures"][name]
+        values = self._head.values(start := f"{name}.").data.items()
+        self._numbers = Fields({key.removeprefix(start): value for key, value in values}, str(path), start)
+        self.stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
+        if (expected := self._metadata.integer("split.tensors.count", len(self.stored), 0)) != len(self.stored):
+            raise self._head.wrong(f"its parts have {len(self.stored)} tensors, not {expected}")
+        self._divisors = {ours: self.stored.pop(name, None) for ours, name in NAMES["divisors"].items()}
+        self._num_layers = self._integer("block_count") - self._integer("nextn_predict_layers")
+        hidden, heads = self._integer("embedding_length"), max(1, self._integer("attention.head_count"))
         self._head_dim = self._integer("attention.key_length") or hidden // heads
-        for name, rows in {"token_embd.weight": None, "blk.0.attn_q.weight": heads * self._head_dim}.items():
-            if (tensor := self._stored.get(name)) is None:
-                raise self._head.wrong(f"tensor {name} is missing")
-            if tensor.shape != (shape := (tensor.shape[0] if rows is None else rows, hidden)):
-                raise tensor.wrong(f"is {list(tensor.shape)}; by the metadata it is {list(shape)}")
-        self.interleaved_dim = self._head_dim if self._architecture == "llama" else 0
+        self._rotary_dim = self._integer("rope.dimension_count") or self._head_dim
+        if (table := self.stored.get("token_embd.weight")) is None:
+            raise self._head.wrong("tensor token_embd.weight is missing")
+        if table.shape != (shape := (table.shape[0], hidden)):
+            raise table.wrong(f"is {list(table.shape)}; by the metadata it is {list(shape)}")
 
     def release(self) -> None:
         """Give back the memory of what was read of the files; whoever looks again reads again."""
         for file in self.files:
             file.data.madvise(mmap.MADV_DONTNEED)
+
+    def our_names(self, name: str) -> tuple[str, list[str]]:
+        """A tensor's name within its block, and what Hugging Face checkpoints call it, or the parts that lie one below
+        the other in it; what is not known stays what it is, in its layer."""
+        names, prefix, (stem, _, end) = NAMES["tensors"] | self.layout.get("names", {}), "", name.rpartition(".")
+        if match := _BLOCK.fullmatch(name):
+            layer, stem, end = match.groups()
+            beyond = int(layer) - self._num_layers
+            prefix = f"model.layers.{layer}." if beyond < 0 else f"mtp.layers.{beyond}."
+        ours = names.get(f"{stem}.{end}") or names.get(stem, stem)
+        behind = f".{end}" if end and f"{stem}.{end}" not in names else ""
+        parts = [ours] if isinstance(ours, str) else ours
+        return stem, [f"{'' if part.startswith('mtp.') else prefix}{part}{behind}" for part in parts]
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What a file of a model's directory would hold, by its name."""
@@ -223,75 +227,75 @@ class GgufModel:
         if name == "generation_config.json":
             theirs, data = NAMES["sampling"], self._metadata.data
             return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
-        fields = self._fields(name)
-        return fields | self._config(fields) if name == "config.json" else fields
+        return self.config if name == "config.json" else {}
 
     def _integer(self, key: str) -> int:
-        return self._metadata.integer(f"{self._architecture}.{key}", 0, 0)
+        return self._numbers.integer(key, 0, 0)
 
     def _fields(self, table: str) -> dict[str, Any]:
-        """Of a table in names.yaml, with the values that the metadata has."""
-        keys = {ours: key.format(self._architecture) for ours, key in NAMES.get(table, {}).items()}
-        return {ours: self._metadata.data.get(key) for ours, key in keys.items()}
+        """Of a table in names.yaml, with the values that the metadata has, or else the architecture's usual ones."""
+        told = {ours: self._numbers.data.get(key) for ours, key in NAMES[table].items()}
+        usually = self.layout.get(table, {})
+        return usually | {ours: usually.get(ours) if value is None else value for ours, value in told.items()}
 
-    def _config(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """What stands in other forms in the metadata, or nowhere."""
-        architecture, window = NAMES["architectures"][self._architecture], self._integer("attention.sliding_window")
-        if self._architecture == "llama":
-            if fields["num_experts"]:
-                raise self._head.wrong("architecture not supported: llama with experts (Mixtral)")
-            architecture = "MistralForCausalLM" if window else architecture
-        return {
-            "architectures": [architecture],
-            "vocab_size": self._stored["token_embd.weight"].shape[0],
-            "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
-            "norm_topk_prob": fields["norm_topk_prob"] is not False,
-            "rope_scaling": self._rope_scaling(),
-            "partial_rotary_factor": (self._integer("rope.dimension_count") or self._head_dim) / self._head_dim,
-            "sliding_window": window or None,
-            "use_sliding_window": window > 0,
-            "max_window_layers": 0,
-            "tie_word_embeddings": "output.weight" not in self._stored,
-            "attention_bias": "blk.0.attn_q.bias" in self._stored,
-            "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
-            "eos_token_id": self._ends(),
-            "dtype": "bfloat16",
-            "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
-        }
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What config.json would hold, with what stands in other forms in the metadata, or nowhere."""
+        fields, data = self._fields("config.json"), self._numbers.data
+        lists = {key: data[key] for key in NAMES["layer_types"] if isinstance(data.get(key), list)}  # of each layer
+        told = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in lists.items()]
+        there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
+        kv_heads = lists.get("attention.head_count_kv", [fields["num_key_value_heads"]])
+        return (
+            fields
+            | NAMES["always"]
+            | {
+                "architectures": [one for key, one in self.layout["class"].items() if not key or data.get(key)][:1],
+                "num_hidden_layers": self._num_layers,
+                "num_key_value_heads": max(kv_heads, default=None) or fields["num_attention_heads"],
+                "head_dim": self._head_dim,
+                "vocab_size": self.stored["token_embd.weight"].shape[0],
+                "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
+                "layer_types": told[0][: self._num_layers] if told else None,
+                "rope_local_base_freq": fields["rope_local_base_freq"] or fields["rope_theta"],
+                "rope_scaling": self._rope_scaling(),
+                "partial_rotary_factor": self._rotary_dim / self._head_dim,
+                "query_pre_attn_scalar": self.layout.get("scalars", {}).get(self._num_layers) or self._head_dim,
+                "linear_value_head_dim": self._integer("ssm.inner_size") // (self._integer("ssm.time_step_rank") or 1),
+                "sliding_window": fields["sliding_window"] or None,
+                "tie_word_embeddings": "output.weight" not in self.stored,
+                "eos_token_id": self._ends(),
+                "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
+                **{key: tensor in there for key, tensor in NAMES["there"].items()},
+            }
+        )
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        if (tensor := self._stored.get(_ROPE)) is not None:
-            return {"factors": self._factors(tensor)}
-        fields = self._fields("rope_scaling")
-        temperature, factor = fields["attention_factor"], fields["factor"]
+        fields, tensors = self._fields("rope_scaling"), self._divisors.items()
+        if divisors := {key: self._numbers_of(tensor) for key, tensor in tensors if tensor is not None}:
+            longrope = {"rope_type": "longrope", "attention_factor": fields["temperature"]}
+            return divisors if "factors" in divisors else fields | divisors | longrope
+        temperature, factor = fields["temperature"], fields["factor"]
         if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
             fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
         return fields if fields["rope_type"] not in (None, "none") else None
 
     def _ends(self) -> list[Any]:
         """Ids of the tokens that end a turn, said or known."""
-        ends = NAMES["ends"]
+        ends = self.layout.get("ends", NAMES["ends"])
         named = (self._metadata.data.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
         tokens = self._head.values("tokenizer.ggml.tokens").list_of(str, "tokenizer.ggml.tokens")
         return [end for end in named if end is not None] + [i for i, text in enumerate(tokens) if text in ends]
 
-    def _factors(self, tensor: StoredTensor) -> list[float]:
+    def _numbers_of(self, tensor: StoredTensor) -> list[float]:
         """By which frequencies are divided. Raises: ConfigError where they are of another kind, or no numbers."""
-        num = self._head_dim // 2
+        num = self._rotary_dim // 2
         if tensor.kind.name != "F32" or tensor.shape != (num,):
             raise tensor.wrong(f"must be F32, [{num}]")
         factors = list(struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset))
         if not all(0 < factor < math.inf for factor in factors):
             raise tensor.wrong("has factors that are no numbers above 0")
         return factors
-
-
-def our_name(name: str) -> str:
-    """The name that a tensor has in Hugging Face checkpoints; what is not known stays what it is, in its layer."""
-    if match := _BLOCK.fullmatch(name):
-        return f"model.layers.{match[1]}.{NAMES['in_blocks'].get(match[2], match[2])}.{match[3]}"
-    stem, _, end = name.rpartition(".")
-    return f"{NAMES['tensors'].get(stem, stem)}.{end}"
 
 
 def chat_templates(metadata: Fields) -> list[dict[str, str]]:
@@ -326,9 +330,7 @@ def models_in(folder: Path, patterns: Sequence[str] = ()) -> list[Path]:
 def open_model(path: Path) -> GgufModel:
     """The last one that was opened is kept. Raises: ConfigError."""
     stat = path.stat() if path.is_file() else None
-    return _open(path, stat and (stat.st_mtime_ns, stat.st_size))
+    return _opened(path, stat and (stat.st_mtime_ns, stat.st_size))
 
 
-@lru_cache(maxsize=1)
-def _open(path: Path, _state: object) -> GgufModel:
-    return GgufModel(path)
+_opened = lru_cache(maxsize=1)(lambda path, _: GgufModel(path))

@@ -87,7 +87,7 @@ class CpuOps(TorchOps):
         if is_pair and len(parts) == 1 and not isinstance(part := parts[0], Float8):
             parts = [part_of(part, 0, half), part_of(part, half, 2 * half)]
         kept = [narrow for part in parts if (narrow := self._as_kept(part)) is not None]
-        columns = [part.columns if isinstance(part, Grouped) else None for part in kept]
+        columns = [part.columns for part in kept]
         orders = {one is None or one.numpy().tobytes() for one in columns}
         is_odd = is_pair and [part.shape[0] for part in parts] != [half, half]
         if len(kept) == len(parts) and not is_odd and len(orders) == 1:

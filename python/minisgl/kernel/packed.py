@@ -13,23 +13,24 @@ Tensor = torch.Tensor
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """Rows of blocks as GGUF files have them. kind: ggml's name of their type, such as "Q4_K"; data: [out, bytes of a
-    row] uint8."""
+    row] uint8; columns: as those of `Grouped`."""
 
     kind: str
     data: Tensor
     num_in: int
+    columns: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.data), self.num_in
 
     def dequantize(self) -> Tensor:
-        """The values, [out, in] float32."""
+        """The values, [out, in] float32, with columns where the input's features are."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        values = dequantize(self.data.cpu().numpy(), GGMLQuantizationType[self.kind])
-        return torch.from_numpy(values).to(self.data.device)
+        values = torch.from_numpy(dequantize(self.data.cpu().numpy(), GGMLQuantizationType[self.kind]))
+        return _placed(values.to(self.data.device), self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,7 @@ class Grouped:
             codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
         zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float().unsqueeze(-1)
         groups = codes.float().unflatten(1, (self.scales.shape[1], -1))
-        values = ((groups - zeros) * self.scales.float().unsqueeze(-1)).flatten(1)
-        return values if self.columns is None else torch.empty_like(values).index_copy_(1, self.columns, values)
+        return _placed(((groups - zeros) * self.scales.float().unsqueeze(-1)).flatten(1), self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,10 @@ class Float8:
         if scales.shape[1] > 1:
             scales = scales.repeat_interleave(128, 1)[:, : self.shape[1]]
         return self.data.float() * scales
+
+
+def _placed(values: Tensor, columns: Tensor | None) -> Tensor:
+    return values if columns is None else torch.empty_like(values).index_copy_(1, columns.to(values.device), values)
 
 
 Packed = Blocks | Grouped | Float8

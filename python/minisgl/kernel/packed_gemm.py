@@ -70,7 +70,9 @@ def codes_of(parts: Sequence[Packed]) -> Codes | None:
 
 
 def codes_of_part(part: Packed) -> Codes | None:
-    """None: it has other than 4 bits."""
+    """None: it has other than 4 bits, or blocks whose columns are in another order."""
+    if isinstance(part, Blocks) and part.columns is not None:
+        return None
     if isinstance(part, Grouped) and part.bits == 4:
         zeros = torch.full_like(part.scales, 8.0) if part.zeros is None else part.zeros
         return Codes(part.codes, part.scales.float(), zeros.float(), columns=part.columns)

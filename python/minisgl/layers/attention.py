@@ -34,8 +34,8 @@ class Attention(Layer):
         if order is not None or spec.gated:  # whose rows follow those of each query head, and come first here
             features = torch.arange(dim) if order is None else order
             queries, *gates = torch.arange(self._num_q * (1 + spec.gated) * dim).view(self._num_q, -1, dim).unbind(1)
-            orders["q_proj."] = torch.cat([part.flatten() for part in (*gates, queries[:, features])])
-            orders["k_proj."] = torch.arange(self._num_kv * dim).view(-1, dim)[:, features].flatten()
+            orders["q_proj"] = torch.cat([part.flatten() for part in (*gates, queries[:, features])])
+            orders["k_proj"] = torch.arange(self._num_kv * dim).view(-1, dim)[:, features].flatten()
         heads = {"q_proj": (config.num_qo_heads, dim * (1 + spec.gated))}
         heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
         self.qkv_proj = ColumnLinear(env, hidden, heads, "attention heads", config.qkv_bias, orders=orders)
@@ -179,18 +179,20 @@ class SparseMLP(Layer):
         slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
         mine = self._mine.start, self._mine.stop
         shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=len(self._mine))}
+        if self._spec.turns:
+            shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * mine[0], 2 * mine[1]))}
         if self.biases:
-            both, twice, rows = 2 * shape[0], (2 * mine[0], 2 * mine[1]), (0, self._spec.num_experts)
-            shards = {"gate_up_proj.": Shard((both, self._hidden), twice)}
-            name, sizes = f"{prefix}experts.gate_up_proj_bias", (rows[1], both)
-            yield WeightSlot(name, sizes, self.biases[0], rows, twice, lambda x: apart(x.t()).t())
-            yield WeightSlot(f"{prefix}experts.down_proj_bias", (rows[1], self._hidden), self.biases[1], rows)
+            rows, end = (0, self._spec.num_experts), "_bias" if self._spec.turns else ".bias"
+            for name, shard in shards.items():
+                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self.biases[0].t()).t()
+                yield WeightSlot(*slot, rows, shard.rows, (lambda x: apart(x.t()).t()) if self._spec.turns else None)
+            yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self.biases[1], rows)
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
             expert = f"{prefix}experts.{i}."
             found = [slot for name, shard in shards.items() for slot in slots(f"{expert}{name}", gate_up, shard)]
             found += slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
-            yield from map(turned, found) if self.biases else found
+            yield from map(turned, found) if self._spec.turns else found
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             yield from self.shared_expert.weights(f"{prefix}shared_expert.")
             yield from self.shared_expert_gate.weights(f"{prefix}shared_expert_gate.")

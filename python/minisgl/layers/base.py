@@ -63,10 +63,10 @@ class CpuSpec:
 
     def build(self, module: Any, model: int, index: int, kv: KVPool) -> None:
         """Add the blocks of decoder layer `index` to a model of the kernels."""
-        caches: dict[str, Callable[[int], Iterable[Tensor]]] = {"attention": kv.layer, "delta_net": kv.states.layer}
+        caches: dict[str, Callable[[int], Iterable[Tensor]]] = {"attention": kv.layer, "mlp": lambda _: ()}
         for block in self.blocks:
             matrices = (value for matrix in block.matrices for value in matrix)
-            cache = caches[block.kind](index) if block.kind in caches else ()
+            cache = caches.get(block.kind, kv.states.layer)(index)
             module[f"add_{block.kind}"](model, *matrices, *block.norms, *block.numbers, *cache)
 
 

@@ -6,7 +6,7 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
 from minisgl.config.states import ShortConv
 from minisgl.formats.base import WeightSlot
-from minisgl.layers.base import Layer, LayerEnv, Tensor
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined
 from minisgl.layers.linear import ColumnLinear, RowLinear
 
 _WHAT = "channels of a convolution"
@@ -43,3 +43,6 @@ class GatedShortConv(Layer):
         yield WeightSlot(name, shape, self._weight, rows, transform=lambda part: part.flatten(1))
         if self._bias is not None:
             yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, rows)
+
+    def cpu_spec(self) -> CpuSpec | None:
+        return joined((self.in_proj, self.out_proj), "short_conv", (self._weight, self._bias))

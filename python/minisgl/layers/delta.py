@@ -32,7 +32,7 @@ class GatedDeltaNet(Layer):
             key, value = spec.k_dim, each * spec.v_dim
             groups = {"in_proj_qkvz": (key, key, value, value), "in_proj_ba": (each, each)}
             parts, gates = ({name: (keys[0], sum(sizes))} for name, sizes in groups.items())
-            orders = {f"{name}.": _ungrouped(len(num_k), sizes) for name, sizes in groups.items()}
+            orders = {name: _ungrouped(len(num_k), sizes) for name, sizes in groups.items()}
         self.in_proj, self.gates_proj = (ColumnLinear(env, hidden, of, _WHAT, orders=orders) for of in (parts, gates))
         self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _WHAT)
         channels = torch.arange(spec.num_channels).split_with_sizes([num * size for num, size in (keys, keys, values)])

@@ -19,8 +19,7 @@ _SHARED = 8  # rows of e4m3 that have one scale in kernels, for each block of co
 class Linear(Layer):
     """y = x Wᵀ + b, where W [out, in] holds this rank's shards of one or several linear layers of the checkpoint.
 
-    shape: of W. shards: by what the names of those layers' tensors begin with. activation: of `Matrix.gate_up`. orders:
-    of a shard's rows, by the same names: which one, as the checkpoint has them, each of ours is; [rows] int64.
+    shape: of W. shards: by what the names of those layers' tensors begin with. activation: of `Matrix.gate_up`.
     """
 
     def __init__(
@@ -30,10 +29,9 @@ class Linear(Layer):
         shards: dict[str, Shard],
         bias: bool = False,
         activation: str | None = None,
-        orders: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
-        self.shards, self._activation, self._orders = shards, activation, orders or {}
+        self.shards, self._activation = shards, activation
         self._tensors = env.format.create(shape, env.dtype, env.device)
         self._matrix: Matrix | None = None
         self.bias = env.vector(shape[0]) if bias else None
@@ -46,15 +44,14 @@ class Linear(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self.shards.items():
-            for slot in [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]:  # all tensors, then each
-                yield self._arranged(name, slot)
+            slots = [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]
             if self.bias is not None:
-                bias = WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows)
-                yield self._arranged(name, bias)
+                slots.append(WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows))
+            yield from (self._arranged(shard.order, slot) for slot in slots)
 
-    def _arranged(self, name: str, slot: WeightSlot) -> WeightSlot:
-        """A slot of the layer `name`, whose rows are brought into their order."""
-        order, rows = self._orders.get(name), len(slot.target)
+    def _arranged(self, order: Tensor | None, slot: WeightSlot) -> WeightSlot:
+        """A slot of a layer, whose rows are brought into their order."""
+        rows = len(slot.target)
         if order is None or rows == 1 or slot.name.endswith(".g_idx"):  # or one scale for all
             return slot
         if rows != len(order):  # a scale for many rows
@@ -96,7 +93,7 @@ class ColumnLinear(Linear):
     """Several layers in one matrix, of whose outputs ranks have a share each.
 
     heads: by the layers' names, how many units of outputs they have, which stay together, and the size of one. Those of
-    `k_proj` and `v_proj` may be fewer than ranks: each is on all that hold its query heads.
+    `k_proj` and `v_proj` may be fewer than ranks: each is on all that hold its query heads. orders: of shards.
     """
 
     def __init__(
@@ -113,8 +110,9 @@ class ColumnLinear(Linear):
         for name, (num, size) in heads.items():
             mine = env.share(num, KV_HEADS, True) if name in ("k_proj", "v_proj") else env.share(num, what)
             rows = mine.start * size, mine.stop * size
-            shards[f"{name}."], at = Shard((num * size, in_features), rows, at=at), at + rows[1] - rows[0]
-        super().__init__(env, (at, in_features), shards, bias, activation, orders)
+            shard = Shard((num * size, in_features), rows, at=at, order=(orders or {}).get(name))
+            shards[f"{name}."], at = shard, at + rows[1] - rows[0]
+        super().__init__(env, (at, in_features), shards, bias, activation)
 
 
 def reordered(slot: WeightSlot, order: Tensor) -> WeightSlot:

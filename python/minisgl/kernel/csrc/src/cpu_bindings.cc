@@ -248,6 +248,14 @@ void py_add_delta_net(int64_t model, int64_t qkvz, Optional<TensorView> qkvz_bia
                                          state_of(past, memory, kept)});
 }
 
+void py_add_short_conv(int64_t model, int64_t in, Optional<TensorView> in_bias, int64_t o, Optional<TensorView> o_bias,
+                       Optional<TensorView> before, Optional<TensorView> after, TensorView weight, Optional<TensorView> bias,
+                       TensorView past, TensorView kept) {
+  ShortConv net{weight.size(0), weight.size(1), data_of<float>(weight), data_of<float>(bias), data_of<float>(past), data_of<float>(kept),
+                kept.size(1)};
+  add_block(at<Model>(model), ConvBlock{with_bias(in, in_bias), with_bias(o, o_bias), data_of<float>(before), data_of<float>(after), net});
+}
+
 void py_add_mlp(int64_t model, int64_t gate_up, Optional<TensorView> gate_up_bias, int64_t down, Optional<TensorView> down_bias,
                 Optional<TensorView> before, Optional<TensorView> after, tvm::ffi::String activation) {
   add_block(at<Model>(model), MlpBlock{with_bias(gate_up, gate_up_bias), with_bias(down, down_bias), data_of<float>(before),
@@ -320,6 +328,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_model, py_destroy_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_rotation, py_set_rotation);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_attention, py_add_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_delta_net, py_add_delta_net);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_short_conv, py_add_short_conv);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_mlp, py_add_mlp);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, py_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);

@@ -128,6 +128,16 @@ struct DeltaState {
   int64_t longest;
 };
 
+// A convolution of each channel over `width` tokens, between two gates (conv.h). weight: [channels, width]; bias: [channels] or
+// null; past: [slots, channels, width - 1], its last inputs; kept: [slots, longest, 3 * channels], what it was given of tokens that
+// were tried.
+struct ShortConv {
+  int64_t channels, width;
+  const float *weight, *bias;
+  float *past, *kept;
+  int64_t longest;
+};
+
 // Tokens [first, first + count) of the batch, which go on from the state of a slot. The last `tried` of them the state does not
 // take in: the slot keeps them. Before the first come the first `held` of those that it has kept.
 struct StateSequence {
@@ -172,13 +182,19 @@ struct DeltaBlock {
   DeltaState state;
 };
 
+struct ConvBlock {
+  Linear in, o;
+  const float *before, *after;
+  ShortConv net;
+};
+
 struct MlpBlock {
   Linear gate_up, down;
   const float *before, *after;
   Into activation;
 };
 
-using AnyBlock = std::variant<AttentionBlock, DeltaBlock, MlpBlock>;
+using AnyBlock = std::variant<AttentionBlock, DeltaBlock, ConvBlock, MlpBlock>;
 
 // Where tokens lie in the caches of some layers. slots: [num_tokens].
 struct Places {

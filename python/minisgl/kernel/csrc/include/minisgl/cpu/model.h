@@ -1,6 +1,7 @@
 // A whole step of a decoder in one call: all blocks, and the logits of the tokens that sample.
 #pragma once
 
+#include "conv.h"
 #include "delta.h"
 #include "ops.h"
 
@@ -78,6 +79,7 @@ class Model {
   // The widest rows: of what is multiplied first, of what comes of it, and of a delta net's gates.
   void widen_rooms(const AttentionBlock& w) { widen_rooms(w.qkv.out, w.o.in, 0); }
   void widen_rooms(const DeltaBlock& w) { widen_rooms(w.qkvz.out, w.o.in, w.ba.out); }
+  void widen_rooms(const ConvBlock& w) { widen_rooms(w.in.out, w.o.in, 0); }
   void widen_rooms(const MlpBlock& w) { widen_rooms(0, w.down.in, 0); }
   void widen_rooms(int64_t mixed, int64_t inner, int64_t gates) {
     mixed_stride_ = std::max(mixed_stride_, padded_stride(mixed));
@@ -158,6 +160,12 @@ class Model {
     DeltaInput in{mixed_.get(), mixed_stride_, gates_.get(), gate_stride_};
     gated_delta_net(workers_, thread, w.net, in, states_, w.state, inner_.get(), inner_stride_);
     add(thread, tokens, w.o, w.after);
+  }
+
+  void run(int thread, const Step& step, const ConvBlock& w) {
+    project(thread, step.num_tokens, w.before, w.in, Into::kStore, mixed_.get(), mixed_stride_);
+    short_conv(workers_, thread, w.net, mixed_.get(), mixed_stride_, states_, inner_.get(), inner_stride_);
+    add(thread, step.num_tokens, w.o, w.after);
   }
 
   void run(int thread, const Step& step, const MlpBlock& w) {
