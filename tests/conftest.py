@@ -1,6 +1,7 @@
 """Lets the tests that need no more than pytest run where its plugins are not installed, as on a GPU machine; no
-example of Hypothesis fails because the machine is busy; long tests come first (`order.py`); and what was skipped is
-told by its reason at the end, and is a failure where REQUIRE_ALL is set and a machine without a GPU could run it."""
+example of Hypothesis fails because the machine is busy; threads of torch do not spin while they wait, on cores that
+other tests want; long tests come first (`order.py`); and what was skipped is told by its reason at the end, and is a
+failure where REQUIRE_ALL is set and a machine without a GPU could run it."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ if importlib.util.find_spec("hypothesis") is not None:
 
     settings.register_profile("busy", deadline=None)
     settings.load_profile("busy")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; processes of tests have it too
 # What a machine of ours may lack. Where it has node, REQUIRE_NODE says so.
 LACKING = re.compile(r"\bGPUs?\b|CUDA device|Hopper|needs node")
 ABSENT = [plugin for plugin in PLUGIN_OPTIONS if importlib.util.find_spec(plugin) is None]

@@ -78,8 +78,9 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
             type(value), writer.add_array
         )(key.replace("__", "."), value)
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    weights = {name: weight.float() for name, weight in load_file(source / "model.safetensors").items()}
+    layers = config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(arch, layers + config.get("mtp_num_hidden_layers", 0))
+    weights = {in_layer(name, layers): w.float() for name, w in load_file(source / "model.safetensors").items()}
     for name, weight in parts(architecture, config, weights if architecture == "gpt-oss" else stacked(weights)):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:  # written under its name
@@ -97,6 +98,16 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def in_layer(name: str, layers: int) -> str:
+    """A head that foretells tokens is a layer behind the others."""
+    if not name.startswith("mtp."):
+        return name
+    theirs = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm"}
+    stem = name.removeprefix("mtp.").removeprefix("layers.0.").removesuffix(".weight")
+    theirs |= {} if ".layers." in name else {"norm": "shared_head.norm"}
+    return f"model.layers.{layers}.{theirs.get(stem, stem)}.weight"
 
 
 def divisors(config: dict[str, Any]) -> dict[str, list[float]]:
@@ -184,7 +195,10 @@ def add_numbers(writer: gguf.GGUFWriter, architecture: str, config: dict[str, An
         multiple = config["block_multiple_of"]
         inner = -(-int(2 * inner / 3) // multiple) * multiple
         kv_heads = [0 if kind == "conv" else kv_heads for kind in types]
-    writer.add_block_count(config["num_hidden_layers"])
+    foretells = config.get("mtp_num_hidden_layers", 0)
+    writer.add_block_count(config["num_hidden_layers"] + foretells)
+    if foretells:
+        writer.add_nextn_predict_layers(foretells)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(inner)
@@ -223,7 +237,10 @@ def add_numbers(writer: gguf.GGUFWriter, architecture: str, config: dict[str, An
             add(config[key])
     if "linear_num_value_heads" in config:
         writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
-        writer.add_array(f"{architecture}.attention.recurrent_layers", [kind == "linear_attention" for kind in types])
+        writer.add_array(
+            f"{architecture}.attention.recurrent_layers",
+            [kind == "linear_attention" for kind in types] + [False] * foretells,
+        )
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(inner)
 

@@ -11,12 +11,11 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from minisgl.config import families
 
@@ -130,6 +129,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: str = "float32", shard: str
 
 @functools.cache
 def _make(family: str, seed: int, dtype: str, shard: str, overrides: str) -> Path:
+    import transformers  # here, and not by each process that is given a model, and imports a test's module
+
     fields = {**BASE, **EXTRA.get(family, {}), **json.loads(overrides)}
     if family == "gemma4_text":
         fields["vocab_size_per_layer_input"] = fields["vocab_size"]
@@ -177,9 +178,11 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 param.copy_(noise * 1.5 / param.shape[-1] ** 0.5)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # most are a megabyte
 def hf_model(path: Path, dtype: str = "float32") -> Any:
     """The same model in transformers, on the CPU."""
+    import transformers
+
     config = transformers.AutoConfig.from_pretrained(path)
     # Releases differ in what they do with soft-capped scores, which torch's attention has not.
     kind = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
@@ -188,8 +191,13 @@ def hf_model(path: Path, dtype: str = "float32") -> Any:
 
 
 def hf_generate(path: Path, prompt: Iterable[int], num_tokens: int, dtype: str = "float32") -> list[int]:
-    """Greedy continuation by `generate()`, past end-of-sequence tokens."""
-    ids = torch.tensor([list(prompt)])
+    """Greedy continuation by `generate()`, past end-of-sequence tokens. What was asked before is known."""
+    return [*_hf_generate(path, tuple(prompt), num_tokens, dtype)]
+
+
+@functools.cache
+def _hf_generate(path: Path, prompt: tuple[int, ...], num_tokens: int, dtype: str) -> list[int]:
+    ids = torch.tensor([prompt])
     output = hf_model(path, dtype).generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -199,6 +207,13 @@ def hf_generate(path: Path, prompt: Iterable[int], num_tokens: int, dtype: str =
         eos_token_id=None,
     )
     return output[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def hf_greedy(path: Path, prompt: Iterable[int], output: Sequence[int], dtype: str = "float32") -> list[int]:
+    """The most probable token of transformers after each prefix of `output`: all of them are its own exactly if it is
+    what `generate()` gives, for the price of one step. (Not so where angles depend on how long a sequence is.)"""
+    logits = hf_logits(path, [*prompt, *output[:-1]], dtype)
+    return logits[-len(output) :].argmax(-1).tolist()  # type: ignore[no-any-return]
 
 
 def hf_logits(path: Path, tokens: Iterable[int], dtype: str = "float32") -> torch.Tensor:

@@ -28,10 +28,10 @@ def install(folder: Path) -> Path:
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT], check=True)
     (wheel,) = folder.glob("minisgl-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    constraints = ["-c", str(ROOT / "constraints.txt"), f"torch=={version('torch')}"]
-    into = [*pip, "--python", str(python), "install", "--no-compile", *constraints]
-    subprocess.run([*into, str(wheel)], cwd=folder, env=ENVIRONMENT, check=True)
+    python, torch = folder / "venv" / "bin" / "python", version("torch")
+    options = ["-c", str(ROOT / "constraints.txt"), *(["--torch-backend", "cpu"] if torch.endswith("+cpu") else [])]
+    command = [ROOT / "tools" / "install", sys.executable, *options, f"torch=={torch}", wheel]
+    subprocess.run(command, cwd=folder, env={**ENVIRONMENT, "INTO": str(python)}, check=True)
     return python
 
 

@@ -15,7 +15,6 @@ from langchain_openai import OpenAIEmbeddings
 
 from tests.clients.prompts import MODEL
 from tests.e2e.conftest import ROOT, Server
-from tests.models import tiny_model
 from tests.tokenizers_fixture import add_labels, make_byte_level
 
 PAGE = (ROOT / "docs" / "howto" / "embeddings.md").read_text(encoding="utf-8")
@@ -63,6 +62,8 @@ def test_what_the_documents_show(embedding: Server, capsys: pytest.CaptureFixtur
 
 
 def test_reranking_and_scores(tmp_path: Path) -> None:
+    from tests.models import tiny_model  # which imports torch
+
     model = shutil.copytree(tiny_model("qwen3", vocab_size=512), tmp_path / "model")
     server = serve("score", tmp_path, "--model", str(add_labels(make_byte_level(model), yes=500, no=501)))
     try:

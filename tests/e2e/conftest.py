@@ -19,7 +19,6 @@ import openai
 import psutil
 import pytest
 
-from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +122,9 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model: random weights, and the same tokenizer."""
+    """A whole model: random weights, and the same tokenizer. Only who needs it imports torch."""
+    from tests.models import tiny_model
+
     path = tmp_path_factory.mktemp("models") / "tiny-dir"
     shutil.copytree(tiny_model("qwen3", vocab_size=400), path)
     return make_byte_level(path)

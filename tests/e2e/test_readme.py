@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,9 +21,10 @@ ADDRESS = "http://127.0.0.1:1919"
 EXPECTED = re.compile(r"^ *print\(.*\)  # (.*)$", flags=re.MULTILINE)
 
 
-@pytest.fixture
-def server(start: Callable[..., Server]) -> Server:
-    return start(["-m", "minisgl", "--port", "0"])
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server.running(["-m", "minisgl", "--port", "0"], tmp_path_factory.mktemp("logs") / "server.log") as running:
+        yield running
 
 
 def run(command: list[str], text: str, server: Server) -> str:

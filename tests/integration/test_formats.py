@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisgl.config.model import MoE
-from minisgl.config.states import ShortConv
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import DENSE, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
@@ -146,12 +145,10 @@ class Sandwich(DecoderLayer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_are_computed_in_whole_steps_but_for_those_named(family: str) -> None:
-    """Those with experts, with short convolutions, with queries that are scaled by position, and Gemma 4."""
+    """Those with experts, with queries that are scaled by position, and Gemma 4."""
     config = engine_config(tiny_model(family)).model
     is_other = config.layer_scalars or any(rope.query_beta for rope in config.ropes)
-    is_other |= any(
-        isinstance(layer.mlp, MoE) or isinstance(layer.attention.cache, ShortConv) for layer in config.layers
-    )
+    is_other |= any(isinstance(layer.mlp, MoE) for layer in config.layers)
     assert (loaded(family, DENSE, CpuOps(1)).cpu_specs() is None) == is_other
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minisgl.config.families import read_model_config
 from minisgl.config.states import DeltaNet
 from minisgl.errors import ConfigError
 from minisgl.formats.gguf import open_slices
-from minisgl.gguf.model import NAMES, GgufModel
+from minisgl.gguf.model import NAMES
 from tests import gguf_files
 from tests.driver import CPU_KERNELS, engine_logits
 from tests.gguf_converter import ARCHITECTURES, convert, rounded
 from tests.integration.test_formats import SecondOfTwo
 from tests.integration.test_gguf import load
+from tests.integration.test_mtp import generate
 from tests.models import hf_logits, random_prompt, tiny_model
 
 PROMPT = random_prompt(40)
+LAYER = "model.layers.1."  # of attention, in a hybrid
 # What a file can say of a family: Gemma's scores have the size of a head, as those of all but two models.
 SAYS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 32, "tie_word_embeddings": True},
@@ -135,13 +140,19 @@ def test_a_message_of_gpt_oss_is_no_turn(tmp_path: Path) -> None:
     assert {*read_model_config(path).eos_token_ids} == {6, 7, 8}
 
 
-def test_names_of_a_head_that_foretells(tmp_path: Path) -> None:
-    path, _ = made("qwen3_5_text", tmp_path)
-    name = "qwen35.nextn_predict_layers"
-    data = convert(tiny_model("qwen3_5_text"), path, **{name.replace(".", "__"): 1}).read_bytes()
-    assert name.encode() in data
-    model = GgufModel(path)  # of one layer less, and the head
-    assert read_model_config(path, mtp=True).num_layers == 4
-    assert model.our_names("blk.4.nextn.eh_proj.weight")[1] == ["mtp.fc.weight"]
-    assert model.our_names("blk.4.attn_norm.weight")[1] == ["mtp.layers.0.input_layernorm.weight"]
-    assert model.our_names("blk.3.attn_norm.weight")[1] == ["model.layers.3.input_layernorm.weight"]
+def test_a_head_that_foretells(tmp_path: Path) -> None:
+    """The same drafts as those of the checkpoint."""
+    source = shutil.copytree(tiny_model("qwen3_5_text"), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    head = {f"mtp.layers.0.{name.removeprefix(LAYER)}": w for name, w in weights.items() if name.startswith(LAYER)}
+    head["mtp.fc.weight"] = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / 8
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        head[f"mtp.{name}.weight"] = weights["model.norm.weight"].clone()
+    save_file(weights | head, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    path = convert(source, tmp_path / "model.gguf")
+    assert distance(engine_logits(path, PROMPT), hf_logits(tiny_model("qwen3_5_text"), PROMPT)) < 1e-5
+    told, drafts = generate(path, "mtp")
+    assert (told, drafts) == generate(source, "mtp")
+    assert len(drafts) > 5

@@ -69,6 +69,8 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("qwen3", vocab_size=255), 2),  # a vocabulary that two does not divide
         (tiny_model("llama", attention_bias=True, mlp_bias=True, vocab_size=255, tie_word_embeddings=True), 2),
         (tiny_model("llama", num_key_value_heads=1), 2),  # fewer KV heads than ranks
+        (tiny_model("mistral", sliding_window=16), 2),
+        (tiny_model("qwen2"), 2),  # biases of queries, keys and values alone
         (tiny_model("qwen3_moe"), 2),
         (tiny_model("qwen2_moe"), 2),  # a shared expert
         (tiny_model("olmo2", attention_bias=True), 2),  # norms over the heads of all ranks, and of what is added

@@ -12,10 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.base import modules as base_modules
-from sentence_transformers.cross_encoder.modules import LogitScore
-from sentence_transformers.sentence_transformer import modules
 
 from minisgl import LLM, SamplingParams
 from minisgl.config.pooling import read_pooling
@@ -57,8 +53,12 @@ def with_tokenizer(source: Path, target: Path, *, ending: bool = False, template
     return target
 
 
-def saved(source: Path, target: Path, mode: str, *, normalize: bool = True) -> SentenceTransformer:
-    """sentence-transformers' own directory of the model, and what it loads from there."""
+def saved(source: Path, target: Path, mode: str, *, normalize: bool = True) -> Any:
+    """sentence-transformers' own directory of the model, and what it loads from there. It is imported where it is
+    needed: in seconds, which no other process of tests needs to spend."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
     body = modules.Transformer(str(source))
     parts = [body, modules.Pooling(body.get_embedding_dimension(), pooling_mode=mode)]
     parts += [modules.Normalize()] if normalize else []
@@ -183,6 +183,10 @@ ROLES = (
 
 @pytest.mark.parametrize("kind", ["two tokens", "one token", "classifier"])
 def test_scores_equal_sentence_transformers(source: Path, tmp_path: Path, kind: str) -> None:
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base import modules as base_modules
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
     path = with_tokenizer(source, tmp_path / "model", template=ROLES)
     if kind == "classifier":
         config = transformers.AutoConfig.from_pretrained(path, num_labels=1, pad_token_id=2)

@@ -1,6 +1,6 @@
 """A server under everything at once, with too few pages and rows, and with workers that are killed.
 
-For MINISGL_SOAK_SECONDS (60; `make soak` takes 1,800). The scheduler walks all its pages after every step. In the end
+For MINISGL_SOAK_SECONDS (40; `make soak` takes 1,800). The scheduler walks all its pages after every step. In the end
 nothing runs, and memory, threads and descriptors of each process are what they were after a while of the same.
 """
 
@@ -26,7 +26,7 @@ from tests.soak.clients import ADMIN, KEYS, MAX_SEQ_LEN, Client
 
 __all__ = ["start", "tiny_path"]
 
-SECONDS = float(os.environ.get("MINISGL_SOAK_SECONDS", "60"))
+SECONDS = float(os.environ.get("MINISGL_SOAK_SECONDS", "40"))
 SEED = int(os.environ.get("MINISGL_SOAK_SEED", "0"))
 NUM_CLIENTS = 8
 KILLED = ["minisgl-TP0-scheduler", "minisgl-detokenizer-0", "minisgl-tokenizer-0"] * max(1, int(SECONDS / 180))

@@ -84,7 +84,11 @@ class Scheduler:
         while self._inbox:
             outputs += self._take(self._inbox.popleft())
         self._send(outputs)
-        planned = self.planner.plan()
+        planned, outputs = self.planner.plan(), []
+        if planned is None and self._submitted and not self._submitted[0][0].plan.masked:
+            # What comes next depends on that step: nothing is told before the device has its next one to compute. (Of
+            # a step with grammars it is: planners hear then which tokens these prescribe.)
+            outputs, planned = self._retire(), self.planner.plan()
         self._stuck = planned is None and not self._submitted
         if planned is not None:
             masks = self._grammars.masks(planned, self._submitted)
@@ -93,9 +97,10 @@ class Scheduler:
             self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
         elif not self._submitted and not len(self.planner.running) and len(self.planner.waiting):
             raise IntegrityError("no request can begin, and none runs: pages are lost")
+        self._send(outputs)
         num_left = 1 if self._config.overlap and planned is not None else 0
         while len(self._submitted) > num_left:
-            self._retire()
+            self._send(self._retire())
         for observer in self._observers:
             observer.turned()
 
@@ -116,8 +121,9 @@ class Scheduler:
             self._transport.answer(wire.FlushReply(message.uid, self.planner.pages.flush_unused()))
         return []
 
-    def _retire(self) -> None:
-        """Take in the oldest step, submitted until it has run: after an interrupt (`LLM`) a turn goes on there."""
+    def _retire(self) -> list[ReqOutput]:
+        """Take in the oldest step, submitted until it has run: after an interrupt (`LLM`) a turn goes on there.
+        Returns what there is to tell."""
         self._checked, begin = False, time.monotonic()
         (plan, _), handle = self._submitted[0]
         if not handle.wait(PUMP_SECONDS):
@@ -132,9 +138,9 @@ class Scheduler:
             self._submitted.popleft()
             outputs = self.planner.retire(result)
             self._num_failures = 0
-        self._send(outputs)
         if plan.expected:
             check_integrity(self.planner)
+        return outputs
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[ReqOutput]:
         """A step has failed: its requests end. Raises: EngineError when no more can be done here."""
