@@ -2,7 +2,8 @@
 not, and with drafts of some quality.
 
     python benchmark/offline/speculation.py [--load quote|fresh|answer] [--streams 1] [--output-len 100]
-                                            [--rounds 5] [--shape NAME] [--accept RATE] [--json FILE] [flags]
+                                            [--rounds 5] [--shape NAME] [--accept RATE] [--predict N] [--json FILE]
+                                            [flags]
 
 Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote:
 a text that is to be said again, greedily; fresh: the beginning of a story, sampled; answer: questions in a chat,
@@ -11,7 +12,8 @@ greedily, up to where the answers end. Without `--model` it is the built-in mode
 the ratio (median of the rounds'), and how many guessed tokens were right.
 
 --shape: random weights, and prompts of random ids; with `--speculate mtp` the model has a head. --accept: a guessed
-token counts as right by a seeded coin that says yes so often, whatever was sampled.
+token counts as right by a seeded coin that says yes so often, whatever was sampled. --predict: greedily, and each
+request brings the plain output as its prediction, in which one token of so many is another (0: none).
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import random
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,13 @@ def prompts(load: str, num: int) -> list[str]:
     return [f"Story {i} of {TOPICS[i % 8]} and {TOPICS[(3 * i + 5) % 8]}. It begins so:" for i in range(num)]
 
 
-def generate(engine: LLM, load: str, texts: list[Any], params: SamplingParams) -> list[list[int]]:
+def with_predictions(params: SamplingParams, outputs: list[list[int]], every: int) -> list[SamplingParams]:
+    """every: one token of so many is another; 0: none."""
+    guesses = [[id + (every > 0 and i % every == every - 1) for i, id in enumerate(ids)] for ids in outputs]
+    return [replace(params, prediction=tuple(ids)) for ids in guesses]
+
+
+def generate(engine: LLM, load: str, texts: list[Any], params: Any) -> list[list[int]]:
     """The tokens of each output, in the order of the prompts; of questions, as many at a time as there are texts."""
     if load != "answer":
         return [out.token_ids for out in engine.generate(texts, params, progress=False)]
@@ -65,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape")
     parser.add_argument("--accept", type=float)
+    parser.add_argument("--predict", type=int)
     parser.add_argument("--json", type=Path)
     return parser
 
@@ -72,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """The drafting engine's."""
     room = {"max_seq_len": 2048, "max_running_requests": max(16, 4 * max(args.streams))}  # samples of drafts
-    options = {**room, "speculate": "ngram", **engine_options(parse_args(flags))}
+    options = {**room, "speculate": "ngram" if args.predict is None else "off", **engine_options(parse_args(flags))}
     if args.shape is not None:  # several fit one device
         num_pages = max(args.streams) * (SHAPE_PROMPT + args.output_len + 64) // 16 + 256
         options = {"num_pages": num_pages, "max_prefill_length": 2048, **options}
@@ -83,25 +93,33 @@ def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
 
 def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict[str, Any]:
     """So many streams, in turns."""
-    numbers, temperature, load = random.Random(0), 0.8 if args.load == "fresh" else 0.0, args.load
+    numbers, temperature, load = (
+        random.Random(0),
+        0.8 if args.load == "fresh" and args.predict is None else 0.0,
+        args.load,
+    )
     texts: list[Any] = list(prompts(args.load, num))
     if args.shape is not None:
         texts, load = [[numbers.randrange(10, 4000) for _ in range(SHAPE_PROMPT)] for _ in range(num)], "fresh"
     params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=load != "answer")
+    each: dict[str, Any] = dict.fromkeys(engines, params)
+    if args.predict is not None:
+        plain = generate(engines["plain"], load, texts, params)
+        each["drafts"] = with_predictions(params, plain, args.predict)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     speculation = engines["drafts"].scheduler.planner.speculation
-    before, num_same, num_tokens = (speculation.num_drafted, speculation.num_right), 0, 0
+    before, num_same, num_tokens = (speculation.num_drafted.total(), speculation.num_right.total()), 0, 0
     for turn in range(args.rounds + 1):  # the first one warms up
         outputs = {}
         for name in list(engines)[:: 1 if turn % 2 else -1]:
             begin = time.perf_counter()
-            outputs[name] = generate(engines[name], load, texts, params)
+            outputs[name] = generate(engines[name], load, texts, each[name])
             seconds[name] += [time.perf_counter() - begin] if turn else []
         num_same = sum(a == b for a, b in zip(*outputs.values(), strict=True))
         num_tokens = sum(map(len, outputs["plain"]))
     speeds = {name: num_tokens / statistics.median(times) for name, times in seconds.items()}
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    drafted, right = speculation.num_drafted - before[0], speculation.num_right - before[1]
+    drafted, right = speculation.num_drafted.total() - before[0], speculation.num_right.total() - before[1]
     print(f"{args.shape or args.load}, {num} streams, {num_tokens} tokens: {num_same} outputs the same")
     print(", ".join(f"{name} {speed:.0f} tokens/s" for name, speed in speeds.items()))
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")

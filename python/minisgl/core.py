@@ -101,6 +101,7 @@ class SamplingParams:
     logit_bias: (token id, what is added to its logit).
     logprobs: of each output token, and of so many most probable ones in its place; None: not wanted.
     speculate: the longest draft of its next tokens, where the server speculates; 0: none; None: as the server has it.
+    prediction: a text that the output may be, in part at least, or (of a tokenizer) its ids: a draft.
     prompt_logprobs: the same for each prompt token but the first, which nothing precedes.
     echo: the text begins with the prompt's. Only then may max_tokens be 0.
     priority: of waiting requests the one with the lowest number runs first, under that policy.
@@ -139,6 +140,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     pooling: str = ""
     speculate: int | None = None
+    prediction: str | tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         limit, least = self.max_tokens, 0 if self.echo else 1

@@ -101,8 +101,10 @@ def generate(
         config = replace(config, num_snapshots=12)
     engine = create(config)
     if breaks:
-        engine.steps.drafter = Mock(propose=Mock(side_effect=RuntimeError("the head is broken")))
-    planning = SchedulerConfig(4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate)
+        engine.steps.propose = Mock(side_effect=RuntimeError("the head is broken"))
+    planning = SchedulerConfig(
+        4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate, draft_len=NUM_DRAFTS
+    )
     planner = Planner(replace(planning, has_states=bool(model.states), num_snapshots=config.num_snapshots))
     told: list[list[int]] = [[] for _ in PARAMS]
     drafts: list[tuple[list[int], list[int]]] = []

@@ -41,7 +41,7 @@ class PlannerMachine(RuleBasedStateMachine):
         snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 30]),
         snapshot_tokens=st.sampled_from([1, 4, 10]),
         drafter=st.sampled_from([None, *DRAFTERS]),
-        speculate_tokens=st.sampled_from([1, 3, 8]),
+        draft_len=st.sampled_from([1, 3, 8]),
         window=st.sampled_from([None, None, 1, 3, 7, 20]),
         spare=st.sampled_from([0, 1, 5, 100]),
     )
@@ -57,7 +57,7 @@ class PlannerMachine(RuleBasedStateMachine):
         snapshots: int | None,
         snapshot_tokens: int,
         drafter: str | None,
-        speculate_tokens: int,
+        draft_len: int,
         window: int | None,
         spare: int,
     ) -> None:
@@ -76,7 +76,7 @@ class PlannerMachine(RuleBasedStateMachine):
             snapshot_tokens=snapshot_tokens,
             schedule_policy=policy,
             eos_token_ids=(3,),
-            speculate_tokens=speculate_tokens,
+            draft_len=draft_len,
             window=window or 0,
             num_window_pages=num_window_pages if window else 0,
         )
@@ -134,6 +134,7 @@ class PlannerMachine(RuleBasedStateMachine):
         pooling=st.sampled_from(["", "", "", "last", "mean"]),
         salt=st.sampled_from(["", "", "a", "b"]),
         client=st.sampled_from(["flood", "flood", "small", "other"]),
+        predicted=st.sampled_from([0, 0, 100, 5, 2, 1]),
     )
     def add(
         self,
@@ -146,6 +147,7 @@ class PlannerMachine(RuleBasedStateMachine):
         pooling: str,
         salt: str,
         client: str,
+        predicted: int,
     ) -> None:
         known = [*self.history, *self.turns, *self.turns]
         base = known[shared % len(known)] if known else []
@@ -156,6 +158,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.outputs[uid] = []
         self.history.append(prompt)
         held_to = GRAMMAR if grammar else None
+        expected = expected_output(prompt, 40, ()) if predicted else []  # of which this one in so many is wrong
+        guess = [49 - token if predicted < 100 and i % predicted == 0 else token for i, token in enumerate(expected)]
         params = SamplingParams(
             max_tokens=max_tokens,
             seed=0,
@@ -166,6 +170,7 @@ class PlannerMachine(RuleBasedStateMachine):
             priority=-(uid % 3),
             prompt_logprobs=None if uid % 4 or pooling else 0,  # computes what is cached again
             pooling=pooling,
+            prediction=tuple(guess),
         )
         self.take(self.planner.add(uid, prompt, params))
 

@@ -13,12 +13,12 @@ from hypothesis import given
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams
-from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, NgramDrafter, find_repeated
+from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, NgramDrafter, Prediction, find_repeated
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Lengths
 from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
 
-CONFIG = SchedulerConfig(64, 512, 200, 4096, 4, speculate_tokens=8, integrity_fatal=True, check_integrity=1)
+CONFIG = SchedulerConfig(64, 512, 200, 4096, 4, draft_len=8, integrity_fatal=True, check_integrity=1)
 PARAMS = SamplingParams(max_tokens=60, seed=0, ignore_eos=True)
 
 
@@ -46,7 +46,8 @@ def test_the_longest_suffix_that_came_before(ids: list[int]) -> None:
         return [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
 
     lengths = [length for length in range(MIN_MATCH, min(MAX_MATCH, len(ids) - 1) + 1) if ends(length)]
-    assert find_repeated(np.array(ids, np.int32)) == ((ends(max(lengths))[-1], max(lengths)) if lengths else (0, 0))
+    found = find_repeated(array := np.array(ids, np.int32), array[:-1])
+    assert found == ((ends(max(lengths)), max(lengths)) if lengths else ((), 0))
 
 
 @given(
@@ -57,7 +58,8 @@ def test_a_text_that_grows_is_searched_as_if_it_was_new(prompt: list[int], more:
     req = Mock(uid=1, tokens=[*prompt], prefix=np.array(prompt, np.int32))
     for ids in more:
         req.tokens += ids
-        end, length = find_repeated(np.array(req.tokens, np.int32))
+        ends, length = find_repeated(array := np.array(req.tokens, np.int32), array[:-1])
+        end = ends[-1] if length else 0
         assert list(drafter.propose(req, 0, 4)) == req.tokens[end : end + min(4, max(0, length - 1))]
 
 
@@ -71,14 +73,15 @@ def test_a_request_says_how_long_its_drafts_may_be() -> None:
     assert 50 < counts[0][0] <= 59
     assert 0 < counts[2][0] <= 40
     assert all(wrong == 0 for _, wrong in counts)
-    assert (planner.speculation.num_drafted, planner.speculation.num_right) == (sum(x for x, _ in counts),) * 2
+    num = sum(x for x, _ in counts)
+    assert planner.speculation.num_drafted == planner.speculation.num_right == {"off": num}
 
 
 def test_wrong_and_right_tokens_are_counted() -> None:
     planner = Planner(CONFIG, GuessingDrafter(lambda uid, position: 3))
     (output,), sizes = serve(planner, [PARAMS])
     right, wrong = output.req.drafted
-    assert right + wrong == sum(sizes) == planner.speculation.num_drafted
+    assert right + wrong == sum(sizes) == planner.speculation.num_drafted.total()
     assert right + 1 + sizes.count(0) <= 60 <= right + len(sizes)
 
 
@@ -140,10 +143,71 @@ def test_a_wrong_draft_in_the_first_share_of_a_model_with_states(is_left: bool) 
 
 
 def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
-    assert find_repeated(np.full(100_000, 7, np.int32)) == (99_999, MAX_MATCH)
+    ends, length = find_repeated(same := np.full(100_000, 7, np.int32), same[:-1])
+    assert (ends[-1], length) == (99_999, MAX_MATCH)
     drafter, req = NgramDrafter(), Mock(uid=1, tokens=[5, 6, 7, 8, 5, 6], prefix=np.array([5, 6, 7], np.int32))
     assert list(drafter.propose(req, 0, 2)) == [7]
     req.tokens += [7, 9, 5, 6, 7]
     assert list(drafter.propose(req, 0, 3)) == [9, 5]
     assert list(drafter.propose(req, 1, 3)) == [5]
     assert list(drafter.propose(req, 1, 0)) == []
+
+
+def test_a_prediction_is_the_draft_and_finds_its_place_again() -> None:
+    text = [10, 11, 12, 13, 20, 21, 22, 23, 10, 11, 12, 30, 31, 32, 33, 34]
+    req, prediction = Mock(tokens=[1, 2, 10, 11], prompt_len=4), Prediction(text)
+    assert prediction.propose(req, 0, 4) == text[:4], "the output is expected to begin with it"
+    assert prediction.propose(req, 1, 4) == text[1:5]
+    req.tokens += [10, 11]
+    assert prediction.propose(req, 0, 8) == text[2:10]
+    req.tokens += [99, 98]
+    assert prediction.propose(req, 0, 8) == [], "it has left the prediction, where the prompt is not looked for"
+    req.tokens += [10, 11, 12]
+    assert prediction.propose(req, 0, 8) == text[3:5], "fewer than have come again, of the next place"
+    req.tokens += [30, 31, 32]
+    assert prediction.propose(req, 0, 8) == text[14:]
+    req.tokens += [33, 34, 35]
+    assert prediction.propose(req, 0, 8) == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=20))
+def test_a_prediction_says_what_it_has_behind_the_last_tokens(text: list[int], more: list[list[int]]) -> None:
+    req, prediction = Mock(tokens=[7], prompt_len=1), Prediction(text)
+    for ids in more:
+        req.tokens += ids
+        output = req.tokens[1:]
+        draft = list(prediction.propose(req, 0, 4))
+        places = [end for end in range(2, len(text) + 1) if text[end - 2 : end] == output[-2:]]
+        begins = output == text[: len(output)]
+        assert draft == [] or begins or any(draft == text[end : end + len(draft)] for end in places)
+        assert not begins or draft == text[len(output) : len(output) + 4]
+
+
+@pytest.mark.parametrize("speculate", ["off", "ngram"])
+@pytest.mark.parametrize("wrong", [0, 20, 1])
+def test_predictions_make_steps_fewer_and_change_nothing(speculate: str, wrong: int) -> None:
+    """wrong: one in so many of the prediction's tokens is; 1: all."""
+    planner = Planner(replace(CONFIG, speculate=speculate))
+    expected = expected_output([0, 1, 2], 63, ())
+    guess = [49 - token if wrong and i % wrong == wrong - 1 else token for i, token in enumerate(expected)]
+    last, sizes = serve(planner, [replace(PARAMS, prediction=tuple(guess)), PARAMS])
+    right, bad = last[0].req.drafted
+    assert planner.speculation.num_right["prediction"] == right
+    assert planner.speculation.num_drafted["prediction"] == right + bad
+    if wrong == 1:
+        assert right < 5
+    else:
+        assert right > (50 if wrong == 0 else 30)
+        assert bad <= (0 if wrong == 0 else right)
+    assert len(sizes) >= 60, "the other one has no draft"
+    assert not planner.speculation.is_on or speculate == "ngram", "it is forgotten"
+
+
+def test_there_are_no_predictions_where_none_can_be_verified() -> None:
+    planner = Planner(replace(CONFIG, draft_len=0))
+    (output,), _ = serve(planner, [replace(PARAMS, prediction=tuple(expected_output([0, 1, 2], 63, ())))])
+    assert output.req.drafted == (0, 0)
+    planner = Planner(CONFIG)
+    params = replace(PARAMS, speculate=0, prediction=tuple(expected_output([0, 1, 2], 63, ())))
+    (output,), _ = serve(planner, [params])
+    assert output.req.drafted == (0, 0)

@@ -6,12 +6,15 @@ from dataclasses import replace
 from minisgl.config.model import DenseMLP, LayerSpec, PagedKV
 from minisgl.utils.fields import Fields
 
-_LONGEST = {"ngram": 8, "mtp": 3}  # tokens
+_LONGEST = {"ngram": 8, "mtp": 3, "off": 8}  # tokens
 
 
-def longest_draft(kind: str, asked: int | None) -> int:
-    """Tokens of a request that a step may verify, at most. kind: of drafter; asked: None where no flag says it."""
-    return 0 if kind == "off" else asked or _LONGEST[kind]
+def longest_draft(kind: str, asked: int | None, device: str) -> int:
+    """Tokens of a request that a step may verify, at most. kind: of drafter; asked: None where no flag says it.
+
+    What a client predicts is verified with "off", too, but on GPUs: graphs and buffers for it would be of cost to all.
+    """
+    return 0 if kind == "off" and device == "cuda" else asked or _LONGEST[kind]
 
 
 def read_mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:

@@ -113,7 +113,7 @@ class SchedulerConfig:
     num_snapshots: int = 0  # of these, which the prefix cache may hold
     snapshot_tokens: int = 64  # between two of them, at least
     speculate: str = "off"  # "off" | "ngram" | "mtp"
-    speculate_tokens: int | None = None  # of a request that a step may verify, at most; None: by kind
+    draft_len: int = 8  # tokens of a request that a step may verify, at most; 0: no drafts
     step_costs: tuple[float, float] = (0.0, 0.0)  # in steps of one token: of one more; of planning nothing meanwhile
     window: int = 0  # of the layers whose windows slide, tokens; 0: there are none
     num_window_pages: int = 0  # that these have

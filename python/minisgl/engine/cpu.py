@@ -40,10 +40,11 @@ class CpuTables:
     """What steps on a CPU read, beside what every engine's host remembers (`host`)."""
 
     def __init__(self, config: EngineConfig) -> None:
-        num_rows = config.max_running_requests
-        self.host = RowTables(num_rows, config.max_seq_len, config.page_size, config.window)
+        self.padding_row = num_rows = config.max_running_requests  # of nobody's requests
+        self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
+        self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
-        self.token_ids = torch.from_numpy(np.zeros((num_rows, config.max_seq_len + 1), np.int32))  # memory on first use
+        self.token_ids = torch.from_numpy(np.zeros((num_rows + 1, config.max_seq_len + 2), np.int32))  # used later
 
     def send(self, plan: StepPlan, index: StepIndex) -> None:  # noqa: ARG002 (its numbers are read where they are)
         for admission in plan.admissions:
@@ -57,7 +58,7 @@ class CpuTables:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Ids and slots of a step's tokens."""
-        at = batch.index.token_rows, batch.index.positions
+        at = batch.tensors.token_rows.numpy(), batch.tensors.positions.numpy()
         ids, slots = self.token_ids.numpy()[at].astype(np.int64), torch.from_numpy(batch.attention.slots_of(*at))
         windowed = batch.attention.windowed
         return torch.from_numpy(ids), [slots, slots if windowed is None else torch.from_numpy(windowed.slots_of(*at))]
@@ -69,8 +70,7 @@ class WholeStep:
     def __init__(self, shard: ModelShard, kv: KVPool, tables: CpuTables, ops: CpuOps, specs: list[CpuSpec]) -> None:
         embedding, *layers, head = specs
         config, self._model = shard.config.model, shard.model
-        self._module, self._backend, self._inputs = ops.module, CpuBackend(ops), tables.inputs
-        self._window_table = tables.window_table
+        self._module, self._backend, self._tables = ops.module, CpuBackend(ops), tables
         self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (kv, ops)
         self._logits = torch.empty(0, self._vocab_size)
         numbers = config.rms_norm_eps, config.embedding_scale, embedding.matrices[0][0], head.matrices[0][0]
@@ -81,20 +81,21 @@ class WholeStep:
             layer.build(self._module, self.handle, index, kv)
 
     def __call__(self, batch: Batch) -> Computed:
-        input_ids, slots = self._inputs(batch)
+        input_ids, slots = self._tables.inputs(batch)
         num_logits = len(input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
-        sequences, page_table, page_size = self._backend.prepare(batch.attention)
-        numbers = input_ids, batch.tensors.positions, *slots, sequences, page_table, self._window_table, page_size
+        sequences, pages, page_size = self._backend.prepare(batch.attention)
+        numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, self._tables.window_table, page_size
         self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, batch.tensors.drafted)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(
             lambda tokens: logits if tokens is None else self._model.capped(more(tokens)),
             partial(self._rows, "hidden_rows", width=self._hidden_size),
+            input_ids,
         )
 
     def _rows(self, function: str, tokens: Tensor, width: int) -> Tensor:
@@ -120,7 +121,7 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     comm = GlooCommunicator(Rendezvous(rank, size, url)) if size > 1 else Communicator()
     kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
     shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
-    kv, tables = shard.create_kv(config.num_pages, config.num_window_pages), CpuTables(config)
+    kv, tables = shard.create_kv(config.num_pages + 1, config.num_window_pages + 1), CpuTables(config)
     uses_kernels = (config.prefill_backend, config.decode_backend) == ("cpu", "cpu")
     own = kernels if uses_kernels else None
     backend = shard.create_attention() if own is None else cast(Backend, CpuBackend(own))
@@ -135,7 +136,7 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
         handle = whole.handle
     steps = StepRunner(shard, kv, tables, forward)
     if shard.mtp is not None:
-        steps.drafter = create_drafter(shard.mtp, steps, layers, own, handle)
+        steps.propose = create_drafter(shard.mtp, steps, layers, own, handle).propose
     return steps
 
 

@@ -18,6 +18,7 @@ from minisgl.config.states import DeltaNet
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
+from minisgl.engine.draft import HeadDrafter
 from minisgl.engine.graph import DecodeGraphs, RunStep
 from minisgl.engine.memory import activation_bytes, large_step, pages_that_fit
 from minisgl.engine.rules import StepRules
@@ -26,7 +27,6 @@ from minisgl.engine.shard import DTYPES, ModelShard
 from minisgl.engine.staging import NUM_BUFFERS, DeviceTables
 from minisgl.engine.step import Launched, LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, StepIndex, StepTensors
-from minisgl.engine.telling import DeviceDrafter
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
 from minisgl.kvcache.pool import KVPool
@@ -172,8 +172,8 @@ class CapturedSteps(StepRunner):
         super().__init__(shard, kv, tables, self._layers)
         config, head, self._teller = shard.config, shard.mtp, None
         if head is not None:
-            self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
-        self.drafter = self._teller
+            self._teller = HeadDrafter(head, self, self._layers, lambda numbers: np.zeros(len(numbers), np.int64))
+            self.propose = self._teller.propose
         longest, kinds, num = config.draft_len, config.model.states, most_samples(config.max_running_requests)
         self._out = torch.empty(NUM_BUFFERS, num, dtype=torch.int32, pin_memory=True)
         self._told = torch.empty(NUM_BUFFERS, num, max(1, longest), dtype=torch.int32, pin_memory=True)
@@ -190,7 +190,7 @@ class CapturedSteps(StepRunner):
         launched, turn = super().launch(plan, masks), plan.step_id % NUM_BUFFERS
         ids, told = self._out[turn, : len(launched.ids)], launched.drafts
         if isinstance(told, Tensor):
-            told = self._told[turn, : len(told)].copy_(told, non_blocking=True)
+            told = self._told[turn, : len(told), : told.shape[1]].copy_(told, non_blocking=True)
         return launched._replace(ids=ids.copy_(launched.ids, non_blocking=True), drafts=told)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
@@ -250,7 +250,7 @@ class CapturedSteps(StepRunner):
         assert padding is not None
         index = StepIndex.of(padding)
         self.tables.send(_NO_STEP, index)
-        batch, teller = self._batch(index, shape), self._teller
+        batch, teller, most = self._batch(index, shape), self._teller, self._told.shape[2] if shape.is_wide else 0
         metadata = self._prepare(batch, captures=True)
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
@@ -258,7 +258,7 @@ class CapturedSteps(StepRunner):
             logits, told = computed.logits(None), None
             ids = self._sample(logits, batch.tensors)
             if teller is not None:
-                told = teller.tell(batch, self._layers.context(batch, metadata), computed, ids, shape.is_wide)
+                told = teller.tell(batch, self._layers.context(batch, metadata), computed, ids, most)
             return (ids, told), logits
 
         return run

@@ -1,19 +1,19 @@
 """Drafts that the device makes: by the model's own head for multi-token prediction."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 
 import numpy as np
 import torch
 
-from minisgl.attention.base import to_device
+from minisgl.attention.base import IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
-from minisgl.core import ScheduledReq, StepPlan
+from minisgl.core import StepPlan
 from minisgl.engine.pooling import Computed
-from minisgl.engine.step import LayerByLayer, StepRunner
-from minisgl.engine.tables import Batch, StepIndex
+from minisgl.engine.step import LayerByLayer, StepRunner, Told
+from minisgl.engine.tables import Batch, StepTensors
 from minisgl.kernel.cpu import CpuOps
 from minisgl.layers.rope import AngleTables
 from minisgl.models.mtp import MTPHead
@@ -22,41 +22,54 @@ Tensor = torch.Tensor
 
 
 class HeadDrafter:
-    """Goes on, token by token, with the requests of a step that are to have a draft."""
+    """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
-    def __init__(self, head: MTPHead, steps: StepRunner, layers: LayerByLayer) -> None:
-        """layers: with the cache, the tables and the operations that the steps have."""
-        self._head, self._steps, self._layers = head, steps, layers
+    def __init__(
+        self, head: MTPHead, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
+    ) -> None:
+        """layers: with the cache, the tables and the operations that the steps have. known: numbers of a step as far as
+        attention reads the host's; what can be captured reads the device's."""
+        self._head, self._steps, self._layers, self._known = head, steps, layers, known
 
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> dict[int, list[int]]:
-        """What may come after the last token that will be kept of each request, by index into `plan.reqs`.
+    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
+        """Of a step that is not captured."""
+        most = max(share.num_drafts for share in plan.reqs)
+        told = self.tell(batch, self._layers.context(batch), computed, ids, most)
+        return {} if told is None else told
 
-        computed: of the step; ids: [n] that it has sampled, which the table of tokens has too. The head reads all
-        tokens of the step, so that its cache is as long as the model's; what it has of tokens that are not kept, it
-        overwrites as the model does.
-        """
-        tensors, everything = batch.tensors, np.arange(len(batch.index.positions))
-        following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
-        hidden = self._steps.shard.model.normed(computed.hidden(to_device(everything, ids.device)))
-        x = self._head.forward(following, hidden, self._layers.context(batch))
-        going = {i: req for i, req in enumerate(plan.reqs) if req.num_drafts}
-        kept, drafts = num_kept(plan, ids.tolist() if going else []), {i: list[int]() for i in going}
-        ends = {i: req.num_new - req.num_samples + kept[req.row] for i, req in going.items()}  # tokens of its share
-        x = x[self._index([int(batch.index.offsets[i]) + end - 1 for i, end in ends.items()])]
-        while going:
-            chosen = self._steps.shard.comm.broadcast(self._head.logits(x).argmax(-1))
-            for i, token in zip(going, chosen.tolist(), strict=True):
-                drafts[i].append(token)
-            at = self._index([n for n, (i, req) in enumerate(going.items()) if len(drafts[i]) < req.num_drafts])
-            going = {i: req for i, req in going.items() if len(drafts[i]) < req.num_drafts}
-            places = [(req.row, req.start + ends[i] + len(drafts[i]) - 1) for i, req in going.items()]
-            if places:
-                step = self._steps.batch(StepIndex.of([ScheduledReq(*place, 1, 1) for place in places]), len(places))
-                x = self._head.forward(chosen[at], self._head.hidden(x[at]), self._layers.context(step))
-        return drafts
+    def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, most: int) -> Tensor | None:
+        """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
+        are of use. most: 0: there are none: the head only reads the step's tokens, so that its cache is as long as the
+        model's. What it has of tokens that are not kept, it overwrites as the model does."""
+        tensors, token_ids = batch.tensors, self._steps.tables.token_ids
+        following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
+        everything = torch.arange(len(following), device=ids.device)
+        hidden = self._steps.shard.model.normed(computed.hidden(everything))
+        x = self._head.forward(following, hidden, context)
+        if not most:
+            return None
+        assert computed.input_ids is not None
+        last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
+        x, position = x[last], tensors.positions[last]
+        while True:
+            told.append(self._head.choose(x))
+            if len(told) == most:
+                return torch.stack(told, 1)
+            one = self._one_each(batch, position + len(told), len(told))
+            context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
+            x = self._head.forward(told[-1].long(), self._head.hidden(x), context)
 
-    def _index(self, numbers: Sequence[int]) -> Tensor:
-        return to_device(np.array(numbers, np.int64), self._steps.shard.device)
+    def _one_each(self, batch: Batch, position: Tensor, num_told: int) -> Batch:
+        """A token of each request, at its position; of those that want no further one it is nobody's."""
+        tables, tensors = self._steps.tables, batch.tensors
+        num, goes_on = len(tensors.rows), tensors.num_drafts > num_told
+        rows = tensors.rows.where(goes_on, tables.padding_row)
+        position = position.where(goes_on, 0).clamp(max=tables.token_ids.shape[1] - 3)
+        seq_lens, cu_q = position + 1, torch.arange(num + 1, dtype=rows.dtype, device=rows.device)
+        sequences = self._known(rows), self._known(position), np.ones(num, np.int64), np.arange(num + 1)
+        attention = self._steps.attention(sequences, (rows, seq_lens, cu_q), num)
+        tensors = tensors._replace(rows=rows, seq_lens=seq_lens, cu_q=cu_q, token_rows=rows, positions=position)
+        return replace(batch, tensors=tensors, attention=attention, logit_tokens=None)
 
 
 class WholeDrafter:
@@ -76,33 +89,31 @@ class WholeDrafter:
         for destroy, handle in ((self._module.destroy_model, own), (self._module.destroy_draft_head, self._handle)):
             weakref.finalize(self, destroy, handle)  # the last one made is called first
 
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> dict[int, list[int]]:  # noqa: ARG002
-        going = {i: req for i, req in enumerate(plan.reqs) if req.num_drafts}
-        kept = num_kept(plan, ids.tolist() if going else [])
-        wanted = [(i, req.num_new - req.num_samples + kept[req.row], req.num_drafts) for i, req in going.items()]
-        most = max((req.num_drafts for req in going.values()), default=0)
+    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
+        most = int(batch.index.num_drafts.max())
         self._angles.reach(int(batch.index.seq_lens.max()) + most)
-        out, numbers = np.empty((len(going), most), np.int32), np.array(wanted, np.int64).reshape(-1, 3)
-        step = self._backend.prepare(batch.attention)
-        self._module.draft(self._handle, self._steps.tables.token_ids, *step, *map(torch.from_numpy, (numbers, out)))
-        return {i: row[: req.num_drafts] for (i, req), row in zip(going.items(), out.tolist(), strict=True)}
+        told, step = torch.empty((len(plan.reqs), most), dtype=torch.int32), self._backend.prepare(batch.attention)
+        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
+        self._module.draft(self._handle, self._steps.tables.token_ids, *step, *sampled, told)
+        return told
 
 
 def create_drafter(
     head: MTPHead, steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int
 ) -> HeadDrafter | WholeDrafter:
-    """model: of the kernels, which compute it in one call; 0: they do not."""
+    """For a CPU. model: of the kernels, which compute it in one call; 0: they do not."""
     if ops is None or not model or head.cpu_spec() is None:
-        return HeadDrafter(head, steps, layers)
+        return HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy())
     return WholeDrafter(head, steps, ops, model)
 
 
-def num_kept(plan: StepPlan, ids: Sequence[int]) -> dict[int, int]:
-    """By row: how many of its sampled tokens the planner will keep, as far as drafts decide. ids: of all samples."""
-    drafts, begin, kept = {draft.row: draft.ids for draft in plan.drafts}, 0, dict[int, int]()
-    for req in plan.reqs if ids else ():
-        if req.num_samples:
-            pairs = zip(ids[begin : begin + req.num_samples], drafts.get(req.row, ()), strict=False)
-            kept[req.row] = 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            begin += req.num_samples
-    return kept
+def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:
+    """[requests] int64: the token of the step from which the last token is sampled that is kept of each request: those
+    are kept whose draft was right so far. input_ids: of the step's tokens, drafts included; ids: what was sampled."""
+    tokens, num = tensors.logit_tokens.long(), len(ids)
+    samples = torch.searchsorted(tokens, tensors.cu_q.long())  # [requests + 1]: how many are before each request's
+    is_last = tokens.new_zeros(num + 1, dtype=torch.bool).index_fill_(0, samples[1:], True)[1:]
+    is_wrong = is_last | (ids != input_ids[(tokens + 1).clamp(max=len(input_ids) - 1)])
+    number = torch.arange(num, device=ids.device)
+    first_wrong = number.where(is_wrong, num).flip(0).cummin(0).values.flip(0)  # from each sample on
+    return tokens[first_wrong[samples[:-1].clamp(max=num - 1)].clamp(max=num - 1)]

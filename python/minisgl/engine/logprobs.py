@@ -14,6 +14,7 @@ from minisgl.engine.rules import ROWS_AT_ONCE
 from minisgl.kernel.ops import StepOps
 
 Tensor = torch.Tensor
+_NONE = np.empty(0, np.int32)
 
 
 class Wanted(NamedTuple):
@@ -56,7 +57,7 @@ class LogprobRules:
         if not self._num_top:
             return None
         wanted = [Wanted(i, self._num_top[row], 1) for i, row in enumerate(rows.tolist()) if row in self._num_top]
-        return LogprobStep(wanted, np.array([one.key for one in wanted]), np.empty(0, np.int32)) if wanted else None
+        return LogprobStep(wanted, np.array([one.key for one in wanted]), _NONE) if wanted else None
 
     def prompt(self, reqs: Sequence[ScheduledReq], offsets: IntArray) -> LogprobStep | None:
         """Of prompt tokens, from the logits of the tokens before them. Keys count `reqs`; indices are those of the
@@ -65,9 +66,7 @@ class LogprobRules:
             return None
         wanted, index, targets = [], [], []
         for i, req in enumerate(reqs):
-            if req.row not in self._prompts:
-                continue
-            num_top, token_ids = self._prompts[req.row]
+            num_top, token_ids = self._prompts.get(req.row, (0, _NONE))
             of_prompt = token_ids[req.start + 1 : req.start + req.num_new + 1]
             if len(of_prompt):
                 wanted.append(Wanted(i, num_top, len(of_prompt)))

@@ -61,6 +61,7 @@ class Tables(Protocol):
     token_ids: Tensor  # [num_rows, tokens] int32
     page_table: Tensor  # [num_rows, max_pages] int32
     window_table: Tensor  # the same, for layers whose windows slide
+    padding_row: int  # of nobody's requests, with a page of its own
 
     def send(self, plan: StepPlan, index: StepIndex) -> None:
         """Send a step's numbers, and write the prompts, pages and drafts that rows gain in it."""
@@ -94,19 +95,12 @@ class LayerByLayer:
         return StepContext(ids, slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
 
 
-class Drafter(Protocol):
-    """Says what may come next."""
-
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
-        """What may follow in a step that has sampled `ids`, before the next one is launched."""
-
-
 class StepRunner:
-    """Launches steps, in order. forward: computes the layers of one."""
+    """Launches steps, in order. forward: computes the layers of one; propose: says what may follow the ids of one."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
-        self.drafter: Drafter | None = None
+        self.propose: Callable[[StepPlan, Batch, Computed, Tensor], Told] | None = None
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         self.tables.host.apply(plan)
@@ -131,12 +125,12 @@ class StepRunner:
 
     def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
         try:
-            return {} if self.drafter is None else self.drafter.propose(plan, batch, computed, ids)
+            return {} if self.propose is None else self.propose(plan, batch, computed, ids)
         except Exception:
             if self.shard.comm.size > 1:  # other ranks may be in a collective
                 raise
             logger.exception("there are no more drafts: their drafter has failed")
-            self.drafter = None
+            self.propose = None
             return {}
 
     def batch(self, index: StepIndex, num_decode: int) -> Batch:

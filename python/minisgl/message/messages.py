@@ -266,8 +266,8 @@ class StatsReply(Message, frozen=True):
     num_pages: int
     num_free_pages: int  # those of the prefix cache that nobody uses included
     num_retracted: int
-    num_drafted: int  # tokens
-    num_right: int  # of these
+    num_drafted: dict[str, int]  # tokens, by who has guessed them
+    num_right: dict[str, int]  # of these
     step_requests: Histogram  # per step
     step_tokens: Histogram
 

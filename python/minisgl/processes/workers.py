@@ -115,9 +115,8 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
 
         engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
         try:
-            path, vocab_size = engine_config.model_path, engine_config.model.vocab_size
-            vocabulary = VocabularyConfig(path, vocab_size, config.eos_token_ids)
-            store = GrammarStore(vocabulary) if rank == 0 else None
+            names = engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
+            store = GrammarStore(VocabularyConfig(*names)) if rank == 0 else None
             grammars = Grammars(store, engine_config.device == "cuda", tells_forced=config.speculate != "off")
             config = replace(config, num_pages=engine.num_pages, num_window_pages=engine.num_window_pages)
             config = replace(config, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))

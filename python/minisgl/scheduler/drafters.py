@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from minisgl.core import Req
 
+TokenIds = npt.NDArray[np.int32]
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
 _MOST_PLACES = 1024  # where the last tokens came before, that are looked at: a text may consist of one token
 
@@ -34,7 +35,7 @@ class _Text:
         self._pairs = dict.fromkeys((first[:-1] << 32 | first[1:]).tolist())
         self.repeats = False
 
-    def of(self, req: Req) -> npt.NDArray[np.int32]:
+    def of(self, req: Req) -> TokenIds:
         tokens, known, pairs = req.tokens, self._size, self._pairs
         self._size = size = len(tokens)
         if size > len(self._ids):
@@ -59,39 +60,59 @@ class NgramDrafter:
         if (text := self._texts.get(req.uid)) is None:
             text = self._texts[req.uid] = _Text(req)
         ids = text.of(req)
-        end, length = find_repeated(ids) if text.repeats else (0, 0)
-        return ids[end + num_pending : end + min(num_pending + most, length - 1)].tolist() if end else ()
+        ends, length = find_repeated(ids, ids[:-1]) if text.repeats else ((), 0)
+        return ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, length - 1)].tolist() if length else ()
 
     def forget(self, uid: int) -> None:
         self._texts.pop(uid, None)
+
+
+class Prediction:
+    """What a client expects of a request (OpenAI's `prediction`). Where the output follows it, its next tokens are the
+    draft. It is expected to begin with it; after a difference, the place is looked for from which the last tokens come:
+    where most of them do, and the next one behind the last place."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids, self._place, self._num_seen = np.array(ids, np.int32), 0, 0
+        self._length = MAX_MATCH  # of the output's last tokens so many are before the place
+
+    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        new, place = req.tokens[req.prompt_len + self._num_seen :], self._place
+        self._num_seen += len(new)
+        self._place, self._length = place + len(new), self._length + len(new)
+        if self._ids[place : self._place].tolist() != new or not self._length:
+            last = np.array(req.tokens[max(req.prompt_len, len(req.tokens) - MAX_MATCH) :], np.int32)
+            ends, self._length = find_repeated(last, self._ids)
+            self._place = int(next((end for end in ends if end > place), ends[-1])) if self._length else place
+        num = min(num_pending + most, max(0, self._length - 1))
+        return self._ids[self._place + num_pending : self._place + num].tolist()
 
 
 class ToldDrafter:
     """What the engine has told with the last step's result, which is of use as long as no other step is in flight."""
 
     def __init__(self) -> None:
-        self.drafts: dict[int, Sequence[int]] = {}  # by uid
+        self.drafts: dict[int, tuple[int, Sequence[int]]] = {}  # by uid: how many tokens they follow, and these
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        draft = self.drafts.pop(req.uid, ())
-        return () if num_pending else draft[:most]
+        size, draft = self.drafts.pop(req.uid, (0, ()))
+        return draft[:most] if size == len(req.tokens) and not num_pending else ()
 
     def forget(self, uid: int) -> None:
         self.drafts.pop(uid, None)
 
 
-def find_repeated(ids: npt.NDArray[np.int32]) -> tuple[int, int]:
-    """Where the longest suffix of `ids` that also occurs earlier ends there, the last time, and how long it is, as far
-    as `MAX_MATCH`; (0, 0): nowhere."""
-    size = len(ids)
-    if size <= MIN_MATCH:
-        return 0, 0
-    ends = np.flatnonzero((ids[1:-1] == ids[-1]) & (ids[:-2] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH
+def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:
+    """Where in a text the longest end of `ids` that it has ends, in ascending order, and how long that is, as far as
+    `MAX_MATCH`; nowhere, and 0: it has none."""
+    if min(len(ids), len(text)) < MIN_MATCH:
+        return (), 0
+    ends = np.flatnonzero((text[1:] == ids[-1]) & (text[:-1] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH
     if not len(ends):
-        return 0, 0
-    back = np.arange(MIN_MATCH + 1, min(MAX_MATCH, size) + 1)
+        return (), 0
+    back = np.arange(MIN_MATCH + 1, min(MAX_MATCH, len(ids), len(text)) + 1)
     places = ends[:, None] - back  # index -1 and below it is the end of the text
-    same = (ids[places] == ids[size - back]) & (places >= 0)
+    same = (text[places] == ids[-back]) & (places >= 0)
     lengths = np.logical_and.accumulate(same, axis=1).sum(axis=1)
     longest = lengths.max()
-    return int(ends[np.flatnonzero(lengths == longest)[-1]]), int(longest) + MIN_MATCH
+    return ends[lengths == longest].tolist(), int(longest) + MIN_MATCH

@@ -89,6 +89,6 @@ class Status(Observer):
 
     def reply(self, question: StatsMsg) -> StatsReply:
         planner, num_pages = self._planner, self._planner.config.num_pages
-        drafted = planner.speculation.num_drafted, planner.speculation.num_right
+        drafted = dict(planner.speculation.num_drafted), dict(planner.speculation.num_right)
         counts = num_pages, planner.pages.num_free, planner.num_retracted, *drafted, self._requests, self._tokens
         return StatsReply(question.uid, len(planner.running), len(planner.waiting), *counts)

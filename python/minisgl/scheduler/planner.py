@@ -100,6 +100,7 @@ class Planner:
                 failed.append(ReqOutput(req, (), FinishReason.ERROR, error=why))
             else:
                 self._wait(req)
+                self.speculation.expect(req)
         return failed
 
     def _knows(self, ids: npt.NDArray[np.int32], params: SamplingParams) -> bool:
@@ -135,8 +136,7 @@ class Planner:
                 self._plan_waiting(step)
         if not step.decode[0] and not step.prefill[0]:
             return None
-        if self.speculation.is_on:
-            self.speculation.lengthen(step, self.pages)
+        self.speculation.lengthen(step, self.pages)
         checked = self._check_every and self._step_id % self._check_every == 0
         planned = step.planned(self._step_id, self.pages, self.running if checked else [])
         self.inflight.append(planned)

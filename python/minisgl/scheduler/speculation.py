@@ -6,19 +6,18 @@ of samples that equals the draft is kept: the output is the same with and withou
 
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from minisgl.config.mtp import longest_draft
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.kvcache.pages import Pages
-from minisgl.scheduler.drafters import Drafter, NgramDrafter, ToldDrafter
+from minisgl.scheduler.drafters import Drafter, NgramDrafter, Prediction, ToldDrafter
 from minisgl.scheduler.plan import Growing
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 8  # tokens of drafts, from a drafter that a test brings
 # Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
 # in which no draft would pay (so there is another try at some time).
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
@@ -60,24 +59,31 @@ class Lengths:
 class Speculation:
     """Owns the drafter, and what is remembered of how its drafts fared. Deterministic, as the planner is.
 
-    num_drafted, num_right: tokens.
+    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate`, "prediction" or "grammar".
     holds: whether a drafted token is right where this one was sampled. In its place a benchmark may put a coin, to see
     what drafts of some quality would gain: what is generated then makes no sense.
     """
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
-        self._longest = longest_draft(config.speculate, config.speculate_tokens) or _LONGEST
         self._told = ToldDrafter() if config.speculate == "mtp" else None
         self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
+        self._predictions: dict[int, Prediction] = {}  # by uid
+        self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
-        self.num_drafted = self.num_right = 0
+        self.num_drafted, self.num_right = Counter[str](), Counter[str]()
         self.holds: Callable[[int, int], bool] = operator.eq
 
     @property
     def is_on(self) -> bool:
-        return self._drafter is not None or bool(self._forced)
+        """Whether anybody may guess anything."""
+        return self._drafter is not None or bool(self._forced or self._predictions)
+
+    def expect(self, req: Req) -> None:
+        """A new request, which may bring a draft of its own."""
+        if self._config.draft_len and isinstance(ids := req.params.prediction, tuple) and ids:
+            self._predictions[req.uid] = Prediction(ids)
 
     def force(self, uid: int, position: int, ids: list[int]) -> None:
         """From this position on, a request's grammar prescribes these tokens: it has no other choice."""
@@ -86,6 +92,8 @@ class Speculation:
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
+        if not self.is_on:
+            return
         shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
         drafts = self._drafts(shares, step.budget)
         if not drafts and self._told is None:
@@ -126,7 +134,7 @@ class Speculation:
     def learn(self, req: Req, draft: Sequence[int]) -> None:
         """What the engine says may follow the tokens of a request."""
         if self._told is not None:
-            self._told.drafts[req.uid] = draft
+            self._told.drafts[req.uid] = len(req.tokens), draft
 
     def awaits(self, plan: StepPlan) -> bool:
         """Whether how far a step's requests get, or what may come next, is not known before its result is."""
@@ -166,6 +174,8 @@ class Speculation:
     def forget(self, uid: int) -> None:
         self._forced.pop(uid, None)
         self._rates.pop(uid, None)
+        self._names.pop(uid, None)
+        self._predictions.pop(uid, None)
         if self._drafter is not None:
             self._drafter.forget(uid)
 
@@ -179,11 +189,11 @@ class Speculation:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
                 self._forget_rate(req.uid, rate)
-            elif share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
+            elif share.num_samples and _may_draft(req) and share.num_new <= 1 + self._config.draft_len:
                 num_pending = req.num_tokens - 1 - len(req.tokens)
                 most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
                 if forced := self._forced_from(req, req.num_tokens - 1):
-                    rate = 1.0
+                    rate, self._names[req.uid] = 1.0, "grammar"
                 if length := lengths.best(rate, num_pending, most):
                     if ids := forced[:length] or self._propose(req, num_pending, length):
                         lengths.add(rate, num_pending, len(ids))
@@ -205,21 +215,26 @@ class Speculation:
             pages.give(req, pages.allocator.allocate(missing))
 
     def _longest_of(self, req: Req) -> int:
-        return self._longest if req.params.speculate is None else min(self._longest, req.params.speculate)
+        most, wanted = self._config.draft_len, req.params.speculate
+        return most if wanted is None else min(most, wanted)
 
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        if self._drafter is None:
-            return ()
+        """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
+        drafters = ("prediction", self._predictions.get(req.uid)), (self._config.speculate, self._drafter)
         try:
-            return self._drafter.propose(req, num_pending, most)[:most]
+            for name, drafter in drafters:
+                if drafter is not None and (ids := drafter.propose(req, num_pending, most)[:most]):
+                    self._names[req.uid] = name
+                    return ids
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
-            return ()
+        return ()
 
     def _count(self, req: Req, num_drafted: int, num_right: int) -> None:
-        self.num_drafted, self.num_right = self.num_drafted + num_drafted, self.num_right + num_right
-        right, wrong = req.drafted
+        name, (right, wrong) = self._names.get(req.uid, ""), req.drafted
+        self.num_drafted[name] += num_drafted
+        self.num_right[name] += num_right
         req.drafted = right + num_right, wrong + num_drafted - num_right
 
     def _learn_rate(self, uid: int, num_drafted: int, num_right: int) -> None:

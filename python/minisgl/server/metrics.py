@@ -98,12 +98,13 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from ProcessCollector(registry=None).collect()
         values: dict[str, Any] = {**vars(self._requests), "http": self._http}
-        ended = self._requests.num_finished.items()
-        values["ended"] = {(self._model_name, reason.value): count for reason, count in ended}
+        values["ended"] = {(self._model_name, reason.value): n for reason, n in self._requests.num_finished.items()}
         values["restarts"] = {(worker,): count for worker, count in self._restarts.items()}
         if (stats := self._stats) is not None:
             usage = 1 - stats.num_free_pages / max(1, stats.num_pages)
             values |= {**msgspec.structs.asdict(stats), "usage": usage}
+            for key in ("num_drafted", "num_right"):
+                values[key] = {(self._model_name, drafter): count for drafter, count in values[key].items()}
         for name, (kind, text, key, *labels) in _TABLES["families"].items():
             if key not in values:
                 continue

@@ -119,8 +119,7 @@ class _Stream:
         self.stop = StopFinder(start.stop, include=start.include_stop)
         self.hidden = codec.special_ids if start.skip_special else frozenset()  # tokens that do not become text
         self.stopped = False  # the terminal reply went out at a stop string
-        self.num_output = 0
-        self.num_cached = 0
+        self.num_output = self.num_cached = 0
 
 
 class Detokenizer:

@@ -263,6 +263,10 @@ class Tokenizer:
         params = request.params
         self._check(list(params.stop_token_ids), "stop_token_ids", "stop_token_ids: ")
         self._check([token for token, _ in params.logit_bias], "logit_bias", "logit_bias: ")
+        given = params.prediction
+        guess = self._encode(given, "prediction", special=False) if isinstance(given, str) else [*given]
+        if len(self._check(guess, "prediction", "prediction: ")) > self._max_seq_len:
+            raise too_long("prediction", str(len(guess)), self._max_seq_len)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         grammar = params.grammar
@@ -270,4 +274,4 @@ class Tokenizer:
             end = self.codec.decode(ids[-wire.PROMPT_TAIL :])
             grammar = replace(grammar, reasoning=reasoning_after(end, grammar.reasoning))
         least = min(params.min_tokens, limit)
-        return replace(params, max_tokens=limit, min_tokens=least, seed=seed, grammar=grammar)
+        return replace(params, max_tokens=limit, min_tokens=least, seed=seed, grammar=grammar, prediction=(*guess,))

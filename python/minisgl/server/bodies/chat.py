@@ -12,20 +12,8 @@ from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, pack_ids
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
-from minisgl.server.bodies.fields import (
-    NAMES,
-    Body,
-    Count,
-    Ids,
-    Items,
-    MaxTokens,
-    Object,
-    Reading,
-    load,
-    optional,
-    validate,
-)
-from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields
+from minisgl.server.bodies.fields import Body, Count, Ids, Items, MaxTokens, Object, Reading, load, optional, validate
+from minisgl.server.bodies.sampling import Defaults, GrammarFields, Prediction, SamplingFields
 from minisgl.server.errors import refuse_unless, renamed, shown
 
 _CHOICES = Range(1, 128)  # of one prompt
@@ -96,6 +84,7 @@ class ChatBody(_OpenAIBody):
     tools: Items[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
     tool_choice: str | Object | None = optional("Whether it has to.")
     parallel_tool_calls: bool | None = optional("false: one call at most.")
+    prediction: Prediction | None = optional("What the answer may be, in part at least: it comes faster then.")
     chat_template_kwargs: Object | None = optional("For the chat template.")
     reasoning_effort: str | None = optional("For the chat template; none: no reasoning.", enum=[None, *EFFORTS])
     reasoning: Reasoning | None = optional("The same, as OpenRouter and /v1/responses have it.")
@@ -117,9 +106,8 @@ def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) 
     return _chat_request(load(ChatBody, data, reading), defaults)
 
 
-def chat_request(raw: Object, defaults: Defaults, body: str = "") -> GenerationRequest:
-    """A chat, checked. body: whose names for fields the client has. Raises: RequestError naming the one at fault."""
-    names = NAMES.get(body)
+def chat_request(raw: Object, defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
+    """A chat, checked. names: that the client has for fields. Raises: RequestError naming the one at fault."""
     try:
         return replace(_chat_request(validate(ChatBody, raw), defaults), names=names)
     except RequestError as error:
@@ -141,7 +129,8 @@ def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
     begins = body.add_generation_prompt is not False
     prompt = ChatPrompt(messages, None if tools is None else tools.shown, kwargs, begins, goes_on)
     params = body.params(max_tokens, defaults, (body.top_logprobs or 0) if body.logprobs else None)
-    return replace(body.request((prompt,), params), tools=tools)
+    guess = () if body.prediction is None else body.prediction.text()
+    return replace(body.request((prompt,), replace(params, prediction=guess)), tools=tools)
 
 
 def _reasoning(body: ChatBody) -> Object:

@@ -156,7 +156,7 @@ class Reading:
 _TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 NO_EFFECT = frozenset(_TABLE["no_effect"].split())
 OTHER_NAMES: dict[str, str] = _TABLE["other_names"]
-NAMES: dict[str, dict[str, str]] = _TABLE["names_for_chats"]
+KEYS: dict[str, dict[str, str]] = _TABLE["names_for_chats"]
 EMPTY = tuple(_TABLE["refused"][0]["unless"])
 UNSUPPORTED: Refused = {
     name: tuple(group["unless"])

@@ -9,7 +9,7 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import MAX_TOOLS, functions_of
-from minisgl.server.bodies.fields import OBJECTS, SCHEMAS, Body, Items, MaxTokens, Object, Reading, load, optional
+from minisgl.server.bodies.fields import KEYS, OBJECTS, SCHEMAS, Body, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.errors import refuse_unless
 
@@ -74,7 +74,7 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
         "reasoning_effort": config.get("effort"),
         "response_format": config.get("format") or body.output_format,
     }
-    return chat_request(chat, defaults, "MessagesBody")
+    return chat_request(chat, defaults, KEYS["MessagesBody"])
 
 
 def _messages(body: MessagesBody) -> list[Object]:

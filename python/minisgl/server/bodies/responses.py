@@ -15,7 +15,7 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import Describe, functions_of, kept_as_text, text_of, thought_of
-from minisgl.server.bodies.fields import OBJECTS, SCHEMAS, Body, Items, MaxTokens, Object, Reading, load, optional
+from minisgl.server.bodies.fields import KEYS, OBJECTS, SCHEMAS, Body, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.errors import dump_json, refuse_unless
 
@@ -93,7 +93,7 @@ def parse_responses(
         "response_format": form,
         "tools": functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"]),
     }
-    parsed = chat_request(chat, defaults, "ResponsesBody")
+    parsed = chat_request(chat, defaults, KEYS["ResponsesBody"])
     same = {part.name: getattr(parsed, part.name) for part in fields(parsed)}
     return ResponsesRequest(**same, body=body, items=items)
 

@@ -7,13 +7,14 @@
 import json
 from collections.abc import Mapping
 from reprlib import repr as quoted
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
 from minisgl.core import MAX_BIAS, MAX_COUNT, MAX_SEED, RANGES, Grammar, Range, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.server.bodies.fields import SCHEMAS, Count, Ids, Items, Object, optional
+from minisgl.server.bodies.content import text_of
+from minisgl.server.bodies.fields import SCHEMAS, Body, Count, Ids, Items, Object, optional
 from minisgl.server.errors import at_most, refuse_unless
 
 MAX_CHOICES = 4096
@@ -188,6 +189,15 @@ class SamplingFields(BaseModel):
             grammar=parse_grammar(dict(self)),
             **chosen,
         )
+
+
+class Prediction(Body):
+    type: Literal["content"]
+    content: str | Items[Object]
+
+    def text(self) -> str:
+        """Raises: RequestError where a part is none."""
+        return text_of(self.content, "prediction.content")
 
 
 # Of those fields: what `SamplingParams` has by the same name and in the same form.

@@ -293,14 +293,26 @@ int64_t py_create_draft_head(int64_t workers, int64_t model, int64_t own, int64_
 }
 void py_destroy_draft_head(int64_t head) { destroy_draft_head(&at<DraftHead>(head)); }
 
-// token_ids: [rows, stride] int32; wanted: [n, 3] int64, as `WantedDraft` has them; out: [n, most] int32.
-void py_draft(int64_t head, TensorView token_ids, TensorView sequences, TensorView pages, int64_t page_size, TensorView wanted,
-              TensorView out) {
-  const int64_t* numbers = data_of<int64_t>(wanted);
+// token_ids: [rows, stride] int32; input_ids: [tokens] int64, of the step, drafts included; logit_tokens: [n] int64, ascending: the
+// tokens after which `ids`, [n] int32, were sampled; counts: [sequences] int64: tokens that are to be told after the last one that
+// is kept, each one before which the draft was right; out: [sequences, most] int32.
+void py_draft(int64_t head, TensorView token_ids, TensorView sequences, TensorView pages, int64_t page_size, TensorView input_ids,
+              TensorView logit_tokens, TensorView ids, TensorView counts, TensorView out) {
+  std::vector<Sequence> all = sequences_of(sequences, pages);
+  const int64_t *inputs = data_of<int64_t>(input_ids), *samples = data_of<int64_t>(logit_tokens), *count = data_of<int64_t>(counts);
+  const int64_t* samples_end = samples + ids.size(0);
   std::vector<WantedDraft> drafts;
-  for (int64_t i = 0; i < wanted.size(0); ++i, numbers += 3) drafts.push_back({numbers[0], numbers[1], numbers[2]});
+  for (size_t i = 0; i < all.size(); ++i) {
+    int64_t last_token = all[i].first + all[i].count - 1;
+    const int64_t* sample = std::lower_bound(samples, samples_end, all[i].first);
+    if (count[i] <= 0 || sample == samples_end) continue;
+    const int32_t* sampled = data_of<int32_t>(ids) + (sample - samples);
+    int64_t token = *sample;
+    while (token < last_token && *sampled == inputs[token + 1]) ++token, ++sampled;
+    drafts.push_back({int64_t(i), token - all[i].first + 1, count[i]});
+  }
   TokenTable tokens{data_of<int32_t>(token_ids), token_ids.size(1)};
-  draft(at<DraftHead>(head), tokens, sequences_of(sequences, pages), page_size, drafts, out.size(1), data_of<int32_t>(out));
+  draft(at<DraftHead>(head), tokens, all, page_size, drafts, out.size(1), data_of<int32_t>(out));
 }
 
 }  // namespace

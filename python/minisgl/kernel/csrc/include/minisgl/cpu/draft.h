@@ -15,7 +15,7 @@ class DraftHead {
       : workers_(workers), model_(model), own_(own), norms_(norms) {}
 
   // tokens: [rows, stride], of requests, the step's samples included; sequences, page_size: of the model's last step, all of
-  // whose tokens the head reads; out: [wanted, most].
+  // whose tokens the head reads; out: [sequences, most].
   void operator()(const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
                   const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
     begin(tokens, sequences, page_size, wanted);
@@ -41,10 +41,10 @@ class DraftHead {
     step_.all.sequences = sequences;
     for (auto& s : sequences)
       for (int64_t i = 0; i < s.count; ++i) add(tokens.ids[s.slot * tokens.stride + s.start + i + 1], s.start + i, s.pages, page_size, s.first + i);
-    for (size_t n = 0; n < wanted.size(); ++n) {
-      const Sequence& s = sequences[wanted[n].sequence];
-      going_.push_back({int64_t(n), wanted[n].count, {0, 1, s.start + wanted[n].end, s.pages, s.slot}});
-      last_.push_back(s.first + wanted[n].end - 1);
+    for (const WantedDraft& want : wanted) {
+      const Sequence& s = sequences[want.sequence];
+      going_.push_back({want.sequence, want.count, {0, 1, s.start + want.end, s.pages, s.slot}});
+      last_.push_back(s.first + want.end - 1);
     }
   }
 
