@@ -145,10 +145,11 @@ def test_widths_of_the_convolution(width: int) -> None:
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_drafts(shape: Shape, dtype: torch.dtype, is_captured: bool) -> None:
     """States take in what held before, and the tokens that are sure; the rest is kept. Beside them go prompts, where
-    the step is not captured: with and without something that held before them."""
+    the step is not captured: with and without something that held before them. (In float32: how far those are off in
+    16 bits is what `test_delta_net` looks at.)"""
     drafts = [(0, 3), (3, 3), (1, 0), (0, 1), (2, 2), (0, 0), (3, 0)]
     lengths = [4, 4, 1, 2, 3, 1, 1]
-    if not is_captured:
+    if not is_captured and dtype == torch.float32:
         lengths, drafts = [*lengths, 70, 5, 4], [*drafts, (2, 0), (0, 0), (1, 2)]
     case = make_case(shape, lengths, dtype, drafts=drafts)
     inputs = torch.cat((case.qkvz, case.ba), 1)
