@@ -93,12 +93,9 @@ def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
 
 def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict[str, Any]:
     """So many streams, in turns."""
-    numbers, temperature, load = (
-        random.Random(0),
-        0.8 if args.load == "fresh" and args.predict is None else 0.0,
-        args.load,
-    )
-    texts: list[Any] = list(prompts(args.load, num))
+    numbers, load = random.Random(0), args.load
+    temperature = 0.8 if load == "fresh" and args.predict is None else 0.0
+    texts: list[Any] = list(prompts(load, num))
     if args.shape is not None:
         texts, load = [[numbers.randrange(10, 4000) for _ in range(SHAPE_PROMPT)] for _ in range(num)], "fresh"
     params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=load != "answer")
