@@ -246,9 +246,7 @@ class CapturedSteps(StepRunner):
 
     def _capture(self, shape: GraphShape) -> RunStep:
         """What is captured: a step from the staging buffer, which now has nobody's → its results and logits."""
-        padding = shape.padding((), self.tables.padding_row)
-        assert padding is not None
-        index = StepIndex.of(padding)
+        index = StepIndex.of(shape.padding((), self.tables.padding_row) or ())
         self.tables.send(_NO_STEP, index)
         batch, teller, most = self._batch(index, shape), self._teller, self._told.shape[2] if shape.is_wide else 0
         metadata = self._prepare(batch, captures=True)
