@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
 # in which no draft would pay (so there is another try at some time).
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
+_MOST_TOLD = 256  # tokens of a step: no graph that tells drafts has more, and who asks another one waits in vain
 
 
 class Lengths:
@@ -113,8 +114,10 @@ class Speculation:
     def _wanted(self, shares: Sequence[tuple[Req, ScheduledReq]]) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
         wanted, num_samples = dict[int, int](), sum(share.num_samples for _, share in shares)
+        if self._told is None or num_samples * (1 + self._config.draft_len) > min(self._most_samples, _MOST_TOLD):
+            return wanted
         lengths, room = Lengths(*self._config.step_costs, num_samples, num_samples), self._most_samples - num_samples
-        for req, share in shares if self._told is not None else ():
+        for req, share in shares:
             if share.num_samples and _is_plain(req) and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
                 wanted[share.row] = length = lengths.best(rate, 0, min(self._longest_of(req), room))
