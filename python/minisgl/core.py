@@ -258,8 +258,7 @@ class ScheduledReq(NamedTuple):
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
     them (one, and one for each drafted token; none in prefill chunks but the last) yields the token at the position
     after it, which the engine writes into the buffer. A request for a vector has none. Of so many tokens behind those
-    the engine tells what they may be: its `num_drafts`, for which the row has pages. A state does not take in a draft,
-    all tokens that sample but the first: it keeps them for the row's next share, before which `num_held` of them come.
+    the engine tells what they may be: its `num_drafts`, for which the row has pages.
     """
 
     row: int
@@ -267,7 +266,7 @@ class ScheduledReq(NamedTuple):
     num_new: int
     num_samples: int
     num_drafts: int = 0
-    num_held: int = 0
+    num_held: int = 0  # tokens of its last draft, which states only keep, that these take in before all else
 
 
 class Draft(NamedTuple):

@@ -207,9 +207,8 @@ class CapturedSteps(StepRunner):
         self.tables.send(plan, index)
         self._prepare(self._batch(index, shape))
         ids, told = self._graphs.replay(shape)
-        ids = ids[: sum(share.num_samples for share in plan.reqs)]
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
-        launched = self._finish(plan, masks, index, ids, source)
+        launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
         # No answer at all would mean that the head has failed.
         nothing = {i: list[int]() for i in range(len(plan.reqs))} if asks else {}
         return launched._replace(drafts=nothing if told is None else told[: len(plan.reqs)])

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 # Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
 # in which no draft would pay (so there is another try at some time).
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
-_MOST_TOLD = 256  # tokens of a step: no graph that tells drafts has more, and who asks another one waits in vain
 
 
 class Lengths:
@@ -114,7 +113,7 @@ class Speculation:
     def _wanted(self, shares: Sequence[tuple[Req, ScheduledReq]]) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
         wanted, num_samples = dict[int, int](), sum(share.num_samples for _, share in shares)
-        if self._told is None or num_samples * (1 + self._config.draft_len) > min(self._most_samples, _MOST_TOLD):
+        if self._told is None or self._are_many(num_samples):
             return wanted
         lengths, room = Lengths(*self._config.step_costs, num_samples, num_samples), self._most_samples - num_samples
         for req, share in shares:
@@ -124,6 +123,11 @@ class Speculation:
                 lengths.add(rate, 0, length)
                 room -= length
         return wanted if lengths.pays else {}
+
+    def _are_many(self, num_samples: int) -> bool:
+        """Whether no captured step would hold a draft of each, where a request's tokens belong together: who asked for
+        one would wait in vain."""
+        return 0 < self._config.cuda_graph_max_bs < num_samples * (1 + self._config.draft_len)
 
     def _asking(self, req: Req, share: ScheduledReq, most: int, pages: Pages) -> ScheduledReq:
         """With so many tokens that the engine is to tell, as far as there are pages: of all but the last it computes
@@ -188,6 +192,8 @@ class Speculation:
         num_samples = sum(share.num_samples for _, share in shares)
         lengths = Lengths(*config.step_costs, sum(share.num_new for _, share in shares), num_samples)
         budget, least = min(budget, self._most_samples - num_samples), lengths.least
+        if config.has_states and self._are_many(num_samples):
+            return drafts
         for req, share in shares:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
