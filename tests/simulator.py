@@ -61,7 +61,7 @@ class SimulatedEngine:
         self._salts = [""] * config.max_running_requests
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
         self._window_kv: dict[int, tuple[str, tuple[int, ...]]] = {}
-        self._states: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+        self._states: dict[int, tuple[str | None, tuple[int, ...], tuple[int, ...]]] = {}  # seen; kept
         self._pooled: dict[int, tuple[str, int, list[int]]] = {}  # by row: kind, tokens of the prompt, those seen
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
@@ -101,7 +101,7 @@ class SimulatedEngine:
     def _vectors(self, plan: StepPlan) -> dict[int, bytes]:
         """Of a prompt's mean all its tokens as they were computed, else the one that would come next."""
         vectors = {}
-        for i, (row, start, num_new, num_samples, _) in enumerate(plan.reqs):
+        for i, (row, start, num_new, num_samples, *_) in enumerate(plan.reqs):
             kind, prompt_len, seen = self._pooled[row]
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             seen += ids[start:]
@@ -113,19 +113,20 @@ class SimulatedEngine:
 
     def _run(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
-        for row, start, num_new, _, _ in plan.reqs:
+        for row, start, num_new, num_samples, _, num_held in plan.reqs:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
                 for kv, slot, _ in self._layers(row, position):
                     kv[slot] = self._salts[row], ids[: position + 1]
             if self.config.has_states:
-                seen = self._states[row]
+                salt, seen, kept = self._states[row]
                 known = (self._salts[row], ids[:start]) if start else (None, ())
-                assert seen == known, "a state has seen other tokens than its sequence's"
-                self._states[row] = self._salts[row], ids
+                assert (salt, seen + kept[:num_held]) == known, "a state has seen other tokens than its sequence's"
+                sure = start + num_new - max(0, num_samples - 1)
+                self._states[row] = self._salts[row], ids[:sure], ids[sure:]
         sampled: list[tuple[int, ...]] = []
-        for row, start, num_new, num_samples, _ in plan.reqs:
+        for row, start, num_new, num_samples, *_ in plan.reqs:
             end = start + num_new
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
@@ -152,19 +153,19 @@ class SimulatedEngine:
         return salts
 
     def _copy(self, plan: StepPlan) -> None:
-        garbage = "", (-1,)
+        garbage = "", (-1,), ()
         for source, target in plan.states:
-            self._states[target] = (None, ()) if source < 0 else self._states.get(source, garbage)
+            self._states[target] = (None, (), ()) if source < 0 else self._states.get(source, garbage)
             if self.broken:
                 self._states[target] = garbage
 
     def _run_broken(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
-        for row, start, num_new, num_samples, _ in plan.reqs:
+        for row, start, num_new, num_samples, *_ in plan.reqs:
             for position in range(start, start + num_new):
                 for kv, slot, _ in self._layers(row, position):
                     kv[slot] = "", (-1,)
-            self._states[row] = "", (-1,)
+            self._states[row] = "", (-1,), ()
             self._tokens[row, start + num_new + 1 - num_samples : start + num_new + 1] = 0
         return [(0,) * req.num_samples for req in plan.reqs if req.num_samples]
 

@@ -49,7 +49,7 @@ def load(path: Path) -> tuple[str, Planner]:
 
     planner = Planner(config)
     for name, value in state.items():
-        if not hasattr(planner, name) or name in ("config", "_eos"):
+        if not hasattr(planner, name) or name in ("config", "_eos", "speculation"):
             continue
         if name == "reqs":
             value = {uid: req(described) for uid, described in value.items()}
@@ -61,8 +61,6 @@ def load(path: Path) -> tuple[str, Planner]:
             value = [req(described) for described in value]
         elif name == "inflight":
             value = deque(Planned(plan, [req(described) for described in reqs]) for plan, reqs in value)
-        elif name == "speculation":
-            value = _filled(planner.speculation, {"spares": value["spares"]})
         elif name == "pages":
             for owner in (value, value["windows"]):
                 free = owner["allocator"]

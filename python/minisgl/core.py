@@ -266,6 +266,7 @@ class ScheduledReq(NamedTuple):
     num_new: int
     num_samples: int
     num_drafts: int = 0
+    num_held: int = 0  # tokens of its last draft, which states only keep, that these take in before all else
 
 
 class Draft(NamedTuple):
@@ -278,7 +279,7 @@ class Draft(NamedTuple):
 
 
 class StateCopy(NamedTuple):
-    """The state in slot `source`, of all layers that have one, becomes that in slot `target` too; -1: zeros do.
+    """The state in slot `source`, of all layers that have one, and what it keeps, is in slot `target`, too; -1: zeros.
 
     Slots are rows, one more for padding, and then those of snapshots.
     """

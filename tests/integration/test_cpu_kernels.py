@@ -275,20 +275,24 @@ NETS = [(2, 2, 128, 128, 4), (1, 3, 33, 17, 4), (2, 4, 16, 40, 2), (1, 1, 3, 1, 
 @pytest.mark.parametrize("target", [TARGET, *narrower()])
 @pytest.mark.parametrize("net", NETS, ids=str)
 def test_gated_delta_net(net: tuple[int, int, int, int, int], target: str) -> None:
-    """Sequences of any length, some of which go on from what an earlier step has left."""
+    """Sequences of any length, some of which go on from what an earlier step has left; with drafts, and what held."""
     num_k, num_v, k_dim, v_dim, width = net
     channels, features, num_slots = 2 * num_k * k_dim + num_v * v_dim, num_v * v_dim, 12
     vectors = random(num_v, seed=1).abs(), random(num_v, seed=2), random(v_dim, seed=3)
     weights = DeltaWeights(random(channels, width, seed=4), *vectors, 1e-6)
     past, memory = random(num_slots, channels, width - 1, seed=5), random(num_slots, num_v, k_dim, v_dim, seed=6)
-    expected = DeltaState(past, memory)
+    expected = DeltaState(past, memory, random(num_slots, 9, channels + features + 2 * num_v, seed=7))
     state = DeltaState(*(part.clone() for part in expected))
-    for step, counts in enumerate([(1, 65, 2), (1, 1, 1, 1), (9, 1, 3, 8, 16, 7, 64)]):
+    drafts = [(0, 3), (3, 8), (2, 0), (0, 0), (9, 0), (8, 1)]  # of the last step's sequences: held, tried
+    used = [*range(channels), *range(channels + features, channels + features + 2 * num_v)]
+    for step, counts in enumerate([(1, 65, 2), (1, 1, 1, 1), (9, 1, 3, 8, 16, 7, 64), (4, 9, 1, 5, 70, 2)]):
         slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(step))[: len(counts)]
-        seqs = StateSequences(slots, torch.tensor([0, *counts]).cumsum(0))
+        held_and_tried = torch.tensor(drafts).T.contiguous() if step == 3 else ()
+        seqs = StateSequences(slots, torch.tensor([0, *counts]).cumsum(0), *held_and_tried)
         x = random(sum(counts), channels + features + 2 * num_v + 1, seed=step)
         inputs = x[:, : channels + features], x[:, channels + features : -1]  # both with a stride of their own
         out = cpu_ops(2, target).gated_delta_net(*inputs, weights, state, seqs)
         close(out, TorchOps().gated_delta_net(*inputs, weights, expected, seqs), 2e-5)
         close(state.memory, expected.memory, 1e-5)
         close(state.conv, expected.conv, 1e-6)
+        close(state.kept[..., used], expected.kept[..., used], 0)

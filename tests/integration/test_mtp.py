@@ -95,6 +95,7 @@ def generate(
     """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
     breaks: the head fails, each time."""
     model = read_model_config(path, mtp=speculate == "mtp")
+    kernels = {"draft_len": NUM_DRAFTS if speculate == "mtp" else 0, **kernels}
     config = engine_config(path, page_size=4, num_pages=256, model=model, **kernels)
     if model.states:
         config = replace(config, num_snapshots=12)

@@ -33,7 +33,8 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole steps": ("qwen3", CPU_KERNELS),
     "experts": ("qwen3_moe", CPU_KERNELS),
     "states": ("qwen3_5_text", {**CPU_KERNELS, "num_snapshots": 8}),
-    "convolutions": ("lfm2", {"num_snapshots": 8}),
+    "convolutions": ("lfm2", {**CPU_KERNELS, "num_snapshots": 8}),
+    "convolutions layer by layer": ("lfm2", {"num_snapshots": 8}),
 }
 
 
@@ -84,7 +85,9 @@ def ids_of(outputs: list[ReqOutput]) -> list[int]:
 @pytest.fixture(scope="module", params=[*SETUPS])
 def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     family, kernels = SETUPS[request.param]
-    config = engine_config(tiny_model(family), page_size=4, num_pages=256, max_running_requests=64, **kernels)
+    config = engine_config(
+        tiny_model(family), page_size=4, num_pages=256, max_running_requests=64, draft_len=8, **kernels
+    )
     rows, chunk, longest = config.max_running_requests, 64, config.max_seq_len
     states = {"has_states": bool(config.model.states), "num_snapshots": config.num_snapshots}
     planning = SchedulerConfig(rows, chunk, longest, 256, 4, check_integrity=1, integrity_fatal=True, **states)

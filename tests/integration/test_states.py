@@ -14,6 +14,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
+from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences, delta_rule
 
@@ -102,3 +103,42 @@ def test_gated_delta_net_equals_transformers(steps: Sequence[Sequence[int]]) -> 
     for parts, one in zip(outputs, expected, strict=True):
         torch.testing.assert_close(torch.cat(parts), one, atol=1e-5, rtol=1e-5)
     assert state.memory[[1, 3, 5]].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_drafts_of_which_a_part_holds(kernels: bool) -> None:
+    """Steps of tokens that are sure and of drafts, of which some are wrong: what is right is what transformers computes
+    of the right tokens alone."""
+    layer = transformers_layer()
+    norm = layer.norm.weight.detach(), layer.layer_norm_epsilon
+    weights = DeltaWeights(layer.conv1d.weight[:, 0].detach(), layer.A_log.detach(), layer.dt_bias.detach(), *norm)
+    state = DeltaState(*empty_state(3)[:2], torch.full((3, 4, layer.hidden_size), torch.nan))
+    state.conv[1], state.memory[1] = 0, 0
+    steps = [(5, 3, 1), (1, 4, 4), (1, 4, 0), (1, 2, 2), (66, 0, 0), (1, 0, 0), (2, 1, 1)]  # sure, tried, then right
+    x = torch.randn(sum(sure + right for sure, _, right in steps), layer.hidden_size)
+    with torch.no_grad():
+        expected = layer(x[None])[0]
+    at, held, ops = 0, 0, CpuOps(2) if kernels else TorchOps()
+    for sure, tried, right in steps:
+        tokens = torch.cat((x[at : at + sure + right], torch.randn(tried - right, layer.hidden_size)))
+        seqs = StateSequences(*(torch.tensor(some) for some in ([1], [0, sure + tried], [held], [tried])))
+        out = ops.gated_delta_net(*tokens.split((CHANNELS + FEATURES, 2 * NUM_V), -1), weights, state, seqs)
+        torch.testing.assert_close(out[: sure + right], expected[at : at + sure + right], atol=1e-5, rtol=1e-5)
+        at, held = at + sure + right, right
+    assert state.memory[[0, 2]].isnan().all()
+
+
+def test_a_convolution_takes_in_what_held() -> None:
+    """Of a draft, as `F.conv1d` computes the right tokens alone."""
+    weight, gated = torch.randn(6, WIDTH), torch.randn(14, 18)
+    before, behind, x = gated.chunk(3, -1)
+    padded = F.pad((before * x).T[None], (WIDTH - 1, 0))
+    expected = behind * F.conv1d(padded, weight[:, None], groups=6)[0].T
+    state, at, held = [torch.zeros(2, 6, WIDTH - 1), torch.zeros(2, 3, 18)], 0, 0
+    for sure, tried, right in [(3, 3, 2), (1, 3, 0), (1, 2, 2), (2, 0, 0), (1, 1, 1), (1, 0, 0)]:
+        tokens = torch.cat((gated[at : at + sure + right], torch.randn(tried - right, 18)))
+        seqs = StateSequences(*(torch.tensor(some) for some in ([1], [0, sure + tried], [held], [tried])))
+        out = TorchOps().short_conv(tokens, weight, None, state, seqs)
+        torch.testing.assert_close(out[: sure + right], expected[at : at + sure + right], atol=1e-5, rtol=1e-5)
+        at, held = at + sure + right, right
+    assert at == len(gated)

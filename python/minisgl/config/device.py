@@ -98,12 +98,12 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
 
 
 def step_costs(engine: EngineConfig) -> tuple[float, float]:
-    """`SchedulerConfig.step_costs`. Of GPUs a guess: half a millisecond beside reading the weights; of hybrids, which
-    copy states and compute tokens again, what fits 1, 8 and 32 streams of Qwen3.5-9B's shape on an H200."""
-    if engine.device == "cuda" and engine.model.states:
-        return 0.06, 1.0
-    seconds = 5e-4 + engine.model.weight_bytes(engine.dtype, engine.tp_size) / 4e12
-    return (0.15, 0.03) if engine.device == "cpu" else (0.004, 5e-4 / seconds)
+    """`SchedulerConfig.step_costs`. On GPUs about what Qwen3-14B's and Qwen3.5-9B's shapes take on an H200: bytes that
+    are read, by a head for each token that it tells; half a millisecond a step, and one more while the host plans."""
+    model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
+    told = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size / engine.tp_size  # in 8 bits
+    told *= engine.draft_len if model.mtp else 0
+    return (0.15, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
 
 
 def dotted(version: tuple[int, ...]) -> str:
@@ -304,7 +304,7 @@ def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str
 def _with_states(config: EngineConfig, memory: int) -> EngineConfig:
     """Fewer requests at once, where their states would take more than half of what weights leave of a rank's memory."""
     rows, room = config.max_running_requests, memory - config.model.weight_bytes(kept_as(config), config.tp_size)
-    num_slots = room // 2 // max(1, config.model.state_bytes(config.tp_size))
+    num_slots = room // 2 // max(1, config.model.state_bytes(config.tp_size, config.draft_len))
     if not config.model.states or config.num_states <= num_slots:
         return config
     fitting = max(1, min(rows, max((num_slots - 1) // 2, num_slots - 1 - config.num_snapshots)))

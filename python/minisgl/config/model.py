@@ -193,9 +193,9 @@ class ModelConfig:
     def states(self) -> list[State]:
         return [cache for layer in self.layers if isinstance(cache := layer.attention.cache, State)]
 
-    def state_bytes(self, tp_size: int = 1) -> int:
+    def state_bytes(self, tp_size: int = 1, draft_len: int = 0) -> int:
         """Bytes that one running request takes on one rank, whatever its length, at most: if all are float32."""
-        return 4 * sum(prod(shape) for state in self.states for shape in state.shapes(tp_size))
+        return 4 * sum(prod(shape) for state in self.states for shape in state.shapes(tp_size, draft_len))
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of weights (also "int8", "fp8", "int4", "packed" as stored) on one rank, but for the few replicated."""

@@ -88,7 +88,7 @@ class EngineConfig:
     @property
     def state_bytes(self) -> int:
         """Bytes that all of them take on one rank."""
-        return self.num_states * self.model.state_bytes(self.tp_size)
+        return self.num_states * self.model.state_bytes(self.tp_size, self.draft_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ class SchedulerConfig:
     snapshot_tokens: int = 64  # between two of them, at least
     speculate: str = "off"  # "off" | "ngram" | "mtp"
     draft_len: int = 8  # tokens of a request that a step may verify, at most; 0: no drafts
+    cuda_graph_max_bs: int = 0  # tokens of the largest captured step; 0: none is
     step_costs: tuple[float, float] = (0.0, 0.0)  # in steps of one token: of one more; of planning nothing meanwhile
     window: int = 0  # of the layers whose windows slide, tokens; 0: there are none
     num_window_pages: int = 0  # that these have

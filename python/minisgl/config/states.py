@@ -20,11 +20,12 @@ class DeltaNet:
         """Of the convolution: features of queries, keys and values."""
         return 2 * self.num_k_heads * self.k_dim + self.num_v_heads * self.v_dim
 
-    def shapes(self, tp_size: int) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, tp_size: int, draft_len: int = 0) -> tuple[tuple[int, ...], ...]:
         """Of the tensors that one rank holds for each sequence: what the convolution has last seen, in the type that is
-        computed in, and what the net remembers, in float32."""
-        memory = self.num_v_heads // tp_size, self.k_dim, self.v_dim
-        return (self.num_channels // tp_size, self.width - 1), memory
+        computed in; what the net remembers, in float32; and what it was given of the tokens of a draft."""
+        memory, given = (self.num_v_heads // tp_size, self.k_dim, self.v_dim), self.num_v_heads * (self.v_dim + 2)
+        kept = draft_len, (self.num_channels + given) // tp_size
+        return (self.num_channels // tp_size, self.width - 1), memory, kept
 
     def num_weights(self, hidden_size: int, tp_size: int) -> int:
         return (self.num_channels + 2 * self.num_v_heads * (self.v_dim + 1)) * hidden_size // tp_size
@@ -38,9 +39,9 @@ class ShortConv:
     width: int
     bias: bool
 
-    def shapes(self, tp_size: int) -> tuple[tuple[int, ...], ...]:
-        """Of what the convolution has last seen."""
-        return ((self.num_channels // tp_size, self.width - 1),)
+    def shapes(self, tp_size: int, draft_len: int = 0) -> tuple[tuple[int, ...], ...]:
+        """Of what the convolution has last seen, and what it was given of the tokens of a draft."""
+        return (self.num_channels // tp_size, self.width - 1), (draft_len, 3 * self.num_channels // tp_size)
 
     def num_weights(self, hidden_size: int, tp_size: int) -> int:
         return 4 * self.num_channels * hidden_size // tp_size

@@ -90,7 +90,7 @@ class WholeStep:
         logits = self._logits[:num_logits]
         sequences, pages, page_size = self._backend.prepare(batch.attention)
         numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, self._tables.window_table, page_size
-        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits)
+        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, batch.tensors.drafted)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(

@@ -174,14 +174,12 @@ class CapturedSteps(StepRunner):
         if head is not None:
             self._teller = HeadDrafter(head, self, self._layers, lambda numbers: np.zeros(len(numbers), np.int64))
             self.propose = self._teller.propose
-        longest, has_states = config.draft_len, bool(config.model.states)
-        chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
-        shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
-        self._shapes = [shape for shape in shapes if chunks or not (has_states and shape.is_wide)]
+        longest, kinds = config.draft_len, config.model.states
+        self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
+        can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
+        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
-        self._belong = has_states or head is not None  # tokens of a request, in layers
-        most = self._shapes[-1].num_tokens if self._shapes else 0
-        self._counting = torch.arange(most + 1, dtype=torch.int32, device=shard.device)
+        self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
         self._ends = torch.empty_like(self._counting)
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
@@ -189,9 +187,9 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self._teller is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.is_decode_only else self._verifying(plan)
-        found = None
-        for shapes in (self._wide, self._shapes) if asks else (self._shapes,):  # the narrow ones tell no drafts
-            found = found or (fit(shapes, reqs, self.tables.padding_row) if reqs else None)
+        # The narrow ones tell no drafts, and know of none that states are to take in.
+        shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
+        found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks)
         shape, padding = found
@@ -199,9 +197,8 @@ class CapturedSteps(StepRunner):
         self.tables.send(plan, index)
         self._prepare(self._batch(index, shape))
         ids, told = self._graphs.replay(shape)
-        ids = ids[: sum(share.num_samples for share in plan.reqs)]
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
-        launched = self._finish(plan, masks, index, ids, source)
+        launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
         # No answer at all would mean that the head has failed.
         nothing = {i: list[int]() for i in range(len(plan.reqs))} if asks else {}
         return launched._replace(drafts=nothing if told is None else told[: len(plan.reqs)])
@@ -209,9 +206,7 @@ class CapturedSteps(StepRunner):
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
         prompts = self.tables.host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
-        if not plan.drafts or not all(share.num_samples for share in plan.reqs) or prompts is not None:
-            return ()
-        return plan.reqs if self._belong else one_by_one(plan.reqs) or ()
+        return (plan.reqs if self._belong else one_by_one(plan.reqs) or ()) if prompts is None else ()
 
     def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
         """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the
@@ -242,9 +237,7 @@ class CapturedSteps(StepRunner):
 
     def _capture(self, shape: GraphShape) -> RunStep:
         """What is captured: a step from the staging buffer, which now has nobody's → its results and logits."""
-        padding = shape.padding((), self.tables.padding_row)
-        assert padding is not None
-        index = StepIndex.of(padding)
+        index = StepIndex.of(shape.padding((), self.tables.padding_row) or ())
         self.tables.send(_NO_STEP, index)
         batch, teller, most = self._batch(index, shape), self._teller, self.shard.config.draft_len * shape.is_wide
         metadata = self._prepare(batch, captures=True)

@@ -37,7 +37,7 @@ class DecodeGraphs:
             del logits  # its memory serves the next capture, too
         if shapes:
             torch.cuda.synchronize()
-            seconds, most = time.perf_counter() - start, shapes[-1].num_samples
+            seconds, most = time.perf_counter() - start, shapes[-1].num_tokens
             logger.info("captured %d CUDA graphs, batches up to %d, in %.1f s", len(shapes), most, seconds)
 
     def replay(self, shape: GraphShape) -> Results:

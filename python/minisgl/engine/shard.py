@@ -47,11 +47,11 @@ class ModelShard:
 
     def create_kv(self, *num_pages: int) -> KVPool:
         """num_pages: and those of layers whose windows slide."""
-        num_slots = [num * self.config.page_size for num in (num_pages if self.config.window else num_pages[:1] * 2)]
-        model, tp_size, kv_dtype = self.config.model, self.config.tp_size, CACHES[self.config.kv_cache_dtype]
-        dtype = self.ops.vector_dtype(DTYPES[self.config.dtype])
-        states = StatePool(model, self.config.num_states, tp_size, dtype, self.device)
-        return KVPool(model, num_slots, tp_size, kv_dtype, states)
+        config, kv_dtype = self.config, CACHES[self.config.kv_cache_dtype]
+        num_slots = [num * config.page_size for num in (num_pages if config.window else num_pages[:1] * 2)]
+        sizes, dtype = (config.draft_len, config.tp_size), self.ops.vector_dtype(DTYPES[config.dtype])
+        states = StatePool(config.model, config.num_states, *sizes, dtype, self.device)
+        return KVPool(config.model, num_slots, config.tp_size, kv_dtype, states)
 
     def create_attention(self) -> Backend:
         return create_backend(self.config, DTYPES[self.config.dtype], self.device)

@@ -68,8 +68,8 @@ class DeviceTables:
         self._ops, self._page_size = ops, config.page_size
         angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
-        num_tokens = max(config.max_prefill_length, 2 * most_samples(num_rows) + 1)
-        num_words = most_samples(num_rows) * (NUM_WORDS + 6) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
+        num_tokens = max(config.max_prefill_length, most_samples(num_rows) + 1)
+        num_words = most_samples(num_rows) * (NUM_WORDS + 8) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
         self._drafted, self._sent = list[Tensor](), tuple[Tensor, ...]()
         takes_rules = config.model.vocab_size <= ops.most_ruled
         self.entries = torch.zeros(1, dtype=torch.int64, device=device) if takes_rules else None

@@ -89,7 +89,8 @@ class LayerByLayer:
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:
         """For the model's layers, and for those that are computed beside them."""
-        seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
+        drafts = batch.tensors.drafted.view(2, -1) if batch.index.drafted.any() else ()
+        seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q, *drafts)
         metadata = metadata or self._backend.prepare_both(batch.attention, captured=False)
         ids, slots, ropes = self._inputs(batch)
         return StepContext(ids, slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)

@@ -30,6 +30,7 @@ class StepIndex(NamedTuple):
     logit_tokens: IntArray  # [n]: which of the t
     rows: IntArray  # [m] of the tables
     num_drafts: IntArray  # [m]
+    drafted: IntArray  # [2 * m]: of each, how many tokens of its last draft held; then of each, those of this one
     seq_lens: IntArray  # [m] tokens, this step's included
     offsets: IntArray  # [m + 1]: request i has tokens [offsets[i], offsets[i + 1])
     token_rows: IntArray  # [t]
@@ -43,20 +44,19 @@ class StepIndex(NamedTuple):
     @staticmethod
     def of(reqs: Sequence[ScheduledReq]) -> "StepIndex":
         """reqs: not empty."""
-        num_fields = len(ScheduledReq._fields)
-        table = np.fromiter(chain.from_iterable(reqs), np.int64, num_fields * len(reqs)).reshape(-1, num_fields)
-        req = dict(zip(ScheduledReq._fields, table.T.copy(), strict=True))
-        rows, starts, num_new, num_drafts = req["row"], req["start"], req["num_new"], req["num_drafts"]
+        table = np.fromiter(chain.from_iterable(reqs), np.int64).reshape(len(reqs), -1)
+        rows, starts, num_new, num_samples, num_drafts, num_held = table.T.copy()
         seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
-        if (num_new == 1).all() and (req["num_samples"] == 1).all():  # the common case, in which there is less to do
-            ends, firsts = (seq_lens, rows), offsets[:-1]
-            return StepIndex(starts, num_new, *ends, firsts, rows, num_drafts, seq_lens, offsets, rows, starts)
+        counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0)))
+        if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
+            rest = offsets[:-1], rows, *counts
+            return StepIndex(starts, num_new, seq_lens, rows, *rest, seq_lens, offsets, rows, starts)
         ends = num_new.cumsum(out=offsets[1:])
         token_rows, tokens = rows.repeat(num_new), np.arange(ends[-1])
         positions = tokens + (starts - offsets[:-1]).repeat(num_new)
-        logit_tokens = np.flatnonzero(tokens >= (ends - req["num_samples"]).repeat(num_new))
+        logit_tokens = np.flatnonzero(tokens >= (ends - num_samples).repeat(num_new))
         sampled = positions[logit_tokens] + 1, token_rows[logit_tokens], logit_tokens
-        return StepIndex(starts, num_new, *sampled, rows, num_drafts, seq_lens, offsets, token_rows, positions)
+        return StepIndex(starts, num_new, *sampled, rows, *counts, seq_lens, offsets, token_rows, positions)
 
 
 class StepTensors(NamedTuple):
@@ -67,6 +67,7 @@ class StepTensors(NamedTuple):
     logit_tokens: torch.Tensor
     rows: torch.Tensor
     num_drafts: torch.Tensor
+    drafted: torch.Tensor
     seq_lens: torch.Tensor
     cu_q: torch.Tensor  # offsets
     token_rows: torch.Tensor

@@ -12,17 +12,18 @@ from minisgl.kernel.state import DeltaState, DeltaWeights, StateOps, StateSequen
 Tensor = torch.Tensor
 
 _DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
-_CONVOLVE, _FINISH, _TOKENS = range(3)  # `Stage` in the source
+_CONVOLVE, _FINISH, _TOKENS, _DRAFTS = range(4)  # `Stage` in the source
 
 
 @functools.cache
 def _kernel(
-    device: torch.device, dtype: torch.dtype, width: int, num_k: int, k_dim: int, num_v: int, v_dim: int
+    device: torch.device, dtype: torch.dtype, channels: int, width: int, num_v: int, k_dim: int, v_dim: int
 ) -> Any:
     """For one shape, compiled on first use. None: there is none for it."""
     if v_dim % 4 or max(k_dim, v_dim) > 256 or dtype not in _DTYPES or find_spec("triton") is None:
         return None
-    shape = {"NUM_K": num_k, "DIM_K": k_dim, "NUM_V": num_v, "DIM_V": v_dim, "WIDTH": width, "DTYPE": _DTYPES[dtype]}
+    shape = {"DIM_K": k_dim, "NUM_V": num_v, "DIM_V": v_dim, "WIDTH": width, "DTYPE": _DTYPES[dtype]}
+    shape["NUM_K"] = (channels - num_v * v_dim) // (2 * k_dim)
     defines = {f"DELTA_{name}": value for name, value in shape.items()}
     return load_kernel("delta", torch.cuda.get_device_capability(device), **defines).delta
 
@@ -34,17 +35,17 @@ class DeltaOps(StateOps):
         self, qkvz: Tensor, ba: Tensor, weights: DeltaWeights, state: DeltaState, seqs: StateSequences
     ) -> Tensor:
         """ba and qkvz: their rows may be parts of wider ones."""
-        (channels, width), (_, num_v, k_dim, v_dim), num_tokens = weights.conv.shape, state.memory.shape, len(qkvz)
-        num_k, has_chunks = (channels - num_v * v_dim) // (2 * k_dim), num_tokens > len(seqs.slots)
-        kernel = _kernel(qkvz.device, qkvz.dtype, width, num_k, k_dim, num_v, v_dim)
+        channels, num_tokens, (_, num_v, _, v_dim) = len(weights.conv), len(qkvz), state.memory.shape
+        kernel = _kernel(qkvz.device, qkvz.dtype, *weights.conv.shape, *state.memory.shape[1:])
         if kernel is None:
             return super().gated_delta_net(qkvz, ba, weights, state, seqs)
+        is_captured = torch.cuda.is_current_stream_capturing()
+        has_chunks = num_tokens > len(seqs.slots) and not (is_captured and seqs.held is not None)
         out, qkv = qkvz.new_empty(num_tokens, num_v * v_dim), qkvz.new_empty(num_tokens * has_chunks, channels)
         gates = qkvz.new_empty(2, num_tokens * has_chunks, num_v, dtype=torch.float32)
-        args = (
-            *(qkvz, ba, weights.conv, weights.a_log, weights.dt_bias, weights.norm, state.conv, state.memory),
-            *(seqs.slots, seqs.cu_q, out, qkv, gates, weights.eps, torch.cuda.is_current_stream_capturing()),
-        )
+        args = qkvz, ba, *weights[:4], *state, *seqs, out, qkv, gates, weights.eps, is_captured
+        if seqs.held is not None:
+            kernel(_DRAFTS, *args)
         if has_chunks:
             from minisgl.kernel.triton.delta import delta_chunks
 

@@ -1,6 +1,6 @@
 """What layers with recurrent states compute, in plain torch: the reference of kernels for them."""
 
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,15 @@ class StateSequences(NamedTuple):
     cu_q[i + 1]) of the step, at least one, and goes on from the state in slot `slots[i]`.
 
     slots: [n], each once, but that of padding, which any number of sequences may have: what becomes of it, and what
-    these compute, is of no interest. cu_q: [n + 1].
+    these compute, is of no interest. cu_q: [n + 1]. tried: [n], so many of a sequence's last tokens are a draft: the
+    state does not take them in, and the slot keeps them. held: [n], so many of those that it has kept come before the
+    sequence, since they held. Both None: there is neither.
     """
 
     slots: Tensor
     cu_q: Tensor
+    held: Tensor | None = None
+    tried: Tensor | None = None
 
 
 class DeltaWeights(NamedTuple):
@@ -40,10 +44,12 @@ class DeltaWeights(NamedTuple):
 
 class DeltaState(NamedTuple):
     """conv: [num_slots, 2 * Hk * Dk + Hv * Dv, width - 1], what the convolution has last seen, the newest last, in the
-    type of activations; memory: [num_slots, Hv, Dk, Dv] float32."""
+    type of activations; memory: [num_slots, Hv, Dk, Dv] float32; kept: [num_slots, draft_len, features], of tokens that
+    were tried, what `gated_delta_net` was given: qkvz, then ba."""
 
     conv: Tensor
     memory: Tensor
+    kept: Tensor = torch.empty(0, 0)
 
 
 class StateOps:
@@ -59,35 +65,32 @@ class StateOps:
         how much is learnt of a token, then a, of how much is forgotten. `state` is brought up to date in place.
         → [num_tokens, Hv * Dv], in the type of qkvz.
 
-        Where each sequence has one token, nothing is asked of the device, so that the step can be captured.
+        Where each sequence has one token, and none is a draft, nothing is asked of the device: it can be captured.
         """
-        if len(qkvz) == len(seqs.slots):
-            return _delta_net(qkvz[:, None], ba[:, None], weights, state, seqs.slots.long())[:, 0]
-        begins, slots = seqs.cu_q.tolist(), seqs.slots.long()
-        out = qkvz.new_empty(len(qkvz), weights.norm.numel() * len(weights.a_log))
-        for i, end in enumerate(begins[1:]):
-            for begin in range(begins[i], end, _CHUNK):
-                part = slice(begin, min(begin + _CHUNK, end))
-                out[part] = _delta_net(qkvz[None, part], ba[None, part], weights, state, slots[i : i + 1])[0]
-        return out
+        sizes = qkvz.shape[1], ba.shape[1]
+
+        def compute(x: Tensor, slots: Tensor, *state: Tensor) -> Tensor:
+            chunks = (chunk.split(sizes, -1) for chunk in x.split(_CHUNK, 1))
+            return torch.cat([_delta_net(*chunk, weights, DeltaState(*state), slots) for chunk in chunks], 1)
+
+        return _by_sequence(torch.cat((qkvz, ba), -1), state, seqs, compute)
 
     def short_conv(
-        self, gated: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor, seqs: StateSequences
+        self, gated: Tensor, weight: Tensor, bias: Tensor | None, state: Sequence[Tensor], seqs: StateSequences
     ) -> Tensor:
         """A convolution over time between two gates, as in LFM2: g' * (conv(g * x) + bias), in float32.
 
-        gated: [num_tokens, 3 * channels], of g, g' and x; weight: [channels, width]; bias: [channels]; seen:
-        [num_slots, channels, width - 1], which is brought up to date. → [num_tokens, channels], in the type of `gated`.
+        gated: [num_tokens, 3 * channels], of g, g' and x; weight: [channels, width]; bias: [channels]; state: what was
+        seen, [num_slots, channels, width - 1], which is brought up to date, and what is kept of drafts, [num_slots,
+        draft_len, 3 * channels]. → [num_tokens, channels], in the type of `gated`.
         """
-        before, behind, x = gated.float().chunk(3, -1)
-        x, slots = before * x, seqs.slots.long()
-        if len(x) == len(slots):
-            mixed = causal_conv(x[:, None], weight, seen, slots)[:, 0]
-        else:
-            spans = enumerate(pairwise(seqs.cu_q.tolist()))
-            parts = (causal_conv(x[None, begin:end], weight, seen, slots[i : i + 1]) for i, (begin, end) in spans)
-            mixed = torch.cat(list(parts), 1)[0]
-        return (behind * (mixed if bias is None else mixed + bias)).to(gated.dtype)
+
+        def compute(gated: Tensor, slots: Tensor, seen: Tensor) -> Tensor:
+            before, behind, x = gated.float().chunk(3, -1)
+            mixed = causal_conv(before * x, weight, seen, slots)
+            return (behind * (mixed if bias is None else mixed + bias)).to(gated.dtype)
+
+        return _by_sequence(gated, state, seqs, compute)
 
 
 def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor) -> Tensor:
@@ -100,6 +103,25 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor) -> Tens
     seen = torch.cat((state[slots].to(x.dtype), x.transpose(1, 2)), -1)
     state[slots] = seen[..., seen.shape[-1] - width + 1 :].to(state.dtype)
     return (seen.float().unfold(-1, width, 1) * weight.float()[:, None]).sum(-1).transpose(1, 2)
+
+
+def _by_sequence(x: Tensor, state: Sequence[Tensor], seqs: StateSequences, compute: Callable[..., Tensor]) -> Tensor:
+    """x: [num_tokens, features]; state: what is kept of drafts comes last; compute: for n sequences of as many tokens,
+    [n, num_tokens, features], whose slots these are of the states before it, which are brought up to date."""
+    *parts, kept = state
+    slots, num, tried = seqs.slots.long(), len(seqs.slots), seqs.tried
+    if len(x) == num and seqs.held is None:
+        return compute(x[:, None], slots, *parts)[:, 0]
+    held, begins, out = [0] * num if seqs.held is None else seqs.held.tolist(), seqs.cu_q.tolist(), list[Tensor]()
+    nums = [0] * num if tried is None else tried.clamp(max=kept.shape[1]).tolist()  # nobody's may have more
+    for slot, begin, end, num_held, num_tried in zip(slots[:, None], begins, begins[1:], held, nums, strict=False):
+        if num_held:
+            compute(kept[slot, :num_held], slot, *parts)
+        out.append(compute(x[None, begin : end - num_tried], slot, *parts))
+        if num_tried:
+            kept[slot, :num_tried] = x[None, end - num_tried : end]
+            out.append(compute(x[None, end - num_tried : end], slot * 0, *(part[slot] for part in parts)))
+    return torch.cat(out, 1)[0]
 
 
 def _delta_net(qkvz: Tensor, ba: Tensor, weights: DeltaWeights, state: DeltaState, slots: Tensor) -> Tensor:

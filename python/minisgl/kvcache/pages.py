@@ -145,6 +145,7 @@ class Pages:
         self.states: list[StateCopy] = []
         self.slots = range(config.max_running_requests + 1, config.max_running_requests + 1 + config.num_snapshots)
         self.free_slots = [*self.slots]
+        self.held: dict[int, int] = {}  # by slot, how many tokens that it keeps its state is still to take in
         self.snapshots: dict[int, int] = {}  # slots, by the cached page before; the one used least recently first
 
     @property
@@ -226,11 +227,12 @@ class Pages:
         slot: int | None = self.snapshots.pop(page := req.handle.pages[-1], SOON)
         if (slot := self.take_slot() if slot == SOON else slot) is not None:
             self.snapshots[page] = slot
-            self.states.append(StateCopy(req.row, slot))
+            self.copy_state(req.row, slot)
 
-    def load(self, req: Req, slot: int) -> None:
-        """Have the next plan begin a request's state as that in a slot, or as zeros."""
-        self.states.append(StateCopy(slot, req.row))
+    def copy_state(self, source: int, target: int) -> None:
+        """Have the next plan make the state in a slot that of another one, or zeros."""
+        self.states.append(StateCopy(source, target))
+        self.held[target] = self.held.get(source, 0)
 
     def take_slot(self) -> int | None:
         """One that is free, or that of the snapshot used least recently; None: all are in use."""

@@ -2,7 +2,6 @@
 captured steps, and snapshots."""
 
 from collections.abc import Iterable
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -12,17 +11,18 @@ from minisgl.core import StateCopy
 
 
 class StatePool:
-    """Zeros at first. dtype: in which layers compute."""
+    """Zeros at first. dtype: in which layers compute; draft_len: tokens that a slot keeps while it is not known whether
+    they hold."""
 
     def __init__(
-        self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
+        self, model: ModelConfig, num_slots: int, draft_len: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.device, self._layers = device, dict[int, list[torch.Tensor]]()
         self._stacks: list[torch.Tensor] = []  # [layers, num_slots, …], of all layers of a kind
         for kind in dict.fromkeys(model.states):
             layers = [index for index, spec in enumerate(model.layers) if spec.attention.cache == kind]
-            shapes = zip(kind.shapes(tp_size), (dtype, torch.float32), strict=False)
-            stacks = [lazy_zeros((len(layers), num_slots, *shape), kept, device) for shape, kept in shapes]
+            shapes = [(len(layers), num_slots, *shape) for shape in kind.shapes(tp_size, draft_len)]
+            stacks = [lazy_zeros(one, torch.float32 if len(one) > 4 else dtype, device) for one in shapes]
             self._layers |= {index: parts for index, *parts in zip(layers, *stacks, strict=True)}
             self._stacks += stacks
 
@@ -31,21 +31,14 @@ class StatePool:
         return self._layers[index]
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
-        """Make them, one after the other, for all layers; zeros that follow one another at once. (Copies at once would
-        hold as much again: a slot may take 50 MB.)"""
-        for is_new, group in groupby(copies, key=lambda copy: copy.source < 0):
-            pairs = list(group)
-            targets = torch.tensor([copy.target for copy in pairs], device=self.device)
+        """Make them, one after the other, for all layers. (At once they would take as much again: 50 MB for a slot.)"""
+        for source, target in copies:
             for stack in self._stacks:
-                if is_new:
-                    stack.index_fill_(1, targets, 0)
-                for source, target in () if is_new else pairs:
-                    stack[:, target] = stack[:, source]
+                stack[:, target] = stack[:, source] if source >= 0 else 0
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros whose pages the operating system commits on first use (`torch.zeros` writes them all on a CPU)."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype)[..., 0]

@@ -32,8 +32,8 @@ class GatedShortConv(Layer):
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
         the new stream."""
-        gated, (seen,) = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
-        out = self._ops.short_conv(gated, self._weight, self._bias, seen, step.seqs)
+        gated, state = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
+        out = self._ops.short_conv(gated, self._weight, self._bias, state, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:

@@ -29,14 +29,10 @@ class GatedDeltaNet(Layer):
         parts, orders = {"in_proj_q": keys, "in_proj_k": keys, "in_proj_v": values, "in_proj_z": values}, {}
         gates = dict.fromkeys(("in_proj_b", "in_proj_a"), (spec.num_v_heads, 1))
         if spec.is_grouped:
-            sizes = spec.k_dim, spec.k_dim, each * spec.v_dim, each * spec.v_dim
-            parts, gates = (
-                {name: (keys[0], n)} for name, n in (("in_proj_qkvz", sum(sizes)), ("in_proj_ba", 2 * each))
-            )
-            orders = {
-                "in_proj_qkvz": _ungrouped(len(num_k), sizes),
-                "in_proj_ba": _ungrouped(len(num_k), (each, each)),
-            }
+            key, value = spec.k_dim, each * spec.v_dim
+            groups = {"in_proj_qkvz": (key, key, value, value), "in_proj_ba": (each, each)}
+            parts, gates = ({name: (keys[0], sum(sizes))} for name, sizes in groups.items())
+            orders = {name: _ungrouped(len(num_k), sizes) for name, sizes in groups.items()}
         self.in_proj, self.gates_proj = (ColumnLinear(env, hidden, of, _WHAT, orders=orders) for of in (parts, gates))
         self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _WHAT)
         channels = torch.arange(spec.num_channels).split_with_sizes([num * size for num, size in (keys, keys, values)])
@@ -59,9 +55,8 @@ class GatedDeltaNet(Layer):
         yield from self.gates_proj.weights(prefix)
         yield from self.out_proj.weights(f"{prefix}out_proj.")
         mine, channels, shape = self._weights, self._channels, (self._spec.num_channels, 1, self._spec.width)
-        yield WeightSlot(
-            f"{prefix}conv1d.weight", shape, mine.conv, (0, shape[0]), transform=lambda part: part[channels, 0]
-        )
+        name, rows = f"{prefix}conv1d.weight", (0, shape[0])
+        yield WeightSlot(name, shape, mine.conv, rows, transform=lambda part: part[channels, 0])
         for name, target in (("A_log", mine.a_log), ("dt_bias", mine.dt_bias)):
             yield WeightSlot(f"{prefix}{name}", (self._spec.num_v_heads,), target, self._heads)
         yield whole(f"{prefix}norm.weight", mine.norm)

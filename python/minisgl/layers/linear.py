@@ -166,6 +166,6 @@ class VocabTable(Linear):
         """ids: [num_tokens] int64 → [num_tokens, hidden]."""
         return self._comm.all_reduce(self.matrix.rows(ids, self._first))
 
-    def logits(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """x: [n, hidden], the residual stream; norm: [hidden] → [n, vocab_size], on rank 0, which samples."""
-        return self._comm.gather(self.matrix.norm_apply(x, norm, eps))[:, : self._vocab_size]
+    def logits(self, x: Tensor, norm: Tensor, eps: float, matrix: Matrix | None = None) -> Tensor:
+        """x: [n, hidden]; norm: [hidden]; matrix: in place of its own → [n, vocab_size], on rank 0, which samples."""
+        return self._comm.gather((matrix or self.matrix).norm_apply(x, norm, eps))[:, : self._vocab_size]

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from minisgl.attention.base import StepContext
-from minisgl.formats.base import DENSE, Shard
+from minisgl.formats.base import DENSE, Rounded, Shard
+from minisgl.kernel.ops import Matrix, TorchMatrix
 from minisgl.layers.base import CpuSpec, LayerEnv, Part, Tensor, joined, whole
 from minisgl.layers.linear import Linear
 from minisgl.models.decoder import DecoderLayer, DecoderModel
@@ -26,6 +27,7 @@ class MTPHead:
         assert config.mtp is not None
         self.fc = Linear(env, (hidden, 2 * hidden), {"": Shard((hidden, 2 * hidden), (0, hidden))})
         self.layer = DecoderLayer(env, replace(config, layers=config.cached_layers), config.num_layers)
+        self._lm_head: Matrix | None = None  # in place of the model's
         self._norms = {name: env.vector(hidden) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
 
     def forward(self, following: Tensor, hidden: Tensor, step: StepContext) -> Tensor:
@@ -38,7 +40,7 @@ class MTPHead:
 
     def logits(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → of the token after the following one, [n, vocab_size], on rank 0."""
-        return self._model.lm_head.logits(x, self._norms["norm"], self._eps)
+        return self._model.lm_head.logits(x, self._norms["norm"], self._eps, self._lm_head)
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
@@ -62,4 +64,11 @@ class MTPHead:
         yield Part([*self.fc.weights("mtp.fc.")], self.fc.pack)
         yield Part([*self.layer.weights("mtp.layers.0.")], self.layer.pack)
         offset = self._model.config.norm_offset
-        yield Part([whole(f"mtp.{name}.weight", norm, offset) for name, norm in self._norms.items()], lambda: None)
+        yield Part([whole(f"mtp.{name}.weight", norm, offset) for name, norm in self._norms.items()], self._narrow)
+
+    def _narrow(self) -> None:
+        """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 8."""
+        matrix = self._model.lm_head.matrix
+        if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and matrix.weight.dtype != torch.float32:
+            rounded = Rounded(matrix.weight.device, matrix.weight.device)
+            self._lm_head = rounded.matrix(self._ops, {"weight": matrix.weight})

@@ -33,7 +33,6 @@ def check_integrity(planner: Planner) -> None:
     require(min(owned) >= 0 and max(owned) < num_pages, "a page has a number that there is not")
     require(len(owned) == num_pages, f"{num_pages - len(owned)} pages are lost")
     slots = sorted([*pages.free_slots, *(slot for slot in pages.snapshots.values() if slot >= 0)])
-    slots = sorted([*slots, *planner.speculation.spares.values()])
     are_cached = not pages.snapshots or pages.snapshots.keys() <= {*cached}
     require(slots == [*pages.slots] and are_cached, "snapshots are lost, shared or misplaced")
     near = chain.from_iterable(req.window_pages[req.num_behind :] for req in held)

@@ -194,7 +194,7 @@ class Planner:
         req.held = req.paced and num_samples > 0
         reqs, shares = step.decode if num_new == num_samples else step.prefill
         reqs.append(req)
-        shares.append(ScheduledReq(req.row, start, num_new, num_samples))
+        shares.append(ScheduledReq(req.row, start, num_new, num_samples, 0, self.pages.held.pop(req.row, 0)))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
@@ -235,7 +235,6 @@ class Planner:
         assert plan.step_id == step_id, f"step {step_id} failed, {plan.step_id} expected"
         for req in reqs:
             req.num_inflight -= 1
-            self.speculation.release(req, self.pages)
         for req in self.leaving:
             req.failed = True
         outputs = [self._finish(ReqOutput(req, (), FinishReason.ERROR, error=error)) for req in victims]
@@ -286,7 +285,7 @@ class Planner:
                 self.pages.forget(req.handle.pages[-1:])
             req.prefix = np.append(req.prefix, np.array(req.tokens[len(req.prefix) : start], np.int32))
             self.pages.share(req, start)
-        if start == req.num_saved > 0:  # at 0 a draft was wrong that began there
+        if start == req.num_saved:
             self.pages.save(req)
 
     def _admit(self, req: Req, budget: int) -> int:
@@ -326,7 +325,7 @@ class Planner:
         pages.give(req, match.pages)
         pages.give(req, pages.allocator.allocate(needed))
         if self.config.has_states:
-            pages.load(req, slot)
+            pages.copy_state(slot, req.row)
         return num_new
 
     def _take_turns(self) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Draft, Req, ScheduledReq, StateCopy, StepPlan, StepResult, most_samples
+from minisgl.core import Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, NgramDrafter, Prediction, ToldDrafter
 from minisgl.scheduler.plan import Growing
@@ -59,8 +59,7 @@ class Lengths:
 class Speculation:
     """Owns the drafter, and what is remembered of how its drafts fared. Deterministic, as the planner is.
 
-    spares: by uid, the slots of states as they were before the step in flight. num_drafted, num_right: tokens, by the
-    name of who guessed them: that of `--speculate`, "prediction" or "grammar".
+    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate`, "prediction" or "grammar".
     holds: whether a drafted token is right where this one was sampled. In its place a benchmark may put a coin, to see
     what drafts of some quality would gain: what is generated then makes no sense.
     """
@@ -73,7 +72,6 @@ class Speculation:
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
-        self.spares: dict[int, int] = {}
         self.num_drafted, self.num_right = Counter[str](), Counter[str]()
         self.holds: Callable[[int, int], bool] = operator.eq
 
@@ -103,11 +101,10 @@ class Speculation:
         step.decode, step.prefill = ([], []), ([], [])
         wanted = self._wanted(shares)
         for req, share in shares:
-            row, start, num_new, num_samples, _ = share
-            if ids := self._with_room(req, share, drafts.get(row, ()), pages):
-                step.drafts.append(Draft(row, start + num_new, ids))
-                share = ScheduledReq(row, start, num_new + len(ids), num_samples + len(ids))
-            if most := wanted.get(row):
+            if ids := self._with_room(req, share, drafts.get(share.row, ()), pages):
+                step.drafts.append(Draft(share.row, share.start + share.num_new, ids))
+                share = share._replace(num_new=share.num_new + len(ids), num_samples=share.num_samples + len(ids))
+            if most := wanted.get(share.row):
                 share = self._asking(req, share, most, pages)
             some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
             some_reqs.append(req)
@@ -116,14 +113,21 @@ class Speculation:
     def _wanted(self, shares: Sequence[tuple[Req, ScheduledReq]]) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
         wanted, num_samples = dict[int, int](), sum(share.num_samples for _, share in shares)
+        if self._told is None or self._are_many(num_samples):
+            return wanted
         lengths, room = Lengths(*self._config.step_costs, num_samples, num_samples), self._most_samples - num_samples
-        for req, share in shares if self._told is not None else ():
+        for req, share in shares:
             if share.num_samples and _is_plain(req) and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
                 wanted[share.row] = length = lengths.best(rate, 0, min(self._longest_of(req), room))
                 lengths.add(rate, 0, length)
                 room -= length
         return wanted if lengths.pays else {}
+
+    def _are_many(self, num_samples: int) -> bool:
+        """Whether no captured step would hold a draft of each, where a request's tokens belong together: who asked for
+        one would wait in vain."""
+        return 0 < self._config.cuda_graph_max_bs < num_samples * (1 + self._config.draft_len)
 
     def _asking(self, req: Req, share: ScheduledReq, most: int, pages: Pages) -> ScheduledReq:
         """With so many tokens that the engine is to tell, as far as there are pages: of all but the last it computes
@@ -152,7 +156,7 @@ class Speculation:
         self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
     ) -> tuple[int, ...]:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right."""
-        slot, num_right, holds = self.release(req, pages), 0, False
+        num_right, holds = 0, False
         if req.num_stale:  # it sits out: how far it got is known
             return ids
         while num_right < len(draft):
@@ -165,22 +169,12 @@ class Speculation:
         self._count(req, num_judged, num_right)
         if not self._forced_from(req, share.start + share.num_new - len(draft)):
             self._learn_rate(req.uid, num_judged, num_right)
-        if slot is not None and num_right < len(draft):  # the state has seen too much: what was right comes again
-            pages.states.append(StateCopy(slot, share.row))
-            req.num_computed = share.start
-        else:
-            req.num_computed += num_right
+        req.num_computed += num_right
+        pages.held[share.row] = num_right * self._config.has_states
         return ids[: num_right + 1]
 
-    def release(self, req: Req, pages: Pages) -> int | None:
-        """Give back the slot of what its state was. Which one: plans that come may use it, in the order of copies."""
-        if (slot := self.spares.pop(req.uid, None)) is not None:
-            pages.free_slots.append(slot)
-        return slot
-
     def reset(self, uids: Iterable[int]) -> None:
-        """Forget these requests, and what was kept of states: all pages are new."""
-        self.spares = {}
+        """Forget these requests."""
         for uid in uids:
             self.forget(uid)
 
@@ -198,6 +192,8 @@ class Speculation:
         num_samples = sum(share.num_samples for _, share in shares)
         lengths = Lengths(*config.step_costs, sum(share.num_new for _, share in shares), num_samples)
         budget, least = min(budget, self._most_samples - num_samples), lengths.least
+        if config.has_states and self._are_many(num_samples):
+            return drafts
         for req, share in shares:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
@@ -216,16 +212,10 @@ class Speculation:
         return drafts if lengths.pays else {}
 
     def _with_room(self, req: Req, share: ScheduledReq, ids: Sequence[int], pages: Pages) -> tuple[int, ...]:
-        """As much of a draft as there are pages for, if there is a slot for the state that is to be kept."""
+        """As much of a draft as there are pages for."""
         end = share.start + share.num_new
         self._take(req, div_ceil(end + len(ids), pages.page_size) - len(req.pages) if ids else 0, pages)
-        draft = tuple(ids[: len(req.pages) * pages.page_size - end])
-        if draft and self._config.has_states:
-            if (slot := pages.take_slot()) is None:
-                return ()
-            self.spares[req.uid] = slot
-            pages.states.append(StateCopy(share.row, slot))
-        return draft
+        return tuple(ids[: len(req.pages) * pages.page_size - end])
 
     def _take(self, req: Req, missing: int, pages: Pages) -> None:
         """So many pages for guesses, as long as each request that runs can have one more for what is none."""

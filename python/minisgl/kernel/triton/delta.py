@@ -74,17 +74,18 @@ def _within_kernel(
         tl.store(read_ptr + token * DK + d[None, :], read, mask=real[:, None] & (d < DK)[None, :])
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "cu_q_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "cu_q_ptr", "tried_ptr"])
 def _across_kernel(
-    qkv_ptr, gates_ptr, scores_ptr, read_ptr, added_ptr, memory_ptr, out_ptr, slots_ptr, cu_q_ptr, HK: tl.constexpr,
-    DK: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    qkv_ptr, gates_ptr, scores_ptr, read_ptr, added_ptr, memory_ptr, out_ptr, slots_ptr, cu_q_ptr, tried_ptr,
+    HK: tl.constexpr, DK: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (features of values, head, sequence): outputs, and the memory after them."""
     begin(PDL)
     low, head, seq = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
     start, end = tl.load(cu_q_ptr + seq), tl.load(cu_q_ptr + seq + 1)
-    if end - start > 1:
+    num_tried = 0 if tried_ptr is None else tl.load(tried_ptr + seq)
+    if (end - start > 1) & (num_tried == 0):
         CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
         d, e = tl.arange(0, BLOCK_K)[:, None], low + tl.arange(0, BLOCK_V)[None, :]
         at = (tl.load(slots_ptr + seq).to(tl.int64) * HV + head) * (DK * DV) + d * DV + e
@@ -112,9 +113,9 @@ def _across_kernel(
 
 
 def delta_chunks(qkv: Tensor, gates: Tensor, memory: Tensor, seqs: StateSequences, out: Tensor) -> None:
-    """The rule for all sequences of more than one token. qkv: [num_tokens, 2 * Hk * Dk + Hv * Dv], queries and keys
-    of length 1, scaled; gates: [2, num_tokens, Hv] float32, logarithms of decays, then betas; memory: [slots, Hv, Dk,
-    Dv] float32, brought up to date; out: [num_tokens, Hv * Dv]."""
+    """The rule for all sequences of several tokens that end with no draft. qkv: [num_tokens, 2 * Hk * Dk + Hv * Dv],
+    queries and keys of length 1, scaled; gates: [2, num_tokens, Hv] float32, logarithms of decays, then betas; memory:
+    [slots, Hv, Dk, Dv] float32, brought up to date; out: [num_tokens, Hv * Dv]."""
     (num_tokens, channels), (_, num_v, k_dim, v_dim), num = qkv.shape, memory.shape, len(seqs.slots)
     capability = torch.cuda.get_device_capability(out.device) if out.is_cuda else (0, 0)
     precise, pdl = precision(qkv.dtype), capability >= (9, 0)
@@ -128,6 +129,6 @@ def delta_chunks(qkv: Tensor, gates: Tensor, memory: Tensor, seqs: StateSequence
         precise, pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     _across_kernel[(triton.cdiv(v_dim, BLOCK_V), num_v, num)](
-        qkv, gates, scores, read, added, memory, out, seqs.slots, seqs.cu_q, *shape, BLOCK_V, chunk, precise, pdl,
+        qkv, gates, scores, read, added, memory, out, *seqs[:2], seqs.tried, *shape, BLOCK_V, chunk, precise, pdl,
         num_warps=warps, num_stages=3 if capability == (9, 0) and chunk == 64 else 2, **launch_options(pdl),
     )  # fmt: skip

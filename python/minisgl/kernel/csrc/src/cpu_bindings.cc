@@ -76,12 +76,19 @@ DeltaNet net_of(const TensorView& conv, const TensorView& a_log, const TensorVie
           data_of<float>(norm), float(eps)};
 }
 
-// slots: [n], offsets: [n + 1] int64.
-std::vector<StateSequence> state_sequences_of(const TensorView& slots, const TensorView& offsets) {
+// slots: [n], offsets: [n + 1], held, tried: [n] int64.
+std::vector<StateSequence> state_sequences_of(const TensorView& slots, const TensorView& offsets, const Optional<TensorView>& held,
+                                              const Optional<TensorView>& tried) {
   const int64_t *slot = data_of<int64_t>(slots), *first = data_of<int64_t>(offsets);
+  const int64_t *before = data_of<int64_t>(held), *last = data_of<int64_t>(tried);
   std::vector<StateSequence> result;
-  for (int64_t i = 0; i < slots.size(0); ++i) result.push_back({slot[i], first[i], first[i + 1] - first[i]});
+  for (int64_t i = 0; i < slots.size(0); ++i)
+    result.push_back({slot[i], first[i], first[i + 1] - first[i], before ? before[i] : 0, last ? last[i] : 0});
   return result;
+}
+
+DeltaState state_of(const TensorView& past, const TensorView& memory, const TensorView& kept) {
+  return {data_of<float>(past), data_of<float>(memory), data_of<float>(kept), kept.size(1)};
 }
 
 Linear with_bias(int64_t handle, const Optional<TensorView>& bias) {
@@ -184,10 +191,11 @@ void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, Tensor
 // between tokens; past: [slots, channels, width - 1]; memory: [slots, num_v, dim_k, dim_v]; slots: [n], offsets: [n + 1] int64;
 // out: [tokens, num_v * dim_v].
 void py_delta_net(int64_t workers, TensorView qkvz, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias, TensorView norm,
-                  double eps, TensorView past, TensorView memory, TensorView slots, TensorView offsets, TensorView out) {
+                  double eps, TensorView past, TensorView memory, TensorView kept, TensorView slots, TensorView offsets,
+                  Optional<TensorView> held, Optional<TensorView> tried, TensorView out) {
   DeltaNet net = net_of(conv, a_log, dt_bias, norm, eps, memory);
   DeltaInput in{data_of<float>(qkvz, true), qkvz.stride(0), data_of<float>(ba, true), ba.stride(0)};
-  delta_net(at<Workers>(workers), net, in, state_sequences_of(slots, offsets), {data_of<float>(past), data_of<float>(memory)},
+  delta_net(at<Workers>(workers), net, in, state_sequences_of(slots, offsets, held, tried), state_of(past, memory, kept),
             data_of<float>(out));
 }
 
@@ -234,16 +242,17 @@ void py_add_attention(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias,
 
 void py_add_delta_net(int64_t model, int64_t qkvz, Optional<TensorView> qkvz_bias, int64_t ba, Optional<TensorView> ba_bias, int64_t o,
                       Optional<TensorView> o_bias, Optional<TensorView> before, Optional<TensorView> after, TensorView conv,
-                      TensorView a_log, TensorView dt_bias, TensorView norm, double eps, TensorView past, TensorView memory) {
+                      TensorView a_log, TensorView dt_bias, TensorView norm, double eps, TensorView past, TensorView memory, TensorView kept) {
   add_block(at<Model>(model), DeltaBlock{with_bias(qkvz, qkvz_bias), with_bias(ba, ba_bias), with_bias(o, o_bias), data_of<float>(before),
                                          data_of<float>(after), net_of(conv, a_log, dt_bias, norm, eps, memory),
-                                         {data_of<float>(past), data_of<float>(memory)}});
+                                         state_of(past, memory, kept)});
 }
 
 void py_add_short_conv(int64_t model, int64_t in, Optional<TensorView> in_bias, int64_t o, Optional<TensorView> o_bias,
                        Optional<TensorView> before, Optional<TensorView> after, TensorView weight, Optional<TensorView> bias,
-                       TensorView past) {
-  ShortConv net{weight.size(0), weight.size(1), data_of<float>(weight), data_of<float>(bias), data_of<float>(past)};
+                       TensorView past, TensorView kept) {
+  ShortConv net{weight.size(0), weight.size(1), data_of<float>(weight), data_of<float>(bias), data_of<float>(past), data_of<float>(kept),
+                kept.size(1)};
   add_block(at<Model>(model), ConvBlock{with_bias(in, in_bias), with_bias(o, o_bias), data_of<float>(before), data_of<float>(after), net});
 }
 
@@ -254,7 +263,8 @@ void py_add_mlp(int64_t model, int64_t gate_up, Optional<TensorView> gate_up_bia
 }
 
 void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView window_slots, TensorView sequences,
-                TensorView pages, TensorView window_pages, int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits) {
+                TensorView pages, TensorView window_pages, int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits,
+                TensorView drafted) {
   Step step{};
   step.num_tokens = ids.size(0);
   step.ids = data_of<int64_t>(ids);
@@ -265,6 +275,7 @@ void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView 
   step.logit_tokens = data_of<int64_t>(logit_tokens);
   step.num_logits = logits.size(0);
   step.logits = data_of<float>(logits);
+  step.held = data_of<int64_t>(drafted), step.tried = step.held + drafted.numel() / 2;
   forward(at<Model>(model), step);
 }
 

@@ -4,6 +4,9 @@
 //   tokens   a sequence's only token, all of it at once: convolution, gates, rule, norm. It is bound by reading and
 //            writing states, which it does once. Of longer sequences it brings the convolution's state up to date,
 //            once all else has read it.
+//   drafts   the same for the tokens of a sequence that ends with a draft, one after the other. Before them come those
+//            of the last draft that held; behind both the state is written, and then goes on in registers alone. Of
+//            longer sequences without a draft it computes what held, before all else.
 //   convolve convolved queries, keys and values, and gates, of all tokens.
 //   finish   the norm of what chunks have given, and its gate.
 //
@@ -21,6 +24,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps < kFewWarps ? kBlocksPerSM
   if (!p.early) pdl_wait();
   int key = blockIdx.x, warp = threadIdx.x / 32, slot = p.slots[blockIdx.y];
   int start = p.cu_q[blockIdx.y], end = p.cu_q[blockIdx.y + 1];
+  if (p.has_draft(blockIdx.y, end - start)) return pdl_wait();  // who comes next relies on all before
   if (end - start > 1) {
     pdl_wait();
     for (int i = threadIdx.x; i < kLocal; i += 32 * kWarps) {
@@ -56,13 +60,90 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps < kFewWarps ? kBlocksPerSM
   __syncthreads();
   for (int local = warp; local < kGroup; local += kWarps) {
     if (local != warp) finish.load(p, start, key * kGroup + local);
-    float values[Finish::kPer];
+    finish.store_row(p, start, key * kGroup + local, s.out + local * kDimV);
+  }
+}
+
+// What a block of `drafts` does: a key's head of a sequence.
+struct Drafts {
+  int seq, slot, start, end, held, sure;  // tokens [start, end), of which the state takes in those before `sure`
+  bool is_long;                           // others compute its tokens
+
+  __device__ __forceinline__ Drafts(const Params& p, int seq)
+      : seq(seq), slot(p.slots[seq]), start(p.cu_q[seq]), end(p.cu_q[seq + 1]), held(p.held[seq]) {
+    is_long = !p.has_draft(seq, end - start);
+    if (is_long) end = start;
+    end = min(end, start + 1 + p.longest + p.longest);  // nobody's may be longer
+    sure = end - min(min(p.tried[seq], p.longest), end - start);
+  }
+  __device__ __forceinline__ Element* kept(const Params& p, int i) const {
+    return p.kept + (int64_t(slot) * p.longest + i) * kKept;
+  }
+  // Inputs of token t, of those before `start` as they were kept.
+  __device__ __forceinline__ const Element* x(const Params& p, int t) const {
+    return t < start ? kept(p, t - start + held) : p.x + t * p.x_stride;
+  }
+  __device__ __forceinline__ const Element* ba(const Params& p, int t) const {
+    return t < start ? kept(p, t - start + held) + kChannels + kValues : p.ba + t * p.ba_stride;
+  }
+};
+
+// Heads of values that a block of so many warps at most takes at once.
+constexpr int heads_at_once(int warps) { return std::max(1, std::min(kGroup, warps / kShares)); }
+
+// Grid [heads of keys, sequences]. All warps go from token to token together, as often as there are values beyond kHeads.
+template <int kHeads>
+__global__ void __launch_bounds__(32 * kShares * kHeads, kShares * kHeads <= 4 ? 2 : 1) drafts_kernel(const Params p) {
+  constexpr int kThreads = 32 * kShares * kHeads, kEach = (kLocal + kThreads - 1) / kThreads;
+  __shared__ alignas(16) Scratch s;
+  if (!p.early) pdl_wait();
+  int key = blockIdx.x, warp = threadIdx.x / 32;
+  const Drafts d(p, blockIdx.y);
+  if (d.is_long && d.held == 0) return pdl_wait();
+  float* features = reinterpret_cast<float*>(&s);
+  for (int first = 0; first < kGroup; first += kHeads) {
+    bool is_last = first + kHeads >= kGroup;
+    int local = min(first + warp / kShares, kGroup - 1), head = key * kGroup + local;  // twice the last one, at worst
+    Share share;
+    share.load(p, d.slot, key, local * kShares + warp % kShares);
+    if (first == 0) pdl_wait();
+    Window windows[kEach];
+    Element x[kEach];  // of the token that is next: it is on its way while one is computed
 #pragma unroll
-    for (int i = 0; i < Finish::kPer; i++) {
-      int e = threadIdx.x % 32 + i * 32;
-      values[i] = e < kDimV ? s.out[local * kDimV + e] : 0.f;
+    for (int j = 0; j < kEach; j++) {
+      int i = threadIdx.x + j * kThreads, channel = channel_of(key, min(i, kLocal - 1));
+      windows[j].fill(p, channel, d.start, d.start, d.slot);
+      x[j] = d.x(p, d.start - d.held)[channel];
     }
-    finish.store(p, start, key * kGroup + local, values);
+    for (int t = d.start - d.held; t < d.end; t++) {
+      Gates gates = gates_of(p, d.ba(p, t), head);
+      Finish finish;
+      bool is_sure = t + 1 == d.sure, is_kept = t >= d.sure, ends = t >= d.start && warp < kHeads && first + warp < kGroup;
+      if (ends) finish.load(p, t, key * kGroup + first + warp);
+#pragma unroll
+      for (int j = 0; j < kEach; j++) {
+        int i = threadIdx.x + j * kThreads, channel = channel_of(key, min(i, kLocal - 1));
+        if (i >= kLocal) continue;
+        float weight[kBefore + 1];
+        load_weight(weight, p, channel);
+        features[i] = windows[j].push(weight, to_float(x[j]));
+        if (is_last && is_sure) windows[j].save(p, channel, d.slot);
+        if (is_last && is_kept) d.kept(p, t - d.sure)[channel] = x[j];
+        if (t + 1 < d.end) x[j] = d.x(p, t + 1)[channel];
+      }
+      __syncthreads();
+      if (is_last && is_kept && threadIdx.x < 2 * kGroup) {
+        int at = threadIdx.x / kGroup * kNumV + key * kGroup + threadIdx.x % kGroup;
+        d.kept(p, t - d.sure)[kChannels + kValues + at] = d.ba(p, t)[at];
+      }
+      advance<false>(share, s, Lengths(s), gates, local);
+      if (is_sure) share.store();
+      __syncthreads();
+      if (ends) finish.store_row(p, t, key * kGroup + first + warp, s.out + (first + warp) * kDimV);
+    }
+  }
+  for (int t = d.end; t < p.cu_q[d.seq + 1] && !d.is_long; t++) {  // nobody's: what it has must be numbers
+    for (int i = threadIdx.x; i < kGroup * kDimV; i += kThreads) p.out[int64_t(t) * kValues + key * kGroup * kDimV + i] = from_float<Element>(0.f);
   }
 }
 
@@ -84,7 +165,8 @@ struct Sequence {
     start = end, end = p.cu_q[++index + 1];
     return true;
   }
-  __device__ __forceinline__ bool is_single() const { return end - start == 1; }  // `tokens` computes it
+  // Whether it is computed in chunks.
+  __device__ __forceinline__ bool is_long(const Params& p) const { return end - start > 1 && !p.has_draft(index, end - start); }
 };
 
 // Of a warp's channels at kAtOnce tokens; 0 where there are none. They are read together, not one behind the other.
@@ -122,7 +204,7 @@ __global__ void __launch_bounds__(32 * kRunWarps) convolve_kernel(const Params p
       int t = low + j;
       if (t >= end) break;
       bool is_new = seq.reach(p, t) || t == begin;
-      if (seq.is_single()) continue;
+      if (!seq.is_long(p)) continue;
       float squares = 0;
 #pragma unroll
       for (int i = 0; i < kPer; i++) {
@@ -164,7 +246,7 @@ __global__ void __launch_bounds__(32 * kRunWarps) finish_kernel(const Params p) 
     for (int j = 0; j < kAtOnce; j++) {
       if (low + j >= end) break;
       seq.reach(p, low + j);
-      if (!seq.is_single()) finish[j].store(p, low + j, head, values[j]);
+      if (seq.is_long(p)) finish[j].store(p, low + j, head, values[j]);
     }
   }
 }
@@ -188,10 +270,10 @@ const Element* rows_of(const TensorView& t, int64_t num_rows, int64_t features) 
 
 // qkv and gates: only where chunks are computed; otherwise empty.
 Params params_of(TensorView x, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias, TensorView norm,
-                 TensorView seen, TensorView memory, TensorView slots, TensorView cu_q, TensorView out, TensorView qkv,
-                 TensorView gates) {
+                 TensorView seen, TensorView memory, TensorView kept, TensorView slots, TensorView cu_q,
+                 tvm::ffi::Optional<TensorView> held, tvm::ffi::Optional<TensorView> tried, TensorView out, TensorView qkv, TensorView gates) {
   int64_t num_tokens = x.size(0), num_seqs = slots.numel(), num_slots = memory.size(0);
-  bool has_chunks = num_tokens > num_seqs;
+  bool has_chunks = qkv.numel() > 0;
   Params p{};
   p.x = rows_of(x, num_tokens, kChannels + kValues), p.x_stride = x.stride(0);
   p.ba = rows_of(ba, num_tokens, 2 * kNumV), p.ba_stride = ba.stride(0);
@@ -201,6 +283,10 @@ Params params_of(TensorView x, TensorView ba, TensorView conv, TensorView a_log,
   p.norm = data_of<Element>(norm, is_element(norm), kDimV);
   p.seen = data_of<Element>(seen, is_element(seen), num_slots * kChannels * kBefore);
   p.memory = data_of<float>(memory, is_fp32(memory), num_slots * kNumV * kDimK * kDimV);
+  p.kept = data_of<Element>(kept, is_element(kept) || kept.numel() == 0, kept.numel());
+  p.longest = static_cast<int>(kept.numel() / (num_slots * kKept));
+  if (held.has_value()) p.held = data_of<int>(held.value(), is_int32(held.value()), num_seqs);
+  if (tried.has_value()) p.tried = data_of<int>(tried.value(), is_int32(tried.value()), num_seqs);
   p.slots = data_of<int>(slots, is_int32(slots), num_seqs);
   p.cu_q = data_of<int>(cu_q, is_int32(cu_q), num_seqs + 1);
   p.out = data_of<Element>(out, is_element(out), num_tokens * kValues);
@@ -211,23 +297,31 @@ Params params_of(TensorView x, TensorView ba, TensorView conv, TensorView a_log,
   return p;
 }
 
-enum Stage { kConvolve, kFinish, kTokens };
+enum Stage { kConvolve, kFinish, kTokens, kDrafts };
 
-// stage: a number of `Stage`. early: slots, cu_q and the states of single tokens were written before the last launch
-// without PDL, so `tokens` may read them while the kernels before this one still run.
+// stage: a number of `Stage`. early: all that is of sequences, and their states, was written before the last launch
+// without PDL, so `tokens` and `drafts` may read it while the kernels before this one still run: it is captured. What is
+// captured has no prompts, so where drafts are `drafts` computes all.
 void delta(int64_t stage, TensorView x, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias,
-           TensorView norm, TensorView seen, TensorView memory, TensorView slots, TensorView cu_q, TensorView out,
-           TensorView qkv, TensorView gates, double eps, bool early) {
-  Params p = params_of(x, ba, conv, a_log, dt_bias, norm, seen, memory, slots, cu_q, out, qkv, gates);
-  p.eps = static_cast<float>(eps), p.early = early;
+           TensorView norm, TensorView seen, TensorView memory, TensorView kept, TensorView slots, TensorView cu_q,
+           tvm::ffi::Optional<TensorView> held, tvm::ffi::Optional<TensorView> tried, TensorView out, TensorView qkv, TensorView gates,
+           double eps, bool early) {
+  Params p = params_of(x, ba, conv, a_log, dt_bias, norm, seen, memory, kept, slots, cu_q, held, tried, out, qkv, gates);
+  p.eps = static_cast<float>(eps), p.early = early, p.all = early && p.held != nullptr;
+  MINISGL_CHECK(stage != kDrafts || (p.held != nullptr && p.tried != nullptr)) << "drafts of which sequences?";
   unsigned num_seqs = p.num_seqs, runs = (p.num_tokens + kRun - 1) / kRun;
   if (num_seqs == 0) return;
   cudaStream_t stream = current_stream(x);
   constexpr unsigned kAll = (2 * kNumK + kNumV + kRunWarps - 1) / kRunWarps, kHalf = (kNumV + kRunWarps - 1) / kRunWarps;
   if (stage == kConvolve) launch(LaunchConfig{dim3(runs, kAll), dim3(32 * kRunWarps)}, stream, convolve_kernel, p);
   if (stage == kFinish) launch(LaunchConfig{dim3(runs, kHalf), dim3(32 * kRunWarps)}, stream, finish_kernel, p);
-  if (stage != kTokens) return;
   bool is_few = num_seqs * kNumK <= kFewBlocks;
+  if (stage == kDrafts) {
+    constexpr int kFew = heads_at_once(8), kMany = heads_at_once(4);
+    launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * kShares * (is_few ? kFew : kMany))}, stream,
+           is_few ? drafts_kernel<kFew> : drafts_kernel<kMany>, p);
+  }
+  if (stage != kTokens || p.all) return;
   launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * (is_few ? kFewWarps : kManyWarps))}, stream,
          is_few ? tokens_kernel<kFewWarps> : tokens_kernel<kManyWarps>, p);
 }

@@ -35,6 +35,7 @@ constexpr int kRows = (kDimK + kStride - 1) / kStride, kShares = (kDimV + kColum
 constexpr unsigned kFewBlocks = 128;
 constexpr int kFewWarps = std::min(8, kGroup * kShares), kManyWarps = std::min(4, kFewWarps), kBlocksPerSM = 3;
 constexpr int kLocal = 2 * kDimK + kGroup * kDimV;  // features of a query, its key and their values
+constexpr int kKept = kChannels + kValues + 2 * kNumV;  // features of a token that is kept: as of `x`, then as of `ba`
 constexpr int kRun = 16, kAtOnce = 4, kRunWarps = 4;  // of `convolve` and `finish`: tokens of a warp, that it reads at once
 
 struct Params {
@@ -51,10 +52,18 @@ struct Params {
   Element* out;         // [num_tokens, kValues]
   Element* qkv;         // [num_tokens, kChannels]
   float* gates;         // [2, num_tokens, kNumV]: logarithms of decays, betas
+  Element* kept;        // [slots, longest, kKept]: tokens that were tried
+  const int* held;      // [num_seqs]: how many of these come before a sequence's; or null, like `tried`
+  const int* tried;     // [num_seqs]: how many of its last tokens its state does not take in
   int64_t x_stride, ba_stride;
-  int num_tokens, num_seqs;
+  int num_tokens, num_seqs, longest;
   float eps;
-  bool early;  // see `delta`
+  bool early, all;  // see `delta`
+
+  // Whether `drafts` computes a sequence's tokens.
+  __device__ __forceinline__ bool has_draft(int seq, int count) const {
+    return all || (tried != nullptr && (tried[seq] > 0 || (held[seq] > 0 && count == 1)));
+  }
 };
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
@@ -63,12 +72,15 @@ struct Gates {
   float log_decay, beta;
 };
 
-__device__ __forceinline__ Gates gates_of(const Params& p, int t, int head) {
-  const Element* ba = p.ba + t * p.ba_stride + head;
+// ba: of a token.
+__device__ __forceinline__ Gates gates_of(const Params& p, const Element* ba, int head) {
+  ba += head;
   float a = to_float(ba[kNumV]) + p.dt_bias[head], b = to_float(ba[0]);
   float softplus = a > 20.f ? a : log1pf(__expf(a));
   return {-__expf(p.a_log[head]) * softplus, 1.f / (1.f + __expf(-b))};
 }
+
+__device__ __forceinline__ Gates gates_of(const Params& p, int t, int head) { return gates_of(p, p.ba + t * p.ba_stride, head); }
 
 __device__ __forceinline__ void load_weight(float (&weight)[kBefore + 1], const Params& p, int channel) {
 #pragma unroll
@@ -133,6 +145,17 @@ struct Finish {
       if (e < kDimV) out[e] = from_float<Element>(values[i] * scale * gains[i]);
     }
   }
+
+  // from: [kDimV].
+  __device__ __forceinline__ void store_row(const Params& p, int t, int head, const float* from) const {
+    float values[kPer];
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      int e = threadIdx.x % 32 + i * 32;
+      values[i] = e < kDimV ? from[e] : 0.f;
+    }
+    store(p, t, head, values);
+  }
 };
 
 // A warp's share of a head's state: rows lane / kLanes + kStride i, four columns from `column` on.
@@ -159,6 +182,10 @@ struct Share {
 
   __device__ __forceinline__ void store(int i) const {
     if (has(i)) __stcs(row(i), rows[i]);
+  }
+  __device__ __forceinline__ void store() const {
+#pragma unroll
+    for (int i = 0; i < kRows; i++) store(i);
   }
 };
 
@@ -205,6 +232,7 @@ struct Lengths {
 };
 
 // The rule for one token: memory *= decay; memory += k ⊗ beta (v - kᵀ memory); o = qᵀ memory, of which qᵀ k is known.
+template <bool kStores = true>
 __device__ __forceinline__ void advance(Share& share, Scratch& s, const Lengths& lengths, Gates gates, int local) {
   float decay = __expf(gates.log_decay);
   float4 told{0, 0, 0, 0}, out{0, 0, 0, 0};
@@ -232,7 +260,7 @@ __device__ __forceinline__ void advance(Share& share, Scratch& s, const Lengths&
     float4& row = share.rows[i];
     row = {row.x * decay, row.y * decay, row.z * decay, row.w * decay};
     add_scaled(row, s.k[d] * lengths.k, added);
-    share.store(i);
+    if constexpr (kStores) share.store(i);
   }
 }
 

@@ -97,18 +97,6 @@ struct Rotation {
   const float *cosines, *sines;
 };
 
-// A gated delta net (delta.h): key heads and value heads, of which each key head has a group, and features of each.
-struct DeltaNet {
-  int64_t num_k, num_v, dim_k, dim_v;
-  int64_t width;       // tokens that the convolution sees
-  const float* conv;   // [channels, width]: of queries, keys and values
-  const float *a_log, *dt_bias, *norm;  // [num_v], [num_v], [dim_v]
-  float eps;           // of the norm
-
-  int64_t group() const { return num_v / num_k; }
-  int64_t channels() const { return 2 * num_k * dim_k + num_v * dim_v; }
-};
-
 // Tokens' features: queries, keys, values, gates; and of each value head b, then a. [tokens, …] with the strides.
 struct DeltaInput {
   const float* qkvz;
@@ -119,22 +107,41 @@ struct DeltaInput {
   DeltaInput from(int64_t token) const { return {qkvz + token * stride, stride, ba + token * ba_stride, ba_stride}; }
 };
 
-// conv: [slots, channels, width - 1], the last inputs of the convolution; memory: [slots, num_v, dim_k, dim_v].
+// A gated delta net (delta.h): key heads and value heads, of which each key head has a group, and features of each.
+struct DeltaNet {
+  int64_t num_k, num_v, dim_k, dim_v;
+  int64_t width;       // tokens that the convolution sees
+  const float* conv;   // [channels, width]: of queries, keys and values
+  const float *a_log, *dt_bias, *norm;  // [num_v], [num_v], [dim_v]
+  float eps;           // of the norm
+
+  int64_t group() const { return num_v / num_k; }
+  int64_t channels() const { return 2 * num_k * dim_k + num_v * dim_v; }
+  int64_t features() const { return channels() + num_v * (dim_v + 2); }  // of a token that is kept
+  DeltaInput rows_of(const float* kept) const { return {kept, features(), kept + features() - 2 * num_v, features()}; }
+};
+
+// conv: [slots, channels, width - 1], the last inputs of the convolution; memory: [slots, num_v, dim_k, dim_v]; kept: [slots,
+// longest, features], the inputs of tokens that were tried, qkvz and then ba.
 struct DeltaState {
-  float *conv, *memory;
+  float *conv, *memory, *kept;
+  int64_t longest;
 };
 
 // A convolution of each channel over `width` tokens, between two gates (conv.h). weight: [channels, width]; bias: [channels] or
-// null; past: [slots, channels, width - 1], its last inputs.
+// null; past: [slots, channels, width - 1], its last inputs; kept: [slots, longest, 3 * channels], what it was given of tokens that
+// were tried.
 struct ShortConv {
   int64_t channels, width;
   const float *weight, *bias;
-  float* past;
+  float *past, *kept;
+  int64_t longest;
 };
 
-// Tokens [first, first + count) of the batch, which go on from the state of a slot.
+// Tokens [first, first + count) of the batch, which go on from the state of a slot. The last `tried` of them the state does not
+// take in: the slot keeps them. Before the first come the first `held` of those that it has kept.
 struct StateSequence {
-  int64_t slot, first, count;
+  int64_t slot, first, count, held = 0, tried = 0;
 };
 
 enum class Into : int64_t { kStore = 0, kAdd = 1, kSilu = 2, kGelu = 3 };  // the last ones: of a pair, activation(gate) * up
@@ -203,6 +210,7 @@ struct Step {
   const int64_t* logit_tokens;  // [num_logits], or null: all tokens
   int64_t num_logits;
   float* logits;  // [num_logits, vocab]
+  const int64_t *held, *tried;  // of each sequence, as in `StateSequence`; or null
 };
 
 // What a head for multi-token prediction begins with (draft.h): both: [hidden, 2 * hidden], of the next token's embedding and

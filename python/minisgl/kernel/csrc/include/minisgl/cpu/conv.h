@@ -22,19 +22,29 @@ class ConvChannels {
 
   // in: gates before, gates behind, and what is mixed, [channels] each.
   void run(const float* in, int64_t stride, const StateSequence& sequence, float* out, int64_t out_stride) {
-    int64_t before = net_.width - 1;
+    int64_t before = net_.width - 1, held = sequence.held, end = held + sequence.count, sure = end - sequence.tried;
     float* past = net_.past + (sequence.slot * net_.channels + first_) * before;
+    float* kept = net_.kept + sequence.slot * net_.longest * 3 * net_.channels + first_;
     for (int64_t j = 0; j < before; ++j)
       for (int64_t c = 0; c < count_; ++c) row(j - before)[c] = past[c * before + j];
-    for (int64_t t = 0; t < sequence.count; ++t) {
-      const float* token = in + (sequence.first + t) * stride + first_;
-      step(t, token, token + net_.channels, token + 2 * net_.channels, out + (sequence.first + t) * out_stride + first_);
+    for (int64_t t = 0; t < end; ++t) {
+      int64_t at = sequence.first + t - held;
+      const float* token = t < held ? kept + t * 3 * net_.channels : in + at * stride + first_;
+      if (t == sure) save(past, t);
+      for (int64_t part = 0; t >= sure && part < 3; ++part)
+        std::copy(token + part * net_.channels, token + part * net_.channels + count_, kept + ((t - sure) * 3 + part) * net_.channels);
+      step(t, token, token + net_.channels, token + 2 * net_.channels, t < held ? nullptr : out + at * out_stride + first_);
     }
-    for (int64_t j = 0; j < before; ++j)
-      for (int64_t c = 0; c < count_; ++c) past[c * before + j] = row(sequence.count - before + j)[c];
+    if (sure == end) save(past, end);
   }
 
  private:
+  // What comes before token t, counted as in `row`.
+  void save(float* past, int64_t t) {
+    for (int64_t j = 0; j < net_.width - 1; ++j)
+      for (int64_t c = 0; c < count_; ++c) past[c * (net_.width - 1) + j] = row(t - net_.width + 1 + j)[c];
+  }
+
   // Of token t, counted from the first one of now: a ring of as many rows as the convolution sees.
   float* row(int64_t t) { return inputs_ + (t + net_.width) % net_.width * kChannels; }
 
@@ -49,7 +59,7 @@ class ConvChannels {
       const float *then = row(t + 1 + j - net_.width), *taps = taps_ + j * kChannels;
       for (int64_t c = 0; c < count_; ++c) totals_[c] += taps[c] * then[c];
     }
-    for (int64_t c = 0; c < count_; ++c) out[c] = behind[c] * totals_[c];
+    for (int64_t c = 0; c < count_ && out != nullptr; ++c) out[c] = behind[c] * totals_[c];
   }
 
   const ShortConv& net_;

@@ -151,7 +151,7 @@ class DeltaHead {
   // Floats of its room.
   static int64_t room(const DeltaNet& net) {
     int64_t size = row_size(net), value = whole_vectors(net.dim_v);
-    return size * (2 * net.width - 1 + 2 * kTogether) + value * (2 * kTogether + 1) + net.dim_k * value;
+    return size * (2 * net.width - 1 + 2 * kTogether) + value * (2 * kTogether + 1) + net.dim_k * (value + net.group() * net.dim_v);
   }
 
   DeltaHead(const DeltaNet& net, int64_t head, float* room) : net_(net), head_(head), size_(row_size(net)) {
@@ -163,6 +163,7 @@ class DeltaHead {
     gate_ = out_ + kTogether * value;
     norm_ = gate_ + kTogether * value;
     memory_ = norm_ + value;
+    copy_ = memory_ + net.dim_k * value;
     if (rows_.key != net.dim_k || value != net.dim_v) std::fill(room, memory_, 0.0f);
     std::copy(net.norm, net.norm + net.dim_v, norm_);
     for_segments([&](int64_t channel, int64_t count, int64_t at) {
@@ -172,31 +173,57 @@ class DeltaHead {
   }
 
   void run(const DeltaInput& in, const StateSequence& sequence, const DeltaState& state, float* out, int64_t out_stride) {
-    int64_t before = net_.width - 1;
+    int64_t before = net_.width - 1, size = net_.group() * net_.dim_k * net_.dim_v;
     float* past = state.conv + sequence.slot * net_.channels() * before;
-    float* memory = state.memory + (sequence.slot * net_.num_v + head_ * net_.group()) * net_.dim_k * net_.dim_v;
+    float* memory = state.memory + sequence.slot * net_.num_k * size + head_ * size;
+    DeltaInput kept = net_.rows_of(state.kept + sequence.slot * state.longest * net_.features());
     for_segments([&](int64_t channel, int64_t count, int64_t at) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < before; ++j) inputs_[j * size_ + at + i] = past[(channel + i) * before + j];
     });
-    for (int64_t first = 0; first < sequence.count; first += kTogether) {
-      int64_t count = std::min<int64_t>(kTogether, sequence.count - first);
-      DeltaInput tokens = in.from(sequence.first + first);
-      convolve(tokens, count, std::min<int64_t>(kTogether, sequence.count - first - count));
-      float* to = out + (sequence.first + first) * out_stride;
-      if (count == 1)
-        rule<1>(tokens, count, memory, to, out_stride);
-      else
-        rule<kTogether>(tokens, count, memory, to, out_stride);
-      std::copy(inputs_ + count * size_, inputs_ + (count + before) * size_, inputs_);
-    }
+    run(kept, sequence.held, memory, nullptr, 0);
+    int64_t tried = sequence.first + sequence.count - sequence.tried;
+    run(in.from(sequence.first), tried - sequence.first, memory, out + sequence.first * out_stride, out_stride);
     for_segments([&](int64_t channel, int64_t count, int64_t at) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < before; ++j) past[(channel + i) * before + j] = inputs_[j * size_ + at + i];
     });
+    if (sequence.tried == 0) return;
+    std::copy(memory, memory + size, copy_);
+    keep(in.from(tried), sequence.tried, const_cast<float*>(kept.qkvz));
+    run(in.from(tried), sequence.tried, copy_, out + tried * out_stride, out_stride);
   }
 
  private:
+  // So many tokens, one behind the other. memory: of the first value head; out: null where nobody wants it.
+  void run(const DeltaInput& in, int64_t total, float* memory, float* out, int64_t out_stride) {
+    for (int64_t first = 0; first < total; first += kTogether) {
+      int64_t count = std::min<int64_t>(kTogether, total - first);
+      DeltaInput tokens = in.from(first);
+      convolve(tokens, count, std::min<int64_t>(kTogether, total - first - count));
+      float* to = out == nullptr ? nullptr : out + first * out_stride;
+      if (count == 1)
+        rule<1>(tokens, count, memory, to, out_stride);
+      else
+        rule<kTogether>(tokens, count, memory, to, out_stride);
+      std::copy(inputs_ + count * size_, inputs_ + (count + net_.width - 1) * size_, inputs_);
+    }
+  }
+
+  // What this head is given of tokens, for a later step.
+  void keep(const DeltaInput& in, int64_t count, float* kept) const {
+    int64_t features = net_.features(), gates = features - 2 * net_.num_v, group = net_.group();
+    for (int64_t t = 0; t < count; ++t, kept += features) {
+      for_segments([&](int64_t channel, int64_t size, int64_t) {
+        const float* from = in.qkvz + t * in.stride + channel;
+        std::copy(from, from + size, kept + channel);
+      });
+      const float* ba = in.ba + t * in.ba_stride + head_ * group;
+      std::copy(ba, ba + group, kept + gates + head_ * group);
+      std::copy(ba + net_.num_v, ba + net_.num_v + group, kept + gates + net_.num_v + head_ * group);
+    }
+  }
+
   static int64_t row_size(const DeltaNet& net) { return 2 * whole_vectors(net.dim_k) + net.group() * whole_vectors(net.dim_v); }
 
   // f(first channel, number of channels, place in a row) for the query, the key and the values.
@@ -269,7 +296,7 @@ class DeltaHead {
         delta_rule(chunk, rows, net_.dim_k, value, memory_, value, out_, value);
         copy_rows(memory_, value, memory, net_.dim_v);
       }
-      for (int64_t t = 0; t < count; ++t) {
+      for (int64_t t = 0; t < count && out != nullptr; ++t) {
         const float* z = in.qkvz + t * in.stride + net_.channels() + head * net_.dim_v;
         write_gated_norm(out_ + t * value, z, out + t * out_stride + head * net_.dim_v);
       }
@@ -292,7 +319,7 @@ class DeltaHead {
   const DeltaNet& net_;
   int64_t head_, size_;
   DeltaRows rows_;
-  float *taps_, *inputs_, *out_, *gate_, *norm_, *memory_;
+  float *taps_, *inputs_, *out_, *gate_, *norm_, *memory_, *copy_;
 };
 
 // All tokens of the sequences → out: [tokens, num_v * dim_v] with `stride`; states are updated.

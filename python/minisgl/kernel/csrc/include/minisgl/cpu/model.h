@@ -106,7 +106,10 @@ class Model {
   void plan(const Step& step) {
     plans_.clear();
     states_.clear();
-    for (auto& s : step.all.sequences) states_.push_back({s.slot, s.first, s.count});
+    for (auto& s : step.all.sequences) {
+      size_t i = states_.size();
+      states_.push_back({s.slot, s.first, s.count, step.held ? step.held[i] : 0, step.tried ? step.tried[i] : 0});
+    }
     for (auto& block : blocks_) {
       auto w = std::get_if<AttentionBlock>(&block);
       if (w == nullptr || plan_of(*w) != nullptr) continue;
