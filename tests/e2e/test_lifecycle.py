@@ -60,14 +60,19 @@ class Background(threading.Thread):
         assert not self.is_alive(), "the request hangs"
 
 
-def test_processes_have_their_names(start: Start, model_path: Path) -> None:
-    server = start(fake(model_path, num_tokenizer=2))
+def test_processes_have_their_names_and_a_private_directory(start: Start, model_path: Path, short_path: Path) -> None:
+    server = start(fake(model_path, num_tokenizer=2), TMPDIR=str(short_path))
     titles = {" ".join(child.cmdline()).strip() for child in server.children}
     expected = {"minisgl-TP0-scheduler", "minisgl-detokenizer-0", "minisgl-tokenizer-0", "minisgl-tokenizer-1"}
     assert expected <= titles
+    (directory,) = short_path.glob("minisgl-*")
+    assert directory.stat().st_mode & 0o777 == 0o700
     with server.client() as client:
         for _ in range(4):
             assert client.chat.completions.create(model="fake-model", messages=HELLO, max_tokens=4).choices
+    server.process.terminate()
+    assert server.wait_exit() == 0
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("worker", WORKERS)
@@ -177,15 +182,6 @@ def test_a_signal_during_start_up_leaves_nothing(
     assert not list(short_path.glob("minisgl-*"))
 
 
-def test_the_private_directory_is_gone_afterwards(start: Start, model_path: Path, short_path: Path) -> None:
-    server = start(fake(model_path), TMPDIR=str(short_path))
-    (directory,) = short_path.glob("minisgl-*")
-    assert directory.stat().st_mode & 0o777 == 0o700
-    server.process.terminate()
-    assert server.wait_exit() == 0
-    assert not directory.exists()
-
-
 def test_a_taken_port_is_one_line_and_at_once(start: Start, model_path: Path) -> None:
     begin = time.monotonic()
     assert start(["-m", "minisgl", "--port", "0", "--host", "no.such.host.invalid"], wait=False).wait_exit() == 2
@@ -212,18 +208,7 @@ def test_a_gpu_that_is_not_there_is_told_before_a_model_is_fetched(monkeypatch: 
         serve(parse_args(["--model", "org/name", "--device", "cuda", "--port", "0"], {}))
 
 
-def test_a_restart_takes_the_same_port(start: Start, model_path: Path) -> None:
-    first = start(fake(model_path))
-    port = int(first.url.rsplit(":", 1)[1])
-    with httpx.Client() as client:  # a connection that the server closes, and that lingers in TIME_WAIT
-        client.get(f"{first.url}/health")
-        first.process.terminate()
-        assert first.wait_exit() == 0
-    second = start(fake(model_path, port=port))
-    assert httpx.get(f"{second.url}/health").status_code == 200
-
-
-def test_two_servers_side_by_side(start: Start, model_path: Path) -> None:
+def test_two_servers_side_by_side_and_a_restart_on_the_same_port(start: Start, model_path: Path) -> None:
     first, second = start(fake(model_path)), start(fake(model_path))
     texts = []
     for server in (first, second):
@@ -231,9 +216,14 @@ def test_two_servers_side_by_side(start: Start, model_path: Path) -> None:
             made = client.chat.completions.create(model="fake-model", messages=HELLO, max_tokens=8, temperature=0)
             texts.append(made.choices[0].message.content)
     assert texts[0] == texts[1]
-    first.process.terminate()
-    assert first.wait_exit() == 0
+    with httpx.Client() as client:  # a connection that the server closes, and that lingers in TIME_WAIT
+        client.get(f"{first.url}/health")
+        first.process.terminate()
+        assert first.wait_exit() == 0
     assert httpx.get(f"{second.url}/health").status_code == 200
+    third = start(fake(model_path, port=int(first.url.rsplit(":", 1)[1])))
+    assert third.url == first.url
+    assert httpx.get(f"{third.url}/health").status_code == 200
 
 
 @pytest.mark.parametrize("worker", ["minisgl-TP0-scheduler", "minisgl-detokenizer-0"])
@@ -272,20 +262,10 @@ def test_health_is_503_when_the_scheduler_hangs(start: Start, model_path: Path) 
     assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
 
 
-def test_the_client_library_sees_the_error_of_a_stream(start: Start, model_path: Path) -> None:
-    server = start(fake(model_path, delay=0.05))
-    with server.client() as client:
-        stream = client.chat.completions.create(model="fake-model", messages=HELLO, max_tokens=400, stream=True)
-        next(iter(stream))
-        server.child("minisgl-TP0-scheduler").kill()
-        with pytest.raises(openai.APIError, match="scheduler"):
-            for _ in stream:
-                pass
-
-
-@pytest.mark.parametrize(("tp_size", "victim"), [(1, 0), (2, 0), (2, 1)])
-def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path, tp_size: int, victim: int) -> None:
-    server = start(real(tiny_path, "--tp", str(tp_size)), MINISGL_RESTART_WORKERS="0")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path, victim: int) -> None:
+    """The only rank of a server: tests/faults/test_restart.py."""
+    server = start(real(tiny_path, "--tp", "2"), MINISGL_RESTART_WORKERS="0")
     with server.client() as client:
         body: Any = {"ignore_eos": True}
         stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, extra_body=body)

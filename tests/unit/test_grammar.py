@@ -323,11 +323,11 @@ def test_what_is_held_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minisgl.grammar.store.MAX_STORED_BYTES", 40 << 20)
     store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
     try:
-        for number in range(12):
+        for number in range(8):
             _large(number, store)
         process = psutil.Process()
         before = process.memory_info().rss
-        for number in range(12, 42):  # of 8 MB each
+        for number in range(8, 22):  # of 8 MB each: more than 100 MB
             _large(number, store)
         assert process.memory_info().rss - before < 40 << 20
     finally:

@@ -86,8 +86,7 @@ class MoE:
 
     sums_to_1: whether the probabilities do that weight a token's `num_experts_per_tok` most probable experts.
     shared_size: inner features of one more expert, which all tokens go through, weighted by the sigmoid of a gate; 0:
-    there is none. bias: of router and experts. turns: checkpoints have weights as [in, out], columns of gate and up
-    taking turns.
+    there is none. bias: of router and experts. turns: weights are stored as [in, out], columns of gate and up in turn.
     """
 
     num_experts: int
