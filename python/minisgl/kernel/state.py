@@ -71,7 +71,7 @@ class StateOps:
 
         def compute(x: Tensor, slots: Tensor, *state: Tensor) -> Tensor:
             chunks = (chunk.split(sizes, -1) for chunk in x.split(_CHUNK, 1))
-            return torch.cat([_delta_net(*chunk, weights, DeltaState(*state), slots) for chunk in chunks], 1)
+            return torch.cat([_delta_net(one, two, weights, DeltaState(*state), slots) for one, two in chunks], 1)
 
         return _by_sequence(torch.cat((qkvz, ba), -1), state, seqs, compute)
 
