@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from minisgl.config.mtp import longest_draft
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams
 from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, NgramDrafter, Prediction, find_repeated
@@ -211,3 +212,10 @@ def test_there_are_no_predictions_where_none_can_be_verified() -> None:
     params = replace(PARAMS, speculate=0, prediction=tuple(expected_output([0, 1, 2], 63, ())))
     (output,), _ = serve(planner, [params])
     assert output.req.drafted == (0, 0)
+
+
+def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
+    assert longest_draft("off", None, is_free=False) == longest_draft("off", 5, is_free=False) == 0
+    assert longest_draft("off", None, is_free=True) == 8
+    assert longest_draft("mtp", None, is_free=False) == 3
+    assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5

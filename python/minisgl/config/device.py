@@ -140,7 +140,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         memory_ratio=args.memory_ratio,
         num_snapshots=num_snapshots if model.states and args.cache_type == "radix" else 0,
         window=model.window if model.window < seq_len else 0,
-        draft_len=longest_draft(args.speculate, args.speculate_tokens, device),
+        draft_len=longest_draft(args.speculate, args.speculate_tokens, device == "cpu" and not model.states),
     )
     if args.quantization and model.packed_bytes:
         raise ConfigError(f"--quantization {args.quantization}: the weights of {path} are packed already")

@@ -9,12 +9,13 @@ from minisgl.utils.fields import Fields
 _LONGEST = {"ngram": 8, "mtp": 3, "off": 8}  # tokens
 
 
-def longest_draft(kind: str, asked: int | None, device: str) -> int:
+def longest_draft(kind: str, asked: int | None, is_free: bool) -> int:
     """Tokens of a request that a step may verify, at most. kind: of drafter; asked: None where no flag says it.
 
-    What a client predicts is verified with "off", too, but on GPUs: graphs and buffers for it would be of cost to all.
+    is_free: drafts need no graphs and no buffers, which others would pay for. Then what a client predicts is verified
+    with "off", too.
     """
-    return 0 if kind == "off" and device == "cuda" else asked or _LONGEST[kind]
+    return 0 if kind == "off" and not is_free else asked or _LONGEST[kind]
 
 
 def read_mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:
