@@ -30,8 +30,8 @@ def install(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python, torch = folder / "venv" / "bin" / "python", version("torch")
     backend = ["--torch-backend", "cpu"] if torch.endswith("+cpu") else []
-    for packages in ([*backend, "--no-deps", f"torch=={torch}"], ["-c", ROOT / "constraints.txt", wheel]):
-        command = [ROOT / "tools" / "install", sys.executable, *packages]
+    for packages in ([*backend, "--no-deps", f"torch=={torch}"], ["-c", str(ROOT / "constraints.txt"), str(wheel)]):
+        command = [str(ROOT / "tools" / "install"), sys.executable, *packages]
         subprocess.run(command, cwd=folder, env={**ENVIRONMENT, "INTO": str(python)}, check=True)
     return python
 
