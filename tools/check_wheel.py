@@ -29,9 +29,10 @@ def install(folder: Path) -> Path:
     (wheel,) = folder.glob("minisgl-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python, torch = folder / "venv" / "bin" / "python", version("torch")
-    options = ["-c", str(ROOT / "constraints.txt"), *(["--torch-backend", "cpu"] if torch.endswith("+cpu") else [])]
-    command = [ROOT / "tools" / "install", sys.executable, *options, f"torch=={torch}", wheel]
-    subprocess.run(command, cwd=folder, env={**ENVIRONMENT, "INTO": str(python)}, check=True)
+    backend = ["--torch-backend", "cpu"] if torch.endswith("+cpu") else []
+    for packages in ([*backend, "--no-deps", f"torch=={torch}"], ["-c", str(ROOT / "constraints.txt"), str(wheel)]):
+        command = [str(ROOT / "tools" / "install"), sys.executable, *packages]
+        subprocess.run(command, cwd=folder, env={**ENVIRONMENT, "INTO": str(python)}, check=True)
     return python
 
 

@@ -75,6 +75,7 @@ class Crowd(threading.Thread):
                 await asyncio.sleep(0.1)
             self.ends[end if end in ("answer", "error") else "wrong"] += 1
             self.longest = max(self.longest, time.monotonic() - begin)
+            await asyncio.sleep(0.1)  # for what else there is to do on this machine
 
     async def _ask(self, client: httpx.AsyncClient, stream: bool) -> str:
         async with client.stream("POST", CHAT, json={**self.body, "stream": stream}) as answer:
