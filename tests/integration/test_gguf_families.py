@@ -144,7 +144,8 @@ def test_a_head_that_foretells(tmp_path: Path) -> None:
     """The same drafts as those of the checkpoint."""
     source = shutil.copytree(tiny_model("qwen3_5_text"), tmp_path / "source")
     weights = load_file(source / "model.safetensors")
-    head = {f"mtp.layers.0.{name.removeprefix(LAYER)}": w for name, w in weights.items() if name.startswith(LAYER)}
+    of_layer = {name.removeprefix(LAYER): weight for name, weight in weights.items() if name.startswith(LAYER)}
+    head = {f"mtp.layers.0.{name}": weight.clone() for name, weight in of_layer.items()}
     head["mtp.fc.weight"] = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / 8
     for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
         head[f"mtp.{name}.weight"] = weights["model.norm.weight"].clone()
