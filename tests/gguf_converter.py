@@ -80,11 +80,11 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     layers = config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(arch, layers + config.get("mtp_num_hidden_layers", 0))
+    heads = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4, layers + 1)  # of which the package's list has all names
     weights = {in_layer(name, layers): w.float() for name, w in load_file(source / "model.safetensors").items()}
     for name, weight in parts(architecture, config, weights if architecture == "gpt-oss" else stacked(weights)):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:  # written under its name
-            theirs = name
+        theirs = theirs or heads.get_name(name, try_suffixes=(".weight",)) or name
         if fits(name, weight, kind) and kind != "F32":
             writer.add_tensor(
                 theirs, gguf.quants.quantize(weight.contiguous().numpy(), Type[kind]), raw_dtype=Type[kind]

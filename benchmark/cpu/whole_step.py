@@ -26,7 +26,7 @@ from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, St
 from minisgl.engine.cpu import CpuRunner
 from minisgl.models.decoder import DecoderModel
 
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0, seed=0)
 PAGE, CONTEXT, STEPS = 16, 64, 12  # tokens of a page, of a stream's prompt, and decode steps of a round
 
 
