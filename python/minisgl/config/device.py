@@ -14,6 +14,7 @@ from minisgl.config.model import DTYPE_BYTES, AttentionSpec, ModelConfig, MoE, P
 from minisgl.config.mtp import longest_draft
 from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
+from minisgl.config.states import ShortConv
 from minisgl.core import most_samples
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
@@ -99,7 +100,10 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
 
 def step_costs(engine: EngineConfig) -> tuple[float, float]:
     """`SchedulerConfig.step_costs`. On GPUs about what Qwen3-14B's and Qwen3.5-9B's shapes take on an H200: bytes that
-    are read, by a head for each token that it tells; half a millisecond a step, and one more while the host plans."""
+    are read, by a head for each token that it tells; half a millisecond a step, and one more while the host plans.
+    Where a step of drafts is not captured (short convolutions), it takes as long as two."""
+    if engine.device == "cuda" and any(isinstance(kind, ShortConv) for kind in engine.model.states):
+        return 0.06, 1.0
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
     told = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size / engine.tp_size  # in 8 bits
     told *= engine.draft_len if model.mtp else 0
