@@ -173,7 +173,7 @@ def test_whom_the_policy_lets_wait_is_told() -> None:
     world.run(2)
     for uid in (3, 4):
         world.put(uid, 8, 5, priority=1)
-    world.run(26)
+    world.run(24)
     assert {waiting["uid"]: waiting["why"] for waiting in world.look()["waiting"]}[2] == "policy"
     world.run()
     queued = [named(world.of(uid), "queued")[0] for uid in (1, 2, 3, 4)]
