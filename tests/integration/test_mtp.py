@@ -90,12 +90,14 @@ Drafts = list[tuple[list[int], list[int]]]
 
 def generate(
     path: Path, speculate: str, breaks: bool = False, create: Callable[[EngineConfig], Any] = create_engine,
-    **kernels: Any,
+    draft_model: Path | None = None, **kernels: Any,
 ) -> tuple[list[list[int]], Drafts]:  # fmt: skip
     """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
     breaks: the head fails, each time."""
     model = read_model_config(path, mtp=speculate == "mtp")
-    kernels = {"draft_len": NUM_DRAFTS if speculate == "mtp" else 0, **kernels}
+    kernels = {"draft_len": NUM_DRAFTS if speculate in ("mtp", "model") else 0, **kernels}
+    if draft_model is not None:
+        model = replace(model, second=(str(draft_model), read_model_config(draft_model)))
     config = engine_config(path, page_size=4, num_pages=256, model=model, **kernels)
     if model.states:
         config = replace(config, num_snapshots=12)

@@ -169,6 +169,7 @@ class ServerArgs(ServerOptions):
     schedule_policy: str = _choice(("fcfs", "lpm", "priority"), "fcfs")
     disable_overlap: bool = _option(boolean, False)
     speculate: str = _choice(("off", "ngram", "mtp"), "off")
+    draft_model: str | None = _option(_text, None)
     speculate_tokens: int | None = _option(integer(1, 64), None)
     dummy_weight: bool = _option(boolean, False)
     tool_call_parser: str | None = _choice((*TOOL_PARSERS, "none"), None)

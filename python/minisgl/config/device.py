@@ -107,7 +107,8 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
     told = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size / engine.tp_size  # in 8 bits
     told *= engine.draft_len if model.mtp else 0
-    return (0.15, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
+    share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
+    return (0.15 + share, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
 
 
 def dotted(version: tuple[int, ...]) -> str:
@@ -124,6 +125,8 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
     if args.speculate == "mtp" and model.mtp is None:
         raise ConfigError(f"--speculate mtp: {path} has no head for it; choose ngram, or off")
+    if model.second is not None and device == "cuda":
+        raise ConfigError("--draft-model: not on GPUs so far; choose --speculate ngram or mtp, or --device cpu")
     wanted = EngineConfig(
         model_path=path,
         model=model,

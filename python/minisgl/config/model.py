@@ -156,6 +156,7 @@ class ModelConfig:
     layer_scalars: bool = False  # each layer's result is multiplied with a number of its own
     pooling: Pooling | None = None  # what is made of hidden states; None: nothing
     mtp: LayerSpec | None = None  # of the head that foretells tokens; None: there is none, or it is not used
+    second: "tuple[str, ModelConfig] | None" = None  # a small one that guesses, in the same pages; and where it is
 
     @property
     def num_layers(self) -> int:
@@ -187,7 +188,8 @@ class ModelConfig:
         """Bytes of KV cache that one token takes on one rank, in the layers of `caches`."""
         caches = self.caches(windowed)
         scales = 2 * SCALE_BYTES * sum(cache.local_heads(tp_size) for cache in caches) if dtype == "int8" else 0
-        return sum(cache.local_size(tp_size) for cache in caches) * KV_BYTES[dtype] + scales
+        more = self.second[1].kv_bytes_per_token(dtype, tp_size, windowed) if self.second else 0
+        return sum(cache.local_size(tp_size) for cache in caches) * KV_BYTES[dtype] + scales + more
 
     @property
     def states(self) -> list[State]:
@@ -199,8 +201,9 @@ class ModelConfig:
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of weights (also "int8", "fp8", "int4", "packed" as stored) on one rank, but for the few replicated."""
+        more = self.second[1].weight_bytes("bfloat16", tp_size) if self.second else 0
         if dtype == "packed":
-            return self.packed_bytes // tp_size
+            return self.packed_bytes // tp_size + more
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
         params += sum(cache.local_size(tp_size) for cache in self.caches()) * self.hidden_size
         params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
@@ -209,4 +212,4 @@ class ModelConfig:
             params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
             if isinstance(cache := layer.attention.cache, PagedKV):
                 params += self.num_qo_heads * cache.k_dim * (2 + layer.attention.gated) * self.hidden_size // tp_size
-        return int(params * {**KV_BYTES, "int4": 0.75}[dtype])
+        return int(params * {**KV_BYTES, "int4": 0.75}[dtype]) + more

@@ -18,7 +18,7 @@ from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
-from minisgl.engine.draft import create_drafter
+from minisgl.engine.draft import add_drafter
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -136,8 +136,7 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
         forward = whole = WholeStep(shard, kv, tables, own, specs)
         handle = whole.handle
     steps = StepRunner(shard, kv, tables, forward)
-    if shard.mtp is not None:
-        steps.propose = create_drafter(shard.mtp, steps, layers, own, handle).propose
+    add_drafter(steps, layers, own, handle)
     return steps
 
 

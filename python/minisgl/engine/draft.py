@@ -12,6 +12,7 @@ from minisgl.attention.base import IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
 from minisgl.core import StepPlan
 from minisgl.engine.pooling import Computed
+from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner, Told
 from minisgl.engine.tables import Batch, StepTensors
 from minisgl.kernel.cpu import CpuOps
@@ -21,11 +22,33 @@ from minisgl.models.mtp import MTPHead
 Tensor = torch.Tensor
 
 
+class SecondModel:
+    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
+
+    skips_last = False
+
+    def __init__(self, shard: ModelShard) -> None:
+        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
+        self._shard, self._kv = shard, shard.create_kv(*num_pages)
+
+    def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:  # noqa: ARG002
+        """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
+        ropes = [rope(step.positions) for rope in self._shard.ropes]
+        return self._shard.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
+
+    def choose(self, x: Tensor) -> Tensor:
+        """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
+        return self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return x
+
+
 class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
     def __init__(
-        self, head: MTPHead, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
+        self, head: MTPHead | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
     ) -> None:
         """layers: with the cache, the tables and the operations that the steps have. known: numbers of a step as far as
         attention reads the host's; what can be captured reads the device's."""
@@ -44,20 +67,21 @@ class HeadDrafter:
         tensors, token_ids = batch.tensors, self._steps.tables.token_ids
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         everything = torch.arange(len(following), device=ids.device)
-        hidden = self._steps.shard.model.normed(computed.hidden(everything))
-        x = self._head.forward(following, hidden, context)
+        hidden, skips_last = self._steps.shard.model.normed(computed.hidden(everything)), self._head.skips_last
+        x = self._head.forward(following if skips_last else context.input_ids, hidden, context)
         if not most:
             return None
         assert computed.input_ids is not None
         last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
-        x, position = x[last], tensors.positions[last]
-        while True:
+        x, position, token = x[last], tensors.positions[last], following[last]
+        for num_told in range(most):
+            if num_told or not skips_last:
+                one = self._one_each(batch, position + num_told + (not skips_last), num_told)
+                context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
+                x = self._head.forward(token, self._head.hidden(x), context)
             told.append(self._head.choose(x))
-            if len(told) == most:
-                return torch.stack(told, 1)
-            one = self._one_each(batch, position + len(told), len(told))
-            context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
-            x = self._head.forward(told[-1].long(), self._head.hidden(x), context)
+            token = told[-1].long()
+        return torch.stack(told, 1)
 
     def _one_each(self, batch: Batch, position: Tensor, num_told: int) -> Batch:
         """A token of each request, at its position; of those that want no further one it is nobody's."""
@@ -98,13 +122,18 @@ class WholeDrafter:
         return told
 
 
-def create_drafter(
-    head: MTPHead, steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int
-) -> HeadDrafter | WholeDrafter:
-    """For a CPU. model: of the kernels, which compute it in one call; 0: they do not."""
-    if ops is None or not model or head.cpu_spec() is None:
-        return HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy())
-    return WholeDrafter(head, steps, ops, model)
+def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
+    """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
+    shard, config, head = steps.shard, steps.shard.config, steps.shard.mtp
+    if head is not None and ops is not None and model and head.cpu_spec() is not None:
+        steps.propose = WholeDrafter(head, steps, ops, model).propose
+        return
+    guesser: MTPHead | SecondModel | None = head
+    if config.model.second is not None:
+        config = replace(config, model_path=config.model.second[0], model=config.model.second[1])
+        guesser = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
+    if guesser is not None:
+        steps.propose = HeadDrafter(guesser, steps, layers, lambda numbers: numbers.numpy()).propose
 
 
 def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:

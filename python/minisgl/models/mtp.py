@@ -18,7 +18,10 @@ class MTPHead:
 
     Fed with its own result instead of the model's, it goes on. Its keys and values are those of the layer after the
     model's last one; embedding and LM head are the model's. What it is never changes what is sampled.
+    skips_last: in the place of a token it reads the one after it.
     """
+
+    skips_last = True
 
     def __init__(self, env: LayerEnv, model: DecoderModel) -> None:
         env, self._model, self._ops = replace(env, format=DENSE), model, env.ops
@@ -32,19 +35,16 @@ class MTPHead:
 
     def forward(self, following: Tensor, hidden: Tensor, step: StepContext) -> Tensor:
         """following: [num_tokens] int64, of each token the one after it; hidden: [num_tokens, hidden], what the model
-        has made of it, behind its last norm, or this head of the token before → for `logits`."""
+        has made of it, behind its last norm, or this head of the token before → for `choose`."""
         norms, ops, eps = self._norms, self._ops, self._eps
         embedded = ops.rms_norm(self._model.embed_tokens.forward(following), norms["pre_fc_norm_embedding"], eps)
         both = torch.cat((embedded, ops.rms_norm(hidden, norms["pre_fc_norm_hidden"], eps)), -1)
         return self.layer.forward(self.fc.matrix.apply(both), step)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x: rows of `forward`'s result → of the token after the following one, [n, vocab_size], on rank 0."""
-        return self._model.lm_head.logits(x, self._norms["norm"], self._eps, self._lm_head)
-
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
-        return self._comm.broadcast(self.logits(x).argmax(-1).int())
+        logits = self._model.lm_head.logits(x, self._norms["norm"], self._eps, self._lm_head)
+        return self._comm.broadcast(logits.argmax(-1).int())
 
     def hidden(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → what it goes on from, in the place of the model's."""

@@ -88,20 +88,6 @@ class Prediction:
         return self._ids[self._place + num_pending : self._place + num].tolist()
 
 
-class ToldDrafter:
-    """What the engine has told with the last step's result, which is of use as long as no other step is in flight."""
-
-    def __init__(self) -> None:
-        self.drafts: dict[int, tuple[int, Sequence[int]]] = {}  # by uid: how many tokens they follow, and these
-
-    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        size, draft = self.drafts.pop(req.uid, (0, ()))
-        return draft[:most] if size == len(req.tokens) and not num_pending else ()
-
-    def forget(self, uid: int) -> None:
-        self.drafts.pop(uid, None)
-
-
 def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:
     """Where in a text the longest end of `ids` that it has ends, in ascending order, and how long that is, as far as
     `MAX_MATCH`; nowhere, and 0: it has none."""

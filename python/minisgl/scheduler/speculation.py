@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.kvcache.pages import Pages
-from minisgl.scheduler.drafters import Drafter, NgramDrafter, Prediction, ToldDrafter
+from minisgl.scheduler.drafters import Drafter, NgramDrafter, Prediction
 from minisgl.scheduler.plan import Growing
 from minisgl.utils.math import div_ceil
 
@@ -66,8 +66,9 @@ class Speculation:
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
-        self._told = ToldDrafter() if config.speculate == "mtp" else None
-        self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
+        self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter
+        self._asks = config.speculate in ("mtp", "model")  # the engine
+        self._told: dict[int, tuple[int, Sequence[int]]] = {}  # by uid: after how many tokens it says what comes next
         self._predictions: dict[int, Prediction] = {}  # by uid
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
@@ -78,7 +79,7 @@ class Speculation:
     @property
     def is_on(self) -> bool:
         """Whether anybody may guess anything."""
-        return self._drafter is not None or bool(self._forced or self._predictions)
+        return self._drafter is not None or self._asks or bool(self._forced or self._predictions)
 
     def expect(self, req: Req) -> None:
         """A new request, which may bring a draft of its own."""
@@ -96,7 +97,7 @@ class Speculation:
             return
         shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
         drafts = self._drafts(shares, step.budget)
-        if not drafts and self._told is None:
+        if not drafts and not self._asks:
             return
         step.decode, step.prefill = ([], []), ([], [])
         wanted = self._wanted(shares)
@@ -113,7 +114,7 @@ class Speculation:
     def _wanted(self, shares: Sequence[tuple[Req, ScheduledReq]]) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
         wanted, num_samples = dict[int, int](), sum(share.num_samples for _, share in shares)
-        if self._told is None or self._are_many(num_samples):
+        if not self._asks or self._are_many(num_samples):
             return wanted
         lengths, room = Lengths(*self._config.step_costs, num_samples, num_samples), self._most_samples - num_samples
         for req, share in shares:
@@ -130,27 +131,25 @@ class Speculation:
         return 0 < self._config.cuda_graph_max_bs < num_samples * (1 + self._config.draft_len)
 
     def _asking(self, req: Req, share: ScheduledReq, most: int, pages: Pages) -> ScheduledReq:
-        """With so many tokens that the engine is to tell, as far as there are pages: of all but the last it computes
-        keys and values."""
+        """With so many tokens that the engine is to tell, as far as there are pages, where it computes from them."""
         end, size = share.start + share.num_new, pages.page_size
         if (wanted := min(most, req.max_len - end - 1)) <= 0:
             return share
-        self._take(req, div_ceil(end + wanted - 1, size) - len(req.pages), pages)
-        return share._replace(num_drafts=min(wanted, len(req.pages) * size - end + 1))
+        self._take(req, div_ceil(end + wanted, size) - len(req.pages), pages)
+        return share._replace(num_drafts=min(wanted, len(req.pages) * size - end))
 
     def learn(self, req: Req, draft: Sequence[int]) -> None:
         """What the engine says may follow the tokens of a request."""
-        if self._told is not None:
-            self._told.drafts[req.uid] = len(req.tokens), draft
+        self._told[req.uid] = len(req.tokens), draft
 
     def awaits(self, plan: StepPlan) -> bool:
         """Whether how far a step's requests get, or what may come next, is not known before its result is."""
-        return bool(plan.drafts) or (self._told is not None and any(share.num_drafts for share in plan.reqs))
+        return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
 
     def hear(self, plan: StepPlan, result: StepResult) -> None:
         """An engine that has told nothing, though it was asked, will not any more: its drafter has failed."""
-        if self._told is not None and not result.drafts and any(share.num_drafts for share in plan.reqs):
-            self._told = self._drafter = None
+        if not result.drafts and any(share.num_drafts for share in plan.reqs):
+            self._asks = False
 
     def settle(
         self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
@@ -182,6 +181,7 @@ class Speculation:
         self._forced.pop(uid, None)
         self._rates.pop(uid, None)
         self._names.pop(uid, None)
+        self._told.pop(uid, None)
         self._predictions.pop(uid, None)
         if self._drafter is not None:
             self._drafter.forget(uid)
@@ -198,7 +198,12 @@ class Speculation:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
                 self._forget_rate(req.uid, rate)
-            elif share.num_samples and _may_draft(req) and share.num_new <= 1 + self._config.draft_len:
+            elif (
+                share.num_samples
+                and _is_plain(req)
+                and req.num_computed > req.prompt_len
+                and share.num_new <= 1 + self._config.draft_len
+            ):
                 num_pending = req.num_tokens - 1 - len(req.tokens)
                 most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
                 if forced := self._forced_from(req, req.num_tokens - 1):
@@ -229,7 +234,8 @@ class Speculation:
 
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
-        drafters = ("prediction", self._predictions.get(req.uid)), (self._config.speculate, self._drafter)
+        kind, (size, told) = self._config.speculate, self._told.pop(req.uid, (-1, ()))
+        drafters = ("prediction", self._predictions.get(req.uid)), (kind, self._drafter)
         try:
             for name, drafter in drafters:
                 if drafter is not None and (ids := drafter.propose(req, num_pending, most)[:most]):
@@ -238,7 +244,9 @@ class Speculation:
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
-        return ()
+            return ()
+        self._names[req.uid] = kind
+        return told[:most] if size == len(req.tokens) and not num_pending else ()
 
     def _count(self, req: Req, num_drafted: int, num_right: int) -> None:
         name, (right, wrong) = self._names.get(req.uid, ""), req.drafted
@@ -260,11 +268,6 @@ class Speculation:
         """The tokens that are prescribed there, as far as that is known."""
         begin, ids = self._forced.get(req.uid, (0, list[int]()))
         return ids[position - begin :] if position >= begin else ()
-
-
-def _may_draft(req: Req) -> bool:
-    """Whether what comes after the token that it samples in this step could be verified at once."""
-    return _is_plain(req) and req.num_computed > req.prompt_len
 
 
 def _is_plain(req: Req) -> bool:

@@ -1,0 +1,110 @@
+"""A second model that guesses: what it says, that it changes nothing, and which ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minisgl.config.args import parse_args
+from minisgl.config.locate import DEMO_MODEL
+from minisgl.config.resolve import prepare
+from minisgl.core import ReqOutput, SamplingParams, StepResult
+from minisgl.errors import ConfigError
+from minisgl.llm import LLM
+from minisgl.scheduler.planner import Planner
+from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, generate
+from tests.models import tiny_model
+
+SAMPLED = SamplingParams(max_tokens=60, temperature=0.3, seed=4)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_5_text"])
+def test_a_model_that_guesses_for_itself_is_right(family: str, setup: str) -> None:
+    """Also for a model with states, for which another one guesses: it must have none."""
+    path = tiny_model(family)
+    second = tiny_model("llama") if family == "qwen3_5_text" else path
+    expected = generate(path, "off", **SETUPS[setup])[0]
+    told, drafts = generate(path, "model", draft_model=second, **SETUPS[setup])
+    assert told == expected
+    assert len(drafts) > 5 and max(len(draft) for _, draft in drafts) == NUM_DRAFTS
+    if second == path:
+        for tokens, draft in drafts:
+            known = len(tokens) - 21
+            rest = expected[0][known : known + len(draft)]
+            assert draft[: len(rest)] == rest, f"after {known} tokens"
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_what_it_guesses_is_what_transformers_has_it_say(setup: str) -> None:
+    path, second = tiny_model("qwen3"), tiny_model("llama")
+    told, drafts = generate(path, "model", draft_model=second, **SETUPS[setup])
+    assert told == generate(path, "off", **SETUPS[setup])[0]
+    assert len(drafts) > 5
+    model = AutoModelForCausalLM.from_pretrained(second).eval()
+    for tokens, draft in drafts:
+        with torch.no_grad():
+            whole = model.generate(
+                torch.tensor([tokens]), max_new_tokens=len(draft), do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        assert whole[0, len(tokens) :].tolist() == draft, f"after {len(tokens)} tokens"
+
+
+def refused(*flags: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        prepare(parse_args(["--model", str(tiny_model("qwen3")), *flags], {}))
+    return str(error.value)
+
+
+def test_what_cannot_guess_is_refused_by_name(tmp_path: Path) -> None:
+    cpu = "--device", "cpu"
+    assert refused(*cpu, "--draft-model", "/nowhere").startswith("--draft-model /nowhere: ")
+    other = tiny_model("qwen3", vocab_size=512)
+    assert refused(*cpu, "--draft-model", str(other)).startswith(
+        f"--draft-model {other}: its vocabulary has 512 tokens"
+    )
+    hybrid = tiny_model("qwen3_5_text")
+    assert refused(*cpu, "--draft-model", str(hybrid)) == f"--draft-model {hybrid}: it has recurrent states"
+    second = tiny_model("llama")
+    both = refused(*cpu, "--draft-model", str(second), "--speculate", "ngram")
+    assert both == f"--draft-model {second}: not with --speculate ngram"
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(DEMO_MODEL, path := tmp_path / "model")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    words: Any = tokenizer["model"]["vocab"]
+    first, second = list(words)[300:302]
+    words[first], words[second] = words[second], words[first]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"--draft-model .*: its vocabulary is not that of "):
+        prepare(parse_args(["--device", "cpu", "--draft-model", str(path)], {}))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_built_in_model_takes_fewer_steps(tp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, retire = list[int](), Planner.retire
+
+    def counting(planner: Planner, result: StepResult) -> list[ReqOutput]:
+        steps.append(result.step_id)
+        return retire(planner, result)
+
+    monkeypatch.setattr(Planner, "retire", counting)
+    told: list[list[int]] = []
+    counts: list[int] = []
+    shape: dict[str, Any] = {"device": "cpu", "dtype": "float32", "tensor_parallel_size": tp_size, "max_seq_len": 512}
+    chat = [[{"role": "user", "content": "What is continuous batching?"}]]
+    for options in ({}, {"draft_model": str(DEMO_MODEL)}):
+        steps.clear()
+        with LLM(**shape, **options) as llm:
+            (output,) = llm.chat(chat, SAMPLED, progress=False)
+            told.append(list(output.token_ids))
+            counts.append(len(steps))
+    assert told[0] == told[1]
+    assert counts[0] >= len(told[0]) and counts[0] > 1.5 * counts[1]
