@@ -67,7 +67,7 @@ def test_what_cannot_guess_is_refused_by_name(tmp_path: Path) -> None:
     assert refused(*cpu, "--draft-model", "/nowhere").startswith("--draft-model /nowhere: ")
     other = tiny_model("qwen3", vocab_size=512)
     assert refused(*cpu, "--draft-model", str(other)).startswith(
-        f"--draft-model {other}: its vocabulary has 512 tokens"
+        f"--draft-model {other}: its vocabulary (512 tokens) is not"
     )
     hybrid = tiny_model("qwen3_5_text")
     assert refused(*cpu, "--draft-model", str(hybrid)) == f"--draft-model {hybrid}: it has recurrent states"
@@ -83,7 +83,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path: Path) -> None:
     first, second = list(words)[300:302]
     words[first], words[second] = words[second], words[first]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=r"--draft-model .*: its vocabulary is not that of "):
+    with pytest.raises(ConfigError, match=r"--draft-model .*: its vocabulary \(\d+ tokens\) is not that of "):
         prepare(parse_args(["--device", "cpu", "--draft-model", str(path)], {}))
 
 

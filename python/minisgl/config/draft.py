@@ -21,11 +21,10 @@ def with_draft_model(args: ServerArgs, path: Path, model: ModelConfig) -> tuple[
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model ", "--draft-model ")) from None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
+    is_same = draft.vocab_size == model.vocab_size and (None in (words, others) or words == others)
     problems = {
         f"not with --speculate {args.speculate}": args.speculate != "off",
-        f"its vocabulary has {draft.vocab_size} tokens, and not {model.vocab_size}": draft.vocab_size
-        != model.vocab_size,
-        f"its vocabulary is not that of {path}": None not in (words, others) and words != others,
+        f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),
         "it has other sliding windows": draft.window not in (0, model.window),
     }

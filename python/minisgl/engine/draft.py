@@ -28,8 +28,7 @@ class SecondModel:
     skips_last = False
 
     def __init__(self, shard: ModelShard) -> None:
-        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
-        self._shard, self._kv = shard, shard.create_kv(*num_pages)
+        self._shard, self._kv = shard, shard.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
 
     def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:  # noqa: ARG002
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
@@ -124,16 +123,16 @@ class WholeDrafter:
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
     """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
-    shard, config, head = steps.shard, steps.shard.config, steps.shard.mtp
-    if head is not None and ops is not None and model and head.cpu_spec() is not None:
+    shard, config = steps.shard, steps.shard.config
+    head: MTPHead | SecondModel | None = shard.mtp
+    if isinstance(head, MTPHead) and ops is not None and model and head.cpu_spec() is not None:
         steps.propose = WholeDrafter(head, steps, ops, model).propose
         return
-    guesser: MTPHead | SecondModel | None = head
     if config.model.second is not None:
         config = replace(config, model_path=config.model.second[0], model=config.model.second[1])
-        guesser = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
-    if guesser is not None:
-        steps.propose = HeadDrafter(guesser, steps, layers, lambda numbers: numbers.numpy()).propose
+        head = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
+    if head is not None:
+        steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
 
 
 def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:
