@@ -125,8 +125,6 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
     if args.speculate == "mtp" and model.mtp is None:
         raise ConfigError(f"--speculate mtp: {path} has no head for it; choose ngram, or off")
-    if model.second is not None and device == "cuda":
-        raise ConfigError("--draft-model: not on GPUs so far; choose --speculate ngram or mtp, or --device cpu")
     wanted = EngineConfig(
         model_path=path,
         model=model,

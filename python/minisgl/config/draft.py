@@ -10,7 +10,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
 
 
-def with_draft_model(args: ServerArgs, path: Path, model: ModelConfig) -> tuple[ServerArgs, ModelConfig]:
+def with_draft_model(args: ServerArgs, path: Path, model: ModelConfig, device: str) -> tuple[ServerArgs, ModelConfig]:
     """Both, with what `--draft-model` names. Raises: ConfigError with one reason why that cannot guess for the model,
     which is at `path`."""
     if (given := args.draft_model) is None:
@@ -23,6 +23,7 @@ def with_draft_model(args: ServerArgs, path: Path, model: ModelConfig) -> tuple[
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
     is_same = draft.vocab_size == model.vocab_size and (None in (words, others) or words == others)
     problems = {
+        "not on GPUs so far; choose --speculate ngram or mtp, or --device cpu": device == "cuda",
         f"not with --speculate {args.speculate}": args.speculate != "off",
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),

@@ -51,7 +51,7 @@ def prepare(args: ServerArgs) -> ServerConfig:
         choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override, mtp=args.speculate == "mtp")
-    args, model = with_draft_model(args, path, model)
+    args, model = with_draft_model(args, path, model, choose_device(args, machine))
     template = template or chat.read_chat_template(path)
     model = replace(model, pooling=read_pooling(args.task, path, model.tie_word_embeddings, template))
     files = ModelFiles(path, model, read_default_sampling(path), template)

@@ -5,7 +5,6 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent import futures
 from functools import partial
 from typing import cast
@@ -131,12 +130,11 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
         return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
 
     layers = LayerByLayer(shard, kv, backend, inputs)
-    forward, handle = cast(Callable[[Batch], Computed], layers), 0
+    forward: LayerByLayer | WholeStep = layers
     if own is not None and comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
-        forward = whole = WholeStep(shard, kv, tables, own, specs)
-        handle = whole.handle
+        forward = WholeStep(shard, kv, tables, own, specs)
     steps = StepRunner(shard, kv, tables, forward)
-    add_drafter(steps, layers, own, handle)
+    add_drafter(steps, layers, own, forward.handle if isinstance(forward, WholeStep) else 0)
     return steps
 
 

@@ -86,8 +86,7 @@ class Scheduler:
         self._send(outputs)
         planned, outputs = self.planner.plan(), []
         if planned is None and self._submitted and not self._submitted[0][0].plan.masked:
-            # What comes next depends on that step: nothing is told before the device has its next one to compute. (Of
-            # a step with grammars it is: planners hear then which tokens these prescribe.)
+            # The next one depends on it. First the device goes on, unless grammars tell what they prescribe.
             outputs, planned = self._retire(), self.planner.plan()
         self._stuck = planned is None and not self._submitted
         if planned is not None:

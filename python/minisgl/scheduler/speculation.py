@@ -178,11 +178,8 @@ class Speculation:
             self.forget(uid)
 
     def forget(self, uid: int) -> None:
-        self._forced.pop(uid, None)
-        self._rates.pop(uid, None)
-        self._names.pop(uid, None)
-        self._told.pop(uid, None)
-        self._predictions.pop(uid, None)
+        for known in (self._forced, self._rates, self._names, self._told, self._predictions):
+            known.pop(uid, None)
         if self._drafter is not None:
             self._drafter.forget(uid)
 
@@ -198,12 +195,7 @@ class Speculation:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
                 self._forget_rate(req.uid, rate)
-            elif (
-                share.num_samples
-                and _is_plain(req)
-                and req.num_computed > req.prompt_len
-                and share.num_new <= 1 + self._config.draft_len
-            ):
+            elif share.num_samples and _may_draft(req) and share.num_new <= 1 + self._config.draft_len:
                 num_pending = req.num_tokens - 1 - len(req.tokens)
                 most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
                 if forced := self._forced_from(req, req.num_tokens - 1):
@@ -244,7 +236,6 @@ class Speculation:
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
-            return ()
         self._names[req.uid] = kind
         return told[:most] if size == len(req.tokens) and not num_pending else ()
 
@@ -268,6 +259,11 @@ class Speculation:
         """The tokens that are prescribed there, as far as that is known."""
         begin, ids = self._forced.get(req.uid, (0, list[int]()))
         return ids[position - begin :] if position >= begin else ()
+
+
+def _may_draft(req: Req) -> bool:
+    """Whether what comes after the token that it samples in this step could be verified at once."""
+    return _is_plain(req) and req.num_computed > req.prompt_len
 
 
 def _is_plain(req: Req) -> bool:
