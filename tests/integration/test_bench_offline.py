@@ -116,4 +116,4 @@ def test_what_features_cost_with_a_stand_in_tokenizer(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n| ") == 11  # plain, and five features in all and in half of the streams
+    assert done.stdout.count("\n| ") == 13  # plain, and six features in all and in half of the streams

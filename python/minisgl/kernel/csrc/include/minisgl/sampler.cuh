@@ -166,9 +166,9 @@ struct Sampler {
     cut.ties = static_cast<uint32_t>((need - above + each - 1) / max(each, uint64_t(1)));
   }
 
-  __device__ Cut filter(uint32_t top_k, float top_p, float min_p) {
+  __device__ Cut filter(uint32_t top_k, float top_p, float least) {
     Cut cut;
-    cut.min_weight = fminf(min_p, 1.0f);
+    cut.min_weight = fminf(least, 1.0f);
     if (top_k == 0 && top_p >= 1.0f) return cut;
     if constexpr (kCounted) {
       if (find_counted(top_k, top_p, cut)) return cut;
