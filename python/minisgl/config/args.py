@@ -217,7 +217,8 @@ def _from_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"--config {path}: {' '.join(str(reason).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected a mapping of options to values")
     return _from_mapping(content, f"{path}: ")
