@@ -12,7 +12,7 @@ from minisgl.core import NOT_READY, Masks
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from tests.integration.test_cuda_ops import DTYPES, no_ids, ops, randn
-from tests.integration.test_rules import Rows, mixed_rows
+from tests.integration.test_rules import Rows, mixed_rows, spoilt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]  # the first test compiles
 __all__ = ["ops"]  # a fixture
@@ -64,17 +64,10 @@ def test_rows_of_all_kinds(ops: Any, given: dict[str, float], vocab: int, dtype:
     """Some of them masked, not ready or not finite; the logits stay as they are."""
     if vocab > ops.most_ruled:
         pytest.skip("this GPU has no clusters: torch does it")
-    num, rng = 64, np.random.default_rng(3)
+    num = 64
     rows, positions = mixed_rows(num, min(vocab, 40), **given)
     source = randn(num, vocab, dtype=dtype, scale=0.5)
-    source[1], source[2, vocab // 2 :] = 0.0, -torch.inf
-    source[3, 4], source[4, 0], source[5] = torch.nan, torch.inf, -torch.inf
-    source[6, 1], source[7, 1], source[8, 1] = 9.0, torch.nan, torch.inf  # which a mask forbids
-    words = rng.integers(-(2**31), 2**31, (num, -(-vocab // 32))).astype(np.int32)
-    words[:, 0] = (words[:, 0] | 1) & ~2
-    words[9] = 0  # nothing is allowed
-    masks = [*words[:8], words[0][:0], *words[8:]]  # one is not there yet
-    masked = (6, 7, 8, 9, 10, 11, 12, 13, 20, *range(30, 50))
+    masks, masked = spoilt(source)
     before = source.clone()
     for some in ((), masked):
         step = OnDevice(rows, list(range(num)), positions, some, masks if some else None)

@@ -143,6 +143,21 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+def spoilt(source: torch.Tensor) -> tuple[list[Any], tuple[int, ...]]:
+    """Make some of 64 rows of logits not finite, in place. → masks, one not there yet, and the rows that have them."""
+    num, vocab = source.shape
+    rng = np.random.default_rng(3)
+    source[1], source[2, vocab // 2 :] = 0.0, -torch.inf
+    source[3, 4], source[4, 0], source[5] = torch.nan, torch.inf, -torch.inf
+    source[6, 1], source[7, 1], source[8, 1] = 9.0, torch.nan, torch.inf  # which a mask forbids
+    words = rng.integers(-(2**31), 2**31, (num, -(-vocab // 32))).astype(np.int32)
+    words[:, 0] = (words[:, 0] | 1) & ~2
+    words[9] = 0  # nothing is allowed
+    masks = [*words[:8], words[0][:0], *words[8:]]  # one is not there yet
+    masked = (6, 7, 8, 9, 10, 11, 12, 13, 20, *range(30, 50))
+    return masks, masked
+
+
 def mixed_rows(num: int, vocab: int = VOCAB, **params: Any) -> tuple[Rows, list[int]]:
     """Rows of all kinds, with positions of tokens to be sampled."""
     rng, rows = np.random.default_rng(1), Rows(num, 40, vocab)
@@ -183,17 +198,10 @@ def test_rows_of_plain_requests_need_nothing_and_forget_who_was_there_before() -
 )
 def test_kernels_sample_what_the_reference_does(given: dict[str, float], vocab: int, target: str) -> None:
     """Rows of all kinds, some of them masked, not ready or not finite; the logits are as before, the ids are stored."""
-    num, rng = 64, np.random.default_rng(3)
+    num = 64
     rows, positions = mixed_rows(num, min(vocab, 40), **given)
     source = torch.randn(num, vocab, generator=torch.Generator().manual_seed(vocab)) * 0.5
-    source[1], source[2, vocab // 2 :] = 0.0, -torch.inf
-    source[3, 4], source[4, 0], source[5] = torch.nan, torch.inf, -torch.inf
-    source[6, 1], source[7, 1], source[8, 1] = 9.0, torch.nan, torch.inf  # which a mask forbids
-    words = rng.integers(-(2**31), 2**31, (num, -(-vocab // 32))).astype(np.int32)
-    words[:, 0] = (words[:, 0] | 1) & ~2
-    words[9] = 0  # nothing is allowed
-    masks = [*words[:8], words[0][:0], *words[8:]]  # one is not there yet
-    masked = (6, 7, 8, 9, 10, 11, 12, 13, 20, *range(30, 50))
+    masks, masked = spoilt(source)
     before, tokens = source.clone(), rows.tokens.clone()
     theirs = rows.sample(TorchOps(), source, range(num), positions, masked, masks)
     stored, rows.tokens[:] = rows.tokens.clone(), tokens

@@ -10,7 +10,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
 
 
-def with_draft_model(args: ServerArgs, path: Path, model: ModelConfig, device: str) -> tuple[ServerArgs, ModelConfig]:
+def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | None) -> tuple[ServerArgs, ModelConfig]:
     """Both, with what `--draft-model` names. Raises: ConfigError with one reason why that cannot guess for the model,
     which is at `path`."""
     if (given := args.draft_model) is None:

@@ -13,7 +13,7 @@ from typing import Any
 from minisgl.config import chat
 from minisgl.config.args import ServerArgs, ServerOptions
 from minisgl.config.device import choose_device, decide_engine, step_costs
-from minisgl.config.draft import with_draft_model
+from minisgl.config.draft import with_draft
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
@@ -51,7 +51,7 @@ def prepare(args: ServerArgs) -> ServerConfig:
         choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override, mtp=args.speculate == "mtp")
-    args, model = with_draft_model(args, path, model, choose_device(args, machine))
+    args, model = with_draft(args, path, model, args.draft_model and choose_device(args, machine))
     template = template or chat.read_chat_template(path)
     model = replace(model, pooling=read_pooling(args.task, path, model.tie_word_embeddings, template))
     files = ModelFiles(path, model, read_default_sampling(path), template)

@@ -1,4 +1,4 @@
-"""Drafts that the device makes: by the model's own head for multi-token prediction."""
+"""Drafts that the device makes: by the model's own head for multi-token prediction, or by a second model."""
 
 import weakref
 from collections.abc import Callable
@@ -63,10 +63,10 @@ class HeadDrafter:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
         are of use. most: 0: there are none: the head only reads the step's tokens, so that its cache is as long as the
         model's. What it has of tokens that are not kept, it overwrites as the model does."""
-        tensors, token_ids = batch.tensors, self._steps.tables.token_ids
+        tensors, token_ids, skips_last = batch.tensors, self._steps.tables.token_ids, self._head.skips_last
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         everything = torch.arange(len(following), device=ids.device)
-        hidden, skips_last = self._steps.shard.model.normed(computed.hidden(everything)), self._head.skips_last
+        hidden = self._steps.shard.model.normed(computed.hidden(everything)) if skips_last else everything
         x = self._head.forward(following if skips_last else context.input_ids, hidden, context)
         if not most:
             return None
