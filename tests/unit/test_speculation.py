@@ -204,6 +204,15 @@ def test_predictions_make_steps_fewer_and_change_nothing(speculate: str, wrong: 
     assert not planner.speculation.is_on or speculate == "ngram", "it is forgotten"
 
 
+def test_nobody_else_is_looked_at_for_the_sake_of_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan must not take longer for all requests because one of them brings a draft."""
+    planner, asked = Planner(CONFIG), set[int]()
+    propose = planner.speculation._propose
+    monkeypatch.setattr(planner.speculation, "_propose", lambda req, *more: asked.add(req.uid) or propose(req, *more))
+    serve(planner, [PARAMS, replace(PARAMS, prediction=tuple(expected_output([1, 1, 2], 63, ()))), PARAMS])
+    assert asked == {1}
+
+
 def test_there_are_no_predictions_where_none_can_be_verified() -> None:
     planner = Planner(replace(CONFIG, draft_len=0))
     (output,), _ = serve(planner, [replace(PARAMS, prediction=tuple(expected_output([0, 1, 2], 63, ())))])

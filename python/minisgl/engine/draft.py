@@ -56,8 +56,7 @@ class HeadDrafter:
     def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
         """Of a step that is not captured."""
         most = max(share.num_drafts for share in plan.reqs)
-        told = self.tell(batch, self._layers.context(batch), computed, ids, most)
-        return {} if told is None else told
+        return {} if (told := self.tell(batch, self._layers.context(batch), computed, ids, most)) is None else told
 
     def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, most: int) -> Tensor | None:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request

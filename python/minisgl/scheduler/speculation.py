@@ -191,6 +191,8 @@ class Speculation:
         budget, least = min(budget, self._most_samples - num_samples), lengths.least
         if config.has_states and self._are_many(num_samples):
             return drafts
+        if self._drafter is None and not self._asks:  # the others pay nothing for those that bring their own
+            shares = [one for one in shares if one[0].uid in self._predictions or one[0].uid in self._forced]
         for req, share in shares:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
@@ -227,9 +229,8 @@ class Speculation:
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
         kind, (size, told) = self._config.speculate, self._told.pop(req.uid, (-1, ()))
-        drafters = ("prediction", self._predictions.get(req.uid)), (kind, self._drafter)
         try:
-            for name, drafter in drafters:
+            for name, drafter in (("prediction", self._predictions.get(req.uid)), (kind, self._drafter)):
                 if drafter is not None and (ids := drafter.propose(req, num_pending, most)[:most]):
                     self._names[req.uid] = name
                     return ids
