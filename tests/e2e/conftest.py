@@ -87,8 +87,11 @@ class Server:
         return self.process.wait(seconds)
 
     def orphans(self, seconds: float = 5) -> list[psutil.Process]:
-        """Children that are still there after so many seconds."""
-        _, alive = psutil.wait_procs(self.children, timeout=seconds)
+        """Children that still run after so many seconds. What has ended, and waits for the machine's first process to
+        take note of it, does not run."""
+        deadline = time.monotonic() + seconds
+        while (alive := [child for child in self.children if _runs(child)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
         return alive
 
     def interrupt(self) -> None:
@@ -105,6 +108,13 @@ class Server:
         for child in self.children:
             if child.is_running():
                 child.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def poll(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import ipaddress
 import logging
 import os
@@ -68,6 +69,7 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._listener.listen(MAX_CONNECTIONS)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        gc.freeze()  # a full collection walks over nothing that imports have made: 0.1 s in which no token is sent
         self._told()
 
     @contextlib.contextmanager
