@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import subprocess
@@ -424,6 +425,20 @@ async def test_answers_that_outlast_the_drain_timeout_end_whole() -> None:
         assert text.startswith(b'data: 1\n\ndata: {"error":'), text
         assert text.endswith(b"}\n\n")
         assert (await other).status_code == 503
+
+
+def test_full_collections_walk_over_nothing_that_was_imported() -> None:
+    """By the objects that a collection looks at once the server listens: a tenth of those there were, at most."""
+
+    async def run() -> int:
+        async with way([streamed]):
+            return len(gc.get_objects())
+
+    before = len(gc.get_objects())
+    try:
+        assert asyncio.run(run()) < before / 10
+    finally:
+        gc.unfreeze()
 
 
 def test_connections_leave_descriptors_for_replicas() -> None:
