@@ -2,9 +2,8 @@
 
     python -m benchmark.cpu.whole_step DIRECTORY [--quantization int4] [--threads 2] [--rounds 9]
 
-DIRECTORY: with a `config.json`; weights are random. Both engines are in one process and take turns in a random order.
 DIRECTORY: with a `config.json`; weights are random. Both engines are in one process, and take turns in random order.
-ratios (the first to the second).
+Prints a Markdown table: medians over the rounds in milliseconds, and the ratios (the first to the second).
 """
 
 from __future__ import annotations
