@@ -84,13 +84,13 @@ class PrefixCache:
         return sum(shared for _, shared in self._walk(self._root, namespace, token_ids))
 
     def lock(self, handle: RadixNode) -> None:
-        for node in _path(handle):
+        for node in path_up(handle):
             if node.num_locks == 0:
                 self.num_evictable -= len(node.pages)
             node.num_locks += 1
 
     def unlock(self, handle: RadixNode) -> None:
-        for node in _path(handle):
+        for node in path_up(handle):
             node.num_locks -= 1
             require(node.num_locks >= 0, "a handle was unlocked twice")
             if node.num_locks == 0:
@@ -103,7 +103,7 @@ class PrefixCache:
         `token_ids` and `pages` are the request's from its first token on; `handle` is its lock so far. Pages added
         become the cache's. Returns the new handle, locked in place of the old one.
         """
-        position, end = sum(len(node.key) for node in _path(handle)), align_down(len(token_ids), self._page_size)
+        position, end = sum(len(node.key) for node in path_up(handle)), align_down(len(token_ids), self._page_size)
         if end <= position:
             return handle
         self._clock += 1
@@ -125,7 +125,7 @@ class PrefixCache:
 
     def path_pages(self, handle: RadixNode) -> list[int]:
         """The cache's pages from the root to `handle`."""
-        edges = [node.pages for node in _path(handle)]
+        edges = [node.pages for node in path_up(handle)]
         return [page for pages in reversed(edges) for page in pages]
 
     def evict(self, count: int) -> list[int]:
@@ -139,7 +139,7 @@ class PrefixCache:
 
     def discard(self, handle: RadixNode) -> list[int]:
         """Give up what only this (unlocked) handle's path leads to: its KV must not be used again."""
-        leaves = takewhile(self._is_evictable_leaf, [*_path(handle)])  # a parent is one when its last child is gone
+        leaves = takewhile(self._is_evictable_leaf, [*path_up(handle)])  # a parent is one when its last child is gone
         return [page for leaf in leaves for page in self._remove(leaf)]
 
     def nodes(self) -> list[RadixNode]:
@@ -164,7 +164,7 @@ class PrefixCache:
                 require(child.name == name and fits, "a child is filed under another name")
         known = {id(node) for node in nodes}
         require(all(id(handle) in known for handle in handles), "a request holds a node that is not in the cache")
-        locks = Counter(id(node) for handle in (*handles, self._root) for node in _path(handle))
+        locks = Counter(id(node) for handle in (*handles, self._root) for node in path_up(handle))
         held = all(node.num_locks == locks[id(node)] for node in nodes)
         require(held, "a node is locked more or less than it is held")
         owned = [page for node in nodes for page in node.pages]
@@ -175,7 +175,7 @@ class PrefixCache:
 
     def spells(self, namespace: bytes, handle: RadixNode, token_ids: TokenIds) -> bool:
         """Whether the path to the handle is that of the first of these tokens."""
-        *path, _ = _path(handle)
+        *path, _ = path_up(handle)
         key = np.concatenate([node.key for node in reversed(path)] or [self._root.key])
         named = not path or path[-1].name == self._name(self._root, namespace, key)
         return named and np.array_equal(key, token_ids[: len(key)])
@@ -258,7 +258,7 @@ class NaiveCache(PrefixCache):
         return handle
 
 
-def _path(handle: RadixNode) -> Iterator[RadixNode]:
+def path_up(handle: RadixNode) -> Iterator[RadixNode]:
     """The nodes from here up to the root."""
     node: RadixNode | None = handle
     while node is not None:

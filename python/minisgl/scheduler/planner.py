@@ -67,7 +67,7 @@ class Planner:
     def reset(self) -> KeysView[int]:
         """Forget all but the requests that have not begun → their uids; the caller ends the rest. None is in flight."""
         waiting = [req for _, req in self.waiting.items() if req.state is ReqState.WAITING and not req.started]
-        self.speculation.reset(self.reqs)
+        self.speculation.forget(self.reqs)
         self.reqs, self.waiting, self.running, self.leaving, self.inflight = {}, FairQueue(), [], [], deque()
         self.pages = Pages(self.config)
         for req in waiting:
@@ -218,12 +218,10 @@ class Planner:
                     req.num_stale -= 1
                 elif req.state is not ReqState.FINISHED:
                     output = self._accept_run(req, ids)
-                    if index in result.drafts and output.finish_reason is None:
-                        self.speculation.learn(req, result.drafts[index])
                     has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
                     outputs.append(output.with_logprobs(result, sample) if has_more else output)
                 sample += len(sampled)
-        self.speculation.hear(plan, result)
+        self.speculation.hear(reqs, plan, result)
         self._release_leaving()
         return outputs
 
@@ -409,7 +407,7 @@ class Planner:
         """The request's last output, now that it has ended."""
         req = output.req
         del self.reqs[req.uid]
-        self.speculation.forget(req.uid)
+        self.speculation.forget([req.uid])
         if req.state is ReqState.WAITING:
             self.waiting.remove(req.params.client, req.uid)
         elif not req.retracted:
