@@ -208,6 +208,3 @@ class GuessingDrafter:
             token = next_token(tuple(tokens), self._vocab_size)
             tokens.append(token if i < num_right else (token + 1) % self._vocab_size)
         return tokens[len(req.tokens) + num_pending :]
-
-    def forget(self, uid: int) -> None:
-        pass

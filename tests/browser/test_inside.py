@@ -136,7 +136,7 @@ def test_a_long_prompt_shares_steps_with_running_streams(visit: Visit, demo: Ser
     known = [
         step
         for step in steps
-        if step["step"] not in before and step["num_decode"] and any(row[3] for row in step["rows"])
+        if step["step"] not in before and step["num_decode"] and any(row[3] == 1 for row in step["rows"])
     ]
     chunks = {event["step"] for event in told["events"] if event["name"] == "prefill"}
     assert chunks & {step["step"] for step in known}

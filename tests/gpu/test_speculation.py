@@ -69,7 +69,8 @@ def test_drafts_change_nothing(family: str, options: dict[str, Any], monkeypatch
     }
     for kind in ("right", "noise", "some", "ngram"):
         if kind in lengths:
-            monkeypatch.setattr(speculation, "NgramDrafter", lambda kind=kind: Knowing(truth, lengths[kind]))
+            for name in ("TreePath", "Lookup"):
+                monkeypatch.setattr(speculation, name, lambda _, kind=kind: Knowing(truth, lengths[kind]))
         assert outputs_of(path, params, speculate="ngram", **options) == expected, kind
         monkeypatch.undo()
 

@@ -31,7 +31,6 @@ from minisgl.engine.staging import DeviceTables
 from minisgl.kernel.ops import PagedSequences, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
 from minisgl.kvcache.pool import LayerCache
-from minisgl.scheduler.drafters import NgramDrafter
 from minisgl.scheduler.speculation import Speculation
 from tests.driver import engine_config
 from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
@@ -183,7 +182,8 @@ def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, ops: O
         "noise": lambda _: 0,
         "some": lambda n: n * 7 % 5,
     }
-    drafter = Knowing(truth, lengths[kind]) if kind in lengths else NgramDrafter() if kind == "ngram" else None
+    drafter = Knowing(truth, lengths[kind]) if kind in lengths else None
+    planning = replace(planning, speculate="ngram" if kind == "ngram" else "off")
     engine = Engine(replace(config, draft_len=8, cuda_graph_max_bs=128), ops)
     told, num_steps = run(engine, planning, drafter)
     for outputs, wanted in zip(told, expected, strict=True):

@@ -12,7 +12,7 @@ import pytest
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, Req, ReqOutput, SamplingParams
 from minisgl.engine.engine import create_engine
-from minisgl.scheduler.drafters import Drafter, NgramDrafter
+from minisgl.scheduler.drafters import Drafter
 from minisgl.scheduler.planner import Planner
 from tests.driver import CPU_KERNELS, engine_config
 from tests.models import random_prompt, tiny_model
@@ -56,25 +56,29 @@ class Knowing(Drafter):
         right = self._num_right(begin)
         return [token if i < right else (token + 1) % 256 for i, token in enumerate(ids)]
 
-    def forget(self, uid: int) -> None:
-        pass
-
 
 def run(
     engine: Executor, config: SchedulerConfig, drafter: Drafter | None, requests: Sequence[SamplingParams] = REQUESTS
 ) -> tuple[list[list[ReqOutput]], int]:
     """What each request is told, and the number of steps."""
-    planner, handles, num_steps = Planner(config, drafter), list[Any](), 0
+    return serve(engine, Planner(config, drafter), requests)
+
+
+def serve(
+    engine: Executor, planner: Planner, requests: Sequence[SamplingParams], first: int = 0
+) -> tuple[list[list[ReqOutput]], int]:
+    """first: uid of the first one."""
+    handles, num_steps = list[Any](), 0
     told: list[list[ReqOutput]] = [[] for _ in requests]
-    for uid, params in enumerate(requests):
-        assert not planner.add(uid, random_prompt(5 + 9 * uid, seed=uid), params)
+    for index, params in enumerate(requests):
+        assert not planner.add(first + index, random_prompt(5 + 9 * index, seed=index), params)
     while not planner.is_idle:
         if (planned := planner.plan()) is not None:
             handles.append(engine.submit(planned.plan))
             num_steps += 1
         while len(handles) > (planned is not None):
             for output in planner.retire(handles.pop(0).result()):
-                told[output.req.uid].append(output)
+                told[output.req.uid - first].append(output)
     return told, num_steps
 
 
@@ -104,8 +108,9 @@ def test_drafts_change_nothing(setup: Setup, kind: str) -> None:
         "noise": lambda _: 0,
         "some": lambda n: n * 7 % 5,
     }
-    drafter = Knowing(truth, lengths[kind]) if kind in lengths else NgramDrafter()
-    told, num_steps = run(setup.engine, setup.config, drafter)
+    drafter = Knowing(truth, lengths[kind]) if kind in lengths else None
+    config = replace(setup.config, speculate="ngram" if kind == "ngram" else "off")
+    told, num_steps = run(setup.engine, config, drafter)
     for outputs, expected in zip(told, setup.expected, strict=True):
         assert ids_of(outputs) == ids_of(expected)
         assert outputs[-1].finish_reason is expected[-1].finish_reason
@@ -115,3 +120,14 @@ def test_drafts_change_nothing(setup: Setup, kind: str) -> None:
             np.testing.assert_allclose(part.chosen, one.chosen, atol=1e-4)
             np.testing.assert_array_equal(part.top_ids, one.top_ids)
     assert kind != "right" or num_steps < NUM_TOKENS // 2
+
+
+def test_the_same_questions_again_take_fewer_steps(setup: Setup) -> None:
+    """The prefix cache knows what was said the last time."""
+    planner = Planner(replace(setup.config, speculate="ngram"))
+    rounds = [serve(setup.engine, planner, REQUESTS, first) for first in (0, 100)]
+    for told, _ in rounds:
+        assert [ids_of(outputs) for outputs in told] == [ids_of(outputs) for outputs in setup.expected]
+    assert rounds[1][1] < 0.6 * rounds[0][1]
+    counts = planner.speculation
+    assert counts.num_right["tree"] > 0.9 * counts.num_drafted["tree"] > NUM_TOKENS

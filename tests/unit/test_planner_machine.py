@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Grammar, ReqOutput, SamplingParams, StepPlan
 from minisgl.errors import EngineError
-from minisgl.scheduler.drafters import Drafter, NgramDrafter
+from minisgl.scheduler.drafters import Drafter
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.planner import Planner
@@ -25,7 +25,6 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "noise": lambda: GuessingDrafter(lambda uid, position: 0),
     "some": lambda: GuessingDrafter(lambda uid, position: hash((uid, position)) % 5),
     "failing": lambda: GuessingDrafter(lambda uid, position: 2 if position % 5 else -1),
-    "ngram": NgramDrafter,
 }
 
 
@@ -40,7 +39,7 @@ class PlannerMachine(RuleBasedStateMachine):
         depth=st.integers(0, 2),
         snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 30]),
         snapshot_tokens=st.sampled_from([1, 4, 10]),
-        drafter=st.sampled_from([None, *DRAFTERS]),
+        drafter=st.sampled_from([None, *DRAFTERS, "ngram", "ngram"]),
         draft_len=st.sampled_from([1, 3, 8]),
         window=st.sampled_from([None, None, 1, 3, 7, 20]),
         spare=st.sampled_from([0, 1, 5, 100]),
@@ -77,10 +76,11 @@ class PlannerMachine(RuleBasedStateMachine):
             schedule_policy=policy,
             eos_token_ids=(3,),
             draft_len=draft_len,
+            speculate="ngram" if drafter == "ngram" else "off",
             window=window or 0,
             num_window_pages=num_window_pages if window else 0,
         )
-        self.planner = Planner(self.config, DRAFTERS[drafter]() if drafter else None)
+        self.planner = Planner(self.config, DRAFTERS[drafter]() if drafter in DRAFTERS else None)
         self.engine = SimulatedEngine(self.config)
         self.depth = depth  # steps that may be in flight when the next one is planned
         self.inflight: deque[tuple[StepPlan, SimulatedHandle]] = deque()

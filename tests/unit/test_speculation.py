@@ -14,7 +14,8 @@ from hypothesis import given
 from minisgl.config.mtp import longest_draft
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams
-from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, NgramDrafter, Prediction, find_repeated
+from minisgl.kvcache.radix import PrefixCache
+from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, Lookup, Prediction, TreePath, find_repeated
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Lengths
 from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
@@ -55,8 +56,8 @@ def test_the_longest_suffix_that_came_before(ids: list[int]) -> None:
     st.lists(st.integers(0, 3), min_size=1, max_size=20), st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=20)
 )
 def test_a_text_that_grows_is_searched_as_if_it_was_new(prompt: list[int], more: list[list[int]]) -> None:
-    drafter = NgramDrafter()
-    req = Mock(uid=1, tokens=[*prompt], prefix=np.array(prompt, np.int32))
+    req = Mock(tokens=[*prompt], prefix=np.array(prompt, np.int32))
+    drafter = Lookup(req)
     for ids in more:
         req.tokens += ids
         ends, length = find_repeated(array := np.array(req.tokens, np.int32), array[:-1])
@@ -146,7 +147,8 @@ def test_a_wrong_draft_in_the_first_share_of_a_model_with_states(is_left: bool) 
 def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
     ends, length = find_repeated(same := np.full(100_000, 7, np.int32), same[:-1])
     assert (ends[-1], length) == (99_999, MAX_MATCH)
-    drafter, req = NgramDrafter(), Mock(uid=1, tokens=[5, 6, 7, 8, 5, 6], prefix=np.array([5, 6, 7], np.int32))
+    req = Mock(tokens=[5, 6, 7, 8, 5, 6], prefix=np.array([5, 6, 7], np.int32))
+    drafter = Lookup(req)
     assert list(drafter.propose(req, 0, 2)) == [7]
     req.tokens += [7, 9, 5, 6, 7]
     assert list(drafter.propose(req, 0, 3)) == [9, 5]
@@ -156,7 +158,7 @@ def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
 
 def test_a_prediction_is_the_draft_and_finds_its_place_again() -> None:
     text = [10, 11, 12, 13, 20, 21, 22, 23, 10, 11, 12, 30, 31, 32, 33, 34]
-    req, prediction = Mock(tokens=[1, 2, 10, 11], prompt_len=4), Prediction(text)
+    req, prediction = Mock(tokens=[1, 2, 10, 11], prompt_len=4), Prediction(text, 4)
     assert prediction.propose(req, 0, 4) == text[:4], "the output is expected to begin with it"
     assert prediction.propose(req, 1, 4) == text[1:5]
     req.tokens += [10, 11]
@@ -173,7 +175,7 @@ def test_a_prediction_is_the_draft_and_finds_its_place_again() -> None:
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=20))
 def test_a_prediction_says_what_it_has_behind_the_last_tokens(text: list[int], more: list[list[int]]) -> None:
-    req, prediction = Mock(tokens=[7], prompt_len=1), Prediction(text)
+    req, prediction = Mock(tokens=[7], prompt_len=1), Prediction(text, 1)
     for ids in more:
         req.tokens += ids
         output = req.tokens[1:]
@@ -228,3 +230,115 @@ def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
     assert longest_draft("off", None, is_free=True) == 8
     assert longest_draft("mtp", None, is_free=False) == 3
     assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5
+
+
+PATHS = st.lists(st.tuples(st.sampled_from([b"", b"a"]), st.lists(st.integers(0, 2), max_size=14)), max_size=12)
+
+
+@given(PATHS, st.sampled_from([1, 2, 4]), st.sampled_from([b"", b"a", b"b"]), st.lists(st.integers(0, 2), min_size=1),
+       st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=12))  # fmt: skip
+def test_a_tree_says_what_its_namespace_had_behind_the_same_tokens(
+    paths: list[tuple[bytes, list[int]]],
+    page_size: int,
+    namespace: bytes,
+    prompt: list[int],
+    turns: list[tuple[int, int, bool]],
+) -> None:
+    """turns: tokens that the request gets, as it was told or others; pages that are evicted; whether one is pending."""
+    cache, page = PrefixCache(page_size), iter(range(1000))
+    for other, ids in paths:
+        handle = cache.match(other, np.empty(0, np.int32)).handle
+        cache.lock(handle)
+        pages = [next(page) for _ in range(len(ids) // page_size)]
+        cache.unlock(cache.insert(other, handle, np.array(ids, np.int32), pages))
+    known = [ids[: len(ids) // page_size * page_size] for other, ids in paths if other == namespace]
+    handle = cache.match(namespace, np.array(prompt, np.int32)).handle
+    cache.lock(handle)
+    req, drafter, is_first = Mock(tokens=[*prompt], handle=handle, namespace=namespace), TreePath(page_size), True
+    for num_told, num_evicted, is_pending in turns:
+        num, tokens = len(req.tokens) + is_pending, req.tokens
+        draft = list(drafter.propose(req, is_pending, 3))
+        going_on = [ids[num : num + 3] for ids in known if ids[: len(tokens)] == tokens and len(ids) > num]
+        assert not draft or any(draft == ids[: len(draft)] for ids in going_on)
+        assert not is_first or bool(draft) == bool(going_on), "what is not evicted yet is found"
+        cache.evict(num_evicted)
+        is_first = False
+        if not is_pending:
+            req.tokens += (draft + [1, 0, 2])[:num_told]
+
+
+def ask_again(planner: Planner, params: list[SamplingParams]) -> list[int]:
+    """The same prompt, one after the other: how many steps each takes."""
+    engine, steps = SimulatedEngine(planner.config), list[int]()
+    for uid, one in enumerate(params):
+        ids = list[int]()
+        planner.add(uid, [1, 2, 3], one)
+        steps.append(0)
+        while not planner.is_idle:
+            planned = planner.plan()
+            assert planned is not None
+            steps[-1] += 1
+            for output in planner.retire(engine.submit(planned.plan).result()):
+                ids += output.token_ids
+        assert ids == expected_output([1, 2, 3], 3 + len(ids), ()) and len(ids) == one.max_tokens
+    return steps
+
+
+@pytest.mark.parametrize("kind", ["plain", "states", "windows"])
+def test_a_question_that_comes_again_takes_few_steps(kind: str) -> None:
+    states = {"has_states": True, "num_snapshots": 8} if kind == "states" else {}
+    windows = {"window": 8, "num_window_pages": 64} if kind == "windows" else {}
+    planner = Planner(replace(CONFIG, speculate="ngram", **states, **windows))
+    steps = ask_again(planner, [PARAMS, PARAMS, replace(PARAMS, max_tokens=100)])
+    assert steps[0] >= 55 and steps[1] < 15
+    assert steps[2] < 60, "as far as it is known"
+    assert planner.speculation.num_right["tree"] >= 100
+    assert planner.speculation.num_drafted["tree"] < 1.1 * planner.speculation.num_right["tree"]
+
+
+def test_nobody_is_told_what_another_tenant_asked() -> None:
+    """Neither by the text of drafts nor by the number of steps."""
+    planner = Planner(replace(CONFIG, speculate="ngram"))
+    tenants = [replace(PARAMS, cache_salt=salt) for salt in ("a", "b", "", "c", "a")]
+    steps = ask_again(planner, tenants)
+    assert len({*steps[:4]}) == 1
+    assert steps[4] < 15
+    right = planner.speculation.num_right["tree"]
+    assert right == planner.speculation.num_drafted["tree"] > 40, "only the tenant's own text was a draft"
+
+
+def test_text_that_only_begins_alike_costs_little() -> None:
+    """Where a tree is wrong again and again, its drafts get short, and lookup has its turn."""
+    cache, tokens = PrefixCache(4), [*range(40)]
+    handle = cache.match(b"", np.empty(0, np.int32)).handle
+    cache.lock(handle)
+    cache.insert(b"", handle, np.array([*tokens, *range(40, 80)], np.int32), [*range(20)])
+    req, drafter = Mock(tokens=[*range(44)], handle=cache.match(b"", np.arange(40, dtype=np.int32)).handle), TreePath(4)
+    req.namespace = b""
+    assert drafter.propose(req, 0, 8) == [*range(44, 52)]
+    assert drafter.propose(req, 1, 8) == [*range(45, 53)]
+    req.tokens += [44, 45]
+    assert drafter.propose(req, 0, 3) == [46, 47, 48]
+    req.tokens += [99]
+    assert list(drafter.propose(req, 0, 8)) == []
+    req.tokens += [49]
+    assert list(drafter.propose(req, 0, 8)) == [], "this is no path of the tree"
+
+
+def test_a_path_that_was_left_for_another_is_found_again() -> None:
+    cache = PrefixCache(4)
+    handle = cache.match(b"", np.empty(0, np.int32)).handle
+    for _ in range(2):
+        cache.lock(handle)
+    cache.insert(b"", handle, np.array([1, 2, 3, 4, 5, 6, 70, 80, *range(40)], np.int32), [*range(12)])
+    cache.insert(b"", handle, np.array([1, 2, 3, 4, 5, 6, 7, 8, *range(60, 100)], np.int32), [*range(20, 32)])
+    prompt = np.array([1, 2, 3, 4, 5], np.int32)
+    req, drafter = Mock(tokens=[*prompt.tolist()], handle=cache.match(b"", prompt).handle, namespace=b""), TreePath(4)
+    assert drafter.propose(req, 0, 3) == [6, 7, 8], "the newest"
+    req.tokens += [6, 70]
+    drafts = []
+    for token in [80, *range(20)]:
+        drafts.append(list(drafter.propose(req, 0, 4)))
+        req.tokens.append(token)
+    assert drafts[0] == [], "it was wrong"
+    assert drafts[1] == [0] and drafts[2] == [1, 2] and drafts[-1] == [19, 20, 21, 22]

@@ -188,15 +188,15 @@ export class Live {
 }
 
 export function isMixed(step) {
-  return step.num_decode > 0 && step.rows.some(([, , , isPrefill]) => isPrefill);
+  return step.num_decode > 0 && step.rows.some(([, , , kind]) => kind === 1);
 }
 
 function endedOf({ id, outputs }) {
   return outputs
     .filter((output) => output.reason !== null)
     .map(({ uid, num_prompt: numPrompt, num_output: numOutput, num_cached: numCached, reason,
-      num_retractions: numRetractions }) => ({
-      id, uid, numPrompt, numOutput, numCached, reason, numRetractions,
+      num_retractions: numRetractions, num_accepted: numAccepted }) => ({
+      id, uid, numPrompt, numOutput, numCached, reason, numRetractions, numAccepted,
     }));
 }
 

@@ -6,7 +6,7 @@ import { highlight } from "../text/highlight.js";
 
 const AGAIN = 500; // milliseconds between two looks at a request that has not ended
 const NUM_STAGES = 8; // what comes behind them repeats, and has code of its own
-const BETWEEN = ["prefill", "decode", "retracted"];
+const BETWEEN = ["prefill", "decode", "accepted", "retracted"];
 
 let stages = null; // what /trace/stages says, asked once
 
@@ -80,6 +80,8 @@ export class RequestDetail {
       h("p", { class: "small muted" }, t("request.code"), code),
       h("p", { class: "small muted", text: t("request.events", { chunks: num(output.num_chunks),
         decodes: num(numDecodes), retractions: num(output.num_retractions) }) }),
+      output.num_drafted > 0 && h("p", { class: "small muted", text: t("request.drafts",
+        { right: num(output.num_accepted), drafted: num(output.num_drafted) }) }),
     );
   }
 
@@ -153,14 +155,15 @@ function notesOf(stage, reached) {
   return notes;
 }
 
-/** What repeats, on one line: chunks of the prompt, decode steps (every few), retractions. */
+/** What repeats, on one line: chunks of the prompt, decode steps (every few), runs of guesses, retractions. */
 function timeline(events, first, end) {
   const marks = events.map((event) => {
-    const text = t(`event.${event.name}`,
-      { n: num((event.name === "prefill" ? event.num_new : event.start) ?? 0) });
+    const { name, num_new: numNew, start } = event;
+    const text = t(`event.${name}`, { n: num((["prefill", "accepted"].includes(name) ? numNew : start) ?? 0) });
     const title = `+${duration(event.time - first)} ${text}`;
-    return h("i",
-      { class: event.name, title, style: { left: `${Math.min(100, (100 * (event.time - first)) / end)}%` } });
+    const style = { left: `${Math.min(100, (100 * (event.time - first)) / end)}%` };
+    if (name === "accepted") style.width = `${2 + numNew}px`; // a run is as long as it is
+    return h("i", { class: name, title, style });
   });
   return h("div", { class: "timeline", role: "img", "aria-label": t("request.timeline", { n: num(events.length) }) },
     marks);

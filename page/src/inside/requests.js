@@ -75,6 +75,7 @@ function stateOf(one) {
   }
   const parts = [tOr(`finish.${one.reason}`, one.reason)];
   if (one.numCached) parts.push(t("state.cached", { n: num(one.numCached) }));
+  if (one.numAccepted) parts.push(t("state.accepted", { n: num(one.numAccepted) }));
   if (one.numRetractions) parts.push(t("state.retractions", { n: num(one.numRetractions) }));
   return parts.join(" · ");
 }

@@ -1,5 +1,6 @@
 // (b) The steps as a strip that scrolls: a column for each step, a line for each row of the batch. A column in which
-// both colours stand is a mixed step: some requests decode while another's prompt is computed, chunk by chunk.
+// the colours of decode and prefill stand is a mixed step: some requests decode while another's prompt is computed,
+// chunk by chunk.
 import { ask } from "../api.js";
 import { h, icon, saveFile } from "../dom.js";
 import { num, t } from "../i18n.js";
@@ -19,7 +20,7 @@ export class Strip {
     const save = h("button", { type: "button", class: "text-button", onclick: savePerfetto }, icon("save"),
       t("strip.perfetto"));
     this.root = h("div", {}, this.canvas,
-      h("div", { class: "legend small muted" }, key("prefill"), key("decode"), save), this.about);
+      h("div", { class: "legend small muted" }, key("prefill"), key("decode"), key("verify"), save), this.about);
     this.pointed = null; // the step that the pointer is at
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => {
@@ -45,26 +46,28 @@ export class Strip {
     const height = Math.max(LINES[0], Math.min(LINES[1], Math.floor(BATCH / lines)));
     const context = sized(canvas, HEAD + BATCH + 4);
     const budget = Math.max(server?.max_prefill_length ?? 1, ...shown.map((step) => step.num_tokens));
-    const colours = [themed("decode"), themed("prefill"), themed("line")];
-    context.fillStyle = colours[2];
+    const colours = ["decode", "prefill", "verify"].map(themed); // by kind of a row
+    context.fillStyle = themed("line");
     context.fillRect(0, HEAD - 1, canvas.clientWidth, 1);
     shown.forEach((step, index) =>
       this.draw(context, step, canvas.clientWidth - (shown.length - index) * COLUMN, budget, colours, height));
     this.tell();
   }
 
-  draw(context, step, x, budget, [decode, prefill], line) {
+  draw(context, step, x, budget, colours, line) {
     // The tokens of a step, on a scale on which one token is still seen beside a full budget.
     const scale = (tokens) => ((HEAD - 4) * Math.log1p(tokens)) / Math.log1p(budget);
     const height = scale(step.num_tokens);
-    const lower = step.num_decode ? Math.max(3, (height * step.num_decode) / step.num_tokens) : 0;
-    context.fillStyle = prefill;
-    context.fillRect(x + 1, HEAD - 2 - height, COLUMN - 3, height);
-    context.fillStyle = decode;
-    context.fillRect(x + 1, HEAD - 2 - lower, COLUMN - 3, lower);
-    for (const [row, , , isPrefill] of step.rows) {
+    let left = step.num_tokens; // each bar stands before those of the kinds that were
+    for (const kind of [1, 2, 0]) {
+      const tall = left && Math.max(3, (height * left) / step.num_tokens);
+      context.fillStyle = colours[kind];
+      context.fillRect(x + 1, HEAD - 2 - tall, COLUMN - 3, tall);
+      left -= tokensOf(step, kind);
+    }
+    for (const [row, , , kind] of step.rows) {
       if (row >= MAX_LINES) continue;
-      context.fillStyle = isPrefill ? prefill : decode;
+      context.fillStyle = colours[kind];
       context.fillRect(x + 1, HEAD + 3 + row * line, COLUMN - 3, line - 2);
     }
   }
@@ -84,12 +87,16 @@ async function savePerfetto() {
   saveFile("minisgl-trace.json", "application/json", await trace.text());
 }
 
+const ofKind = (step, wanted) => step.rows.filter(([, , , kind]) => kind === wanted);
+const tokensOf = (step, kind) => ofKind(step, kind).reduce((sum, [, , count]) => sum + count, 0);
+
 function describe(step) {
-  const chunks = step.rows.filter(([, , , isPrefill]) => isPrefill);
-  const numNew = chunks.reduce((sum, [, , count]) => sum + count, 0);
   const parts = [t("strip.step", { n: num(step.step) })];
   if (step.num_decode) parts.push(t("strip.decodes", { n: num(step.num_decode) }));
-  if (chunks.length) parts.push(t("strip.chunks", { n: num(chunks.length), tokens: num(numNew) }));
+  for (const [kind, name] of [[1, "strip.chunks"], [2, "strip.verified"]]) {
+    const n = ofKind(step, kind).length;
+    if (n) parts.push(t(name, { n: num(n), tokens: num(tokensOf(step, kind)) }));
+  }
   if (isMixed(step)) parts.push(t("strip.mixed"));
   if (step.device_ms !== null) parts.push(t("strip.time",
     { device: num(step.device_ms, 1), host: num(step.host_ms, 1) }));

@@ -35,7 +35,7 @@ def exports(config: ServerConfig) -> list[Export]:
 def _log(headers: Mapping[str, str], told: Json) -> None:  # noqa: ARG001
     """A line for each event but the steps."""
     for output in told["outputs"]:
-        for event in [event for event in output.events if event.name not in ("prefill", "decode")]:
+        for event in [event for event in output.events if event.name not in ("prefill", "decode", "accepted")]:
             fields = {"id": told["id"], "output": output.index, **msgspec.to_builtins(event)}
             text = " ".join(f"{name}={value}" for name, value in fields.items())
             logger.info("request %s", text, extra={"fields": {"request": fields}})
@@ -62,7 +62,7 @@ def _otlp(endpoint: str, model: str) -> Export:
             about = {"gen_ai.response.id": told["response_id"], "gen_ai.response.model": model}
             about |= {"gen_ai.response.finish_reasons": [output.reason or ""], "minisgl.id": told["id"]}
             about |= {"gen_ai.usage.input_tokens": output.num_prompt, "gen_ai.usage.output_tokens": output.num_output}
-            about |= {"minisgl.cached_tokens": output.num_cached}
+            about |= {"minisgl.cached_tokens": output.num_cached, "minisgl.accepted_tokens": output.num_accepted}
             times = [round(1e9 * event.time) for event in output.events]
             whole = tracer.start_span("request", parent, SpanKind.SERVER, about, start_time=times[0])
             for when, event in zip(times, output.events, strict=True):
@@ -118,6 +118,6 @@ def _of_steps(steps: Sequence[Step]) -> Iterator[Json]:
         begin = max(step.time, end)
         end = begin + max((step.device_ms or 0.0) / 1e3, 2e-6)
         yield _slice("step", "engine", 0, begin, end, args=about)
-        for row, uid, num_new, is_prefill in step.rows:
-            kind = f"prefill {num_new}" if is_prefill else "decode"
-            yield _slice(kind, "rows", row, begin, end, args={"uid": uid, "step": step.step})
+        for row, uid, num_new, kind in step.rows:
+            name = ("decode", f"prefill {num_new}", f"verify {num_new}")[kind]
+            yield _slice(name, "rows", row, begin, end, args={"uid": uid, "step": step.step})

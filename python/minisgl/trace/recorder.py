@@ -4,10 +4,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import msgspec
 
-from minisgl.core import Req, ReqOutput, StepPlan
+from minisgl.core import Req, ReqOutput, ScheduledReq, StepPlan
 from minisgl.message.messages import TraceMsg, TraceReply, UserMsg
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.plan import Planned
@@ -36,7 +37,7 @@ class Recorder(Observer):
         self._waiting: dict[int, Event] = {}  # by uid, as they came: who was never in a step
         self._running: set[int] = set()  # uids of those that are, as far as we have seen
         self._num_retracted = 0
-        self._steps: deque[tuple[Step, array[int]]] = deque(maxlen=MAX_STEPS)  # with row, uid, new tokens of each row
+        self._steps: deque[tuple[Step, array[int]]] = deque(maxlen=MAX_STEPS)  # row, uid, new tokens, kind of each row
         self._rows, self._reqs = array("q"), list[Req]()  # of the last step; whose they are, where all decode
         self._pending: deque[Step] = deque()  # those that are not retired
         self._why, self._planned = "pages", 0.0  # what those wait for who are not in the last step, and its time
@@ -90,8 +91,8 @@ class Recorder(Observer):
         counts = page_counts(planner), len(planner.running), num_waiting
         step = Step(plan.step_id, now, plan.num_decode, num_tokens, *counts)
         if plan.admissions or prefill or reqs != self._reqs:  # most steps have the same rows as the one before
-            rows = [part for req, share in zip(reqs, plan.reqs, strict=True) for part in (share[0], req.uid, share[2])]
-            self._reqs, self._rows = [] if prefill else reqs, array("q", rows)
+            shares = [(share[0], req.uid, share[2], _kind(share)) for req, share in zip(reqs, plan.reqs, strict=True)]
+            self._reqs, self._rows = [] if prefill else reqs, array("q", chain.from_iterable(shares))
         self._steps.append((step, self._rows))
         self._pending.append(step)
 
@@ -105,16 +106,21 @@ class Recorder(Observer):
         self._last_end = now
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
-        for req, reason in [(one.req, one.finish_reason) for one in outputs if one.finish_reason is not None]:
-            if (output := self._open.pop(req.uid, None)) is None:
+        for req, reason, num in [(one.req, one.finish_reason, len(one.token_ids)) for one in outputs]:
+            if (reason is None and num < 2) or (output := self._open.get(req.uid)) is None:
                 continue
-            self._waiting.pop(req.uid, None)
-            self._running.discard(req.uid)
-            output.reason, output.num_output = reason.value, max(0, len(req.tokens) - req.prompt_len)
-            output.events.append(Event("finished", self._clock(), num_tokens=output.num_output))
-            self._ended[req.uid] = output
-            if len(self._ended) > MAX_ENDED:
-                del self._ended[next(iter(self._ended))]
+            output.num_accepted, output.num_drafted = req.drafted[0], sum(req.drafted)
+            if num > 1:  # all but the first had been guessed
+                _add(output, Event("accepted", self._clock(), start=len(req.tokens) - num + 1, num_new=num - 1))
+            if reason is not None:
+                del self._open[req.uid]
+                self._waiting.pop(req.uid, None)
+                self._running.discard(req.uid)
+                output.reason, output.num_output = reason.value, max(0, len(req.tokens) - req.prompt_len)
+                output.events.append(Event("finished", self._clock(), num_tokens=output.num_output))
+                self._ended[req.uid] = output
+                if len(self._ended) > MAX_ENDED:
+                    del self._ended[next(iter(self._ended))]
 
     def turned(self) -> None:
         now = self._clock()
@@ -183,5 +189,9 @@ def _add(output: Output, event: Event) -> None:
 
 
 def _whole(step: Step, rows: list[int]) -> Step:
-    kinds = [0] * step.num_decode + [1] * (len(rows) // 3 - step.num_decode)
-    return msgspec.structs.replace(step, rows=[*zip(rows[::3], rows[1::3], rows[2::3], kinds, strict=True)])
+    return msgspec.structs.replace(step, rows=[*zip(*[iter(rows)] * 4, strict=True)])
+
+
+def _kind(share: ScheduledReq) -> int:
+    """0: decode, 1: prefill, 2: it verifies guesses."""
+    return 2 if share.num_samples > 1 else int(share.num_new > share.num_samples)

@@ -14,10 +14,10 @@ STAGES = [*EVENTS][:8]
 class Event(msgspec.Struct, omit_defaults=True):
     """Something that happens to an output. time: Unix seconds, None: to come. seconds: since the first event.
 
-    Of a step: the output's row, and `num_new` tokens from position `start` on; what is before was computed, or cached.
-    num_tokens: of the prompt (tokenized), of the output (finished). ahead: requests that waited already; overtaken: how
-    many that came later went first; why: what it waited for. first: when the first text was there. status, param, code:
-    of the HTTP error (refused).
+    Of a step: the output's row, and `num_new` tokens from position `start` on; what is before was computed, or cached
+    (accepted: they had been guessed). num_tokens: of the prompt (tokenized), of the output (finished). ahead: requests
+    that waited already; overtaken: how many that came later went first; why: what it waited for. first: when the first
+    text was there. status, param, code: of the HTTP error (refused).
     """
 
     name: str
@@ -49,6 +49,8 @@ class Output(msgspec.Struct):
     num_cached: int = 0
     num_output: int = 0
     num_chunks: int = 0
+    num_drafted: int = 0  # tokens that were guessed
+    num_accepted: int = 0  # of these, those that were right
     num_retractions: int = 0
     events: list[Event] = []
 
@@ -64,8 +66,8 @@ class Output(msgspec.Struct):
 
 
 class Step(msgspec.Struct):
-    """What was computed at once. rows: row, uid, number of new tokens, and 1 for prefill, else 0. Who is not the
-    operator is told of their own rows, and of no `pages`, `running` and `waiting`."""
+    """What was computed at once. rows: row, uid, number of new tokens, and 0 for decode, 1 for prefill, 2 where guesses
+    are verified. Who is not the operator is told of their own rows, and of no `pages`, `running` and `waiting`."""
 
     step: int
     time: float
