@@ -6,8 +6,8 @@ not, and with drafts of some quality.
                                             [flags]
 
 Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote:
-a text that is to be said again, greedily; fresh: the beginning of a story, sampled; answer: questions in a chat,
-greedily, up to where the answers end. Without `--model` it is the built-in model. Further flags are the engine's;
+a text that is to be said again, greedily; fresh: the beginning of a story, sampled, another one in each round; answer:
+questions in a chat, greedily, up to where the answers end, the same ones in each round. Without `--model` it is the built-in model. Further flags are the engine's;
 `--speculate ngram` where they name none. Prints both speeds (medians),
 the ratio (median of the rounds'), and how many guessed tokens were right.
 
@@ -45,10 +45,12 @@ QUESTIONS = (
 SHAPE_PROMPT = 128  # tokens
 
 
-def prompts(load: str, num: int) -> list[str]:
+def prompts(load: str, num: int, turn: int) -> list[str]:
+    """No two of a load begin alike: what others had behind the same beginning would be guessed."""
+    each = range(turn * num, turn * num + num)
     if load == "quote":
-        return [f"{i}. {TEXT}\n\nHere is the same text again:\n\n{i}. {TEXT[:60]}" for i in range(num)]
-    return [f"Story {i} of {TOPICS[i % 8]} and {TOPICS[(3 * i + 5) % 8]}. It begins so:" for i in range(num)]
+        return [f"{i}. {TEXT}\n\nHere is the same text again:\n\n{i}. {TEXT[:60]}" for i in each]
+    return [f"{i}. Story of {TOPICS[i % 8]} and {TOPICS[(3 * i + 5) % 8]}. It begins so:" for i in each]
 
 
 def with_predictions(params: SamplingParams, outputs: list[list[int]], every: int) -> list[SamplingParams]:
@@ -95,9 +97,14 @@ def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict
     """So many streams, in turns."""
     numbers, load = random.Random(0), args.load
     temperature = 0.8 if load == "fresh" and args.predict is None else 0.0
-    texts: list[Any] = list(prompts(load, num))
-    if args.shape is not None:
-        texts, load = [[numbers.randrange(10, 4000) for _ in range(SHAPE_PROMPT)] for _ in range(num)], "fresh"
+    load = load if args.shape is None else "fresh"
+
+    def texts_of(turn: int) -> list[Any]:
+        if args.shape is None:
+            return [*prompts(load, num, turn)]
+        return [[numbers.randrange(10, 4000) for _ in range(SHAPE_PROMPT)] for _ in range(num)]
+
+    texts = texts_of(0)
     params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=load != "answer")
     each: dict[str, Any] = dict.fromkeys(engines, params)
     if args.predict is not None:
@@ -108,6 +115,7 @@ def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict
     before, num_same, num_tokens = (speculation.num_drafted.total(), speculation.num_right.total()), 0, 0
     for turn in range(args.rounds + 1):  # the first one warms up
         outputs = {}
+        texts = texts if args.predict is not None else texts_of(turn)
         for name in list(engines)[:: 1 if turn % 2 else -1]:
             begin = time.perf_counter()
             outputs[name] = generate(engines[name], load, texts, each[name])

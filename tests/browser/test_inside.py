@@ -146,6 +146,33 @@ def test_a_long_prompt_shares_steps_with_running_streams(visit: Visit, demo: Ser
     poll(lambda: page.locator(".timeline .prefill").count() == told["num_chunks"], "not each chunk is shown")
 
 
+def test_runs_of_guessed_tokens_are_seen(visit: Visit, demo: Server) -> None:
+    """A request that brings the answer as its `prediction`."""
+    asked: dict[str, Any] = {"model": "x", "messages": [{"role": "user", "content": "What can you do?"}]}
+    asked |= {"max_tokens": 40, "temperature": 0}
+    text = httpx.post(f"{demo.url}/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+    page = look(visit, demo)
+    guess = {"prediction": {"type": "content", "content": text}}
+    answer = httpx.post(f"{demo.url}/v1/chat/completions", json=asked | guess).raise_for_status()
+    one = answer.headers["x-request-id"]
+    (told,) = outputs(demo, [one])
+    usage = answer.json()["usage"]["completion_tokens_details"]
+    assert told["num_accepted"] == usage["accepted_prediction_tokens"] > 5
+    row = page.locator(f"tr.ended[data-id='{one}']")
+    row.get_by_text(f"{told['num_accepted']} guessed").wait_for()
+    row.get_by_role("button").click()
+    runs = [event for event in told["events"] if event["name"] == "accepted"]
+    poll(lambda: page.locator(".timeline .accepted").count() == len(runs), "not each run is shown")
+    titles = page.locator(".timeline .accepted").evaluate_all("all => all.map((one) => one.title)")
+    assert [int(re.findall(r"a run: (\d+) ", title)[0]) for title in titles] == [run["num_new"] for run in runs]
+    said = f"Of {told['num_drafted']} guessed tokens, {told['num_accepted']} are in the output"
+    page.locator(".request").get_by_text(said).wait_for()
+    page.locator("[data-stage=accepted]").click()
+    page.locator(".source .code").first.wait_for()
+    page.locator(".key .verify").wait_for()
+    check_accessible(page)
+
+
 def test_one_is_retracted_where_pages_are_few(visit: Visit, small: Server) -> None:
     page = look(visit, small)
     before = counter(small, "num_preemptions_total")

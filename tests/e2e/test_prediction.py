@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -106,3 +107,22 @@ def test_requests_without_drafts_stay_so(demo: Server) -> None:
         guess: Any = {"type": "content", "content": text}
         answer = client.chat.completions.create(**ASKED, prediction=guess, extra_body={"speculate": 0})
         assert details(answer.usage) == (0, 0)
+
+
+def test_a_question_asked_again_is_guessed_by_the_tree(tmp_path: Path) -> None:
+    """The output stays the same; nobody is told what another tenant has asked."""
+    asked: Any = {**ASKED, "messages": [{"role": "user", "content": "What is a token?"}]}
+    flags = ["--device", "cpu", "--dtype", "float32", "--max-seq-len", "1024", "--speculate", "ngram"]
+    with Server.running(["-m", "minisgl", "--port", "0", *flags], tmp_path / "server.log") as server:
+        with server.client() as client:
+            first = client.chat.completions.create(**asked, extra_body={"cache_salt": "a"})
+            before = counted(server, "spec_decode_num_draft_tokens").get("tree", 0)
+            other = client.chat.completions.create(**asked, extra_body={"cache_salt": "b"})
+            assert counted(server, "spec_decode_num_draft_tokens").get("tree", 0) == before == 0
+            again = client.chat.completions.create(**asked, extra_body={"cache_salt": "a"})
+        answers = {answer.choices[0].message.content for answer in (first, other, again)}
+        assert len(answers) == 1
+        right = counted(server, "spec_decode_num_accepted_tokens")["tree"]
+        assert right == counted(server, "spec_decode_num_draft_tokens")["tree"]
+        assert again.usage is not None and right > again.usage.completion_tokens // 2
+        assert details(other.usage)[0] < right <= details(again.usage)[0]

@@ -108,6 +108,25 @@ def test_the_rows_of_each_step_are_its_own() -> None:
         assert sum(not row[3] for row in step.rows) == step.num_decode == shares.num_decode
 
 
+def test_runs_of_guesses_are_seen() -> None:
+    """The second time, the first output is guessed from the prefix cache."""
+    world = World(speculate="ngram", max_seq_len=128)
+    for uid in (3, 43):  # of the same prompt
+        world.put(uid, 40, 60)
+        world.run()
+    first, second = world.of(3), world.of(43)
+    runs = named(second, "accepted")
+    assert len(runs) > 5 and sum(run.num_new or 0 for run in runs) == second.num_accepted > 40
+    assert second.num_accepted <= second.num_drafted < 60 and second.num_output == 60
+    assert all(40 < (run.start or 0) < 100 and 0 < (run.num_new or 0) <= 8 for run in runs)
+    assert first.num_accepted < 10
+    rows = [row for step in world.ask(num_steps=1000).steps for row in step.rows if row[1] == 43]
+    assert [row[3] for row in rows].count(2) >= len(runs)
+    assert all((kind == 0) <= (num_new == 1) and (kind != 2 or num_new > 1) for _, _, num_new, kind in rows)
+    kinds = [slice["name"] for slice in chart([], world.ask(num_steps=1000).steps)["traceEvents"] if slice["ph"] == "X"]
+    assert any(kind.startswith("verify ") for kind in kinds) and "decode" in kinds and "prefill 16" in kinds
+
+
 def test_what_the_prefix_cache_gave_is_told() -> None:
     world = World()
     world.put(1, 40)

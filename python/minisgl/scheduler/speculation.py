@@ -65,10 +65,9 @@ class Speculation:
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         """drafter: of all requests, in place of what `speculate` names."""
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
-        self._makers: dict[str, Callable[[Req], Drafter]] = {}  # by name; who comes first is asked first
-        if drafter is not None or config.speculate == "ngram":
-            ngram = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
-            self._makers = ngram if drafter is None else {config.speculate: lambda _: drafter}
+        ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
+        makers = ngram if config.speculate == "ngram" else {}  # by name; who comes first is asked first
+        self._makers = makers if drafter is None else {config.speculate: lambda _: drafter}
         self._asks = config.speculate in ("mtp", "model")  # the engine
         self._told: dict[int, tuple[int, Sequence[int]]] = {}  # by uid: after how many tokens it says what comes next
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
