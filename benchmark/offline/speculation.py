@@ -5,10 +5,10 @@ not, and with drafts of some quality.
                                             [--rounds 5] [--shape NAME] [--accept RATE] [--predict N] [--json FILE]
                                             [flags]
 
-Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote:
-a text that is to be said again, greedily; fresh: the beginning of a story, sampled, another one in each round; answer:
-questions in a chat, greedily, up to where the answers end, the same ones in each round. Without `--model` it is the built-in model. Further flags are the engine's;
-`--speculate ngram` where they name none. Prints both speeds (medians),
+Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote: a
+text that is to be said again, greedily; fresh: the beginning of a story, sampled, another one in each round; answer:
+questions in a chat, greedily, up to where the answers end, the same ones in each round. Without `--model` it is the
+built-in model. Further flags are the engine's; `--speculate ngram` where they name none. Prints both speeds (medians),
 the ratio (median of the rounds'), and how many guessed tokens were right.
 
 --shape: random weights, and prompts of random ids; with `--speculate mtp` the model has a head. --accept: a guessed

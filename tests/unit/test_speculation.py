@@ -264,7 +264,7 @@ def test_a_tree_says_what_its_namespace_had_behind_the_same_tokens(
         cache.evict(num_evicted)
         is_first = False
         if not is_pending:
-            req.tokens += (draft + [1, 0, 2])[:num_told]
+            req.tokens += [*draft, 1, 0, 2][:num_told]
 
 
 def ask_again(planner: Planner, params: list[SamplingParams]) -> list[int]:

@@ -366,7 +366,7 @@ def test_a_story_of_what_has_hardly_begun() -> None:
 
 def test_each_stage_names_code_that_is_there() -> None:
     table = stages()
-    assert [stage["name"] for stage in table] == [*STAGES, "prefill", "decode", "retracted", "refused"]
+    assert [stage["name"] for stage in table] == [*STAGES, "prefill", "decode", "accepted", "retracted", "refused"]
     for stage in table:
         for code in stage["code"]:
             head = code["text"].lstrip()
