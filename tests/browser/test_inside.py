@@ -148,7 +148,7 @@ def test_a_long_prompt_shares_steps_with_running_streams(visit: Visit, demo: Ser
 
 def test_runs_of_guessed_tokens_are_seen(visit: Visit, demo: Server) -> None:
     """A request that brings the answer as its `prediction`."""
-    asked: dict[str, Any] = {"model": "x", "messages": [{"role": "user", "content": "What can you do?"}]}
+    asked: dict[str, Any] = {"model": "minisgl-demo", "messages": [{"role": "user", "content": "What can you do?"}]}
     asked |= {"max_tokens": 40, "temperature": 0}
     text = httpx.post(f"{demo.url}/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
     page = look(visit, demo)
