@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 from minisgl.config.mtp import longest_draft
 from minisgl.config.runtime import SchedulerConfig
@@ -237,6 +237,7 @@ PATHS = st.lists(st.tuples(st.sampled_from([b"", b"a"]), st.lists(st.integers(0,
 
 @given(PATHS, st.sampled_from([1, 2, 4]), st.sampled_from([b"", b"a", b"b"]), st.lists(st.integers(0, 2), min_size=1),
        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=12))  # fmt: skip
+@example([(b"", [0, 0]), (b"", [0, 0, 0])], 1, b"", [0], [(0, 0, True)])  # the edge ends with what is pending
 def test_a_tree_says_what_its_namespace_had_behind_the_same_tokens(
     paths: list[tuple[bytes, list[int]]],
     page_size: int,

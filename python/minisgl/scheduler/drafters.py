@@ -93,9 +93,10 @@ class TreePath(Prediction):
         self._end: RadixNode | None = None  # where the text ends
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        end = self._place + len(req.tokens) - self._num_seen + num_pending + most
-        if self._end and end > len(self._text) and (child := self._child(self._end, req, self._text[:0])):
-            self._text, self._place, self._end = np.concatenate((self._text[self._place :], child.key)), 0, child
+        super().propose(req, 0, 0)  # takes in what is new
+        end = self._place + num_pending + most + 1  # so many tokens may be new when it is asked again
+        while self._end and len(self._text) < end and (edge := self._child(self._end, req, self._text[:0])):
+            self._text, self._end = np.concatenate((self._text, edge.key)), edge
         return super().propose(req, num_pending, most)
 
     def _seek(self, req: Req, place: int) -> None:  # noqa: ARG002
@@ -118,7 +119,7 @@ class TreePath(Prediction):
         first = rest[:size].tobytes()
         if len(rest) >= size:
             return node.children.get(first + namespace)
-        newest = islice(reversed(node.children.items()), _MOST_CHILDREN)
+        newest = islice(node.children.items(), _MOST_CHILDREN)
         fitting = (one for name, one in newest if name.startswith(first) and name[size * rest.itemsize :] == namespace)
         return next(fitting, None)
 
