@@ -119,7 +119,7 @@ class TreePath(Prediction):
         first = rest[:size].tobytes()
         if len(rest) >= size:
             return node.children.get(first + namespace)
-        newest = islice(node.children.items(), _MOST_CHILDREN)
+        newest = islice(reversed(node.children.items()), _MOST_CHILDREN)
         fitting = (one for name, one in newest if name.startswith(first) and name[size * rest.itemsize :] == namespace)
         return next(fitting, None)
 
