@@ -103,6 +103,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**HYBRID, "num_hidden_layers": 5},
     "qwen3_5_moe_text": {**HYBRID, **EXPERTS},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 32},
+    "lfm3": {
+        "layer_types": ["conv", "sliding_attention", "full_attention", "conv", "sliding_attention"],
+        "num_hidden_layers": 5,
+        "head_dim": 24,
+        "sliding_window": 11,
+    },
     "qwen3_next": {**HYBRID, **EXPERTS, "mlp_only_layers": [1], "full_attention_interval": 3},
     "gemma4_text": {
         "head_dim": 16,

@@ -34,6 +34,7 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("qwen3_moe", CPU_KERNELS),
     "states": ("qwen3_5_text", {**CPU_KERNELS, "num_snapshots": 8}),
     "convolutions": ("lfm2", {**CPU_KERNELS, "num_snapshots": 8}),
+    "convolutions and windows": ("lfm3", {**CPU_KERNELS, "num_snapshots": 8}),
     "convolutions layer by layer": ("lfm2", {"num_snapshots": 8}),
 }
 

@@ -81,6 +81,7 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("qwen3_next"), 2),  # fused in the file
         (tiny_model("gpt_oss"), 2),  # sinks, biases of experts
         (tiny_model("lfm2"), 2),
+        (tiny_model("lfm3"), 2),  # windows, and gates of heads
     ]
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
     for case, (path, tp_size) in enumerate(models):

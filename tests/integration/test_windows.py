@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {},
     "olmo3": {"sliding_window": 13},
     "mistral": WINDOW,  # all layers have windows
+    "lfm3": {},  # and states, which are found at snapshots alone
 }
 LONG = random_prompt(150, seed=9)
 PROMPTS = [random_prompt(5, seed=5), random_prompt(60, seed=6), LONG, random_prompt(33, seed=7)]
@@ -43,9 +44,11 @@ def check(family: str, prompts: list[list[int]], outputs: list[list[int]]) -> No
 def configs(family: str, num_window_pages: int, **fields: Any) -> tuple[EngineConfig, SchedulerConfig]:
     """Steps of 24 tokens, in pages of 4."""
     path = tiny_model(family, **FAMILIES[family])
-    config = engine_config(path, page_size=4, num_pages=400, max_running_requests=4, max_prefill_length=24, **fields)
+    states = {"num_snapshots": 16} if read_model_config(path).states else {}
+    sizes = {"page_size": 4, "num_pages": 400, "max_running_requests": 4, "max_prefill_length": 24}
+    config = engine_config(path, **sizes, **states, **fields)
     config = replace(config, window=config.model.window, num_window_pages=num_window_pages)
-    pages = {"window": config.window, "num_window_pages": num_window_pages}
+    pages = {"window": config.window, "num_window_pages": num_window_pages, "has_states": bool(states), **states}
     planning = SchedulerConfig(4, 24, 512, 400, 4, check_integrity=1, integrity_fatal=True, **pages)
     return config, planning
 
@@ -101,7 +104,9 @@ def test_tokens_of_long_contexts(family: str, kernels: str) -> None:
     with each family, and with each way to compute: they take turns."""
     cache_type = ("radix", "naive")[([*FAMILIES].index(family) + (kernels == "torch")) % 2]
     config, planning = configs(family, 24, **CPU_KERNELS if kernels == "kernels" else {})
-    server = Server(config, replace(planning, cache_type=cache_type), spoils=True)
+    num_snapshots = planning.num_snapshots if cache_type == "radix" else 0
+    planning = replace(planning, cache_type=cache_type, num_snapshots=num_snapshots)
+    server = Server(config, planning, spoils=True)
     try:
         outputs, _ = server.generate(PROMPTS)
         check(family, PROMPTS, outputs)
@@ -119,14 +124,16 @@ def test_cached_prefixes(family: str, num_window_pages: int) -> None:
         (first, *_), _ = server.generate([LONG])
         branch, output, found = LONG[:101] + random_prompt(9, seed=2), first, list[int]()
         for turn in range(4):
-            ends = random_prompt(20, seed=1), random_prompt(5, seed=3)
-            prompt = [LONG + output + ends[0], LONG, branch, branch + output + ends[1]][turn]
+            more = random_prompt(20, seed=1), random_prompt(5, seed=3)
+            prompt = [LONG + output + more[0], LONG, branch, branch + output + more[1]][turn]
             (output,), (cached,) = server.generate([prompt])
             check(family, [prompt], [output])
             found.append(cached)
-        assert found[0] == 212, "the last window is gone"
-        assert found[3] == 172, "what was read again is not cached"
-        assert found[1:3] == ([148, 100] if num_window_pages == 400 else [0, 0])
+        # Pages of 4; where there are states, snapshots: 8 tokens before a prompt's end, where prompts part, 64 further.
+        ends, middles = ((204, 164), [140, 0]) if family == "lfm3" else ((212, 172), [148, 100])
+        assert found[0] == ends[0], "the last window is gone"
+        assert found[3] == ends[1], "what was read again is not cached"
+        assert found[1:3] == (middles if num_window_pages == 400 else [0, 0])
     finally:
         server.engine.close()
 

@@ -136,7 +136,7 @@ def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> f
     queries, weights, pairs = model.num_qo_heads * model.head_dim, 0, 0.0
     for spec in (layer.attention for layer in model.layers):
         if isinstance(spec.cache, PagedKV):
-            weights += ((2 + spec.gated) * queries + spec.cache.local_size(1)) * model.hidden_size
+            weights += ((2 + bool(spec.gated)) * queries + spec.cache.local_size(1)) * model.hidden_size
             seen, known = (min(n, spec.window or n) for n in (num_tokens, num_cached))
             pairs += seen * (num_tokens - seen / 2) - known * (num_cached - known / 2)
         else:

@@ -47,7 +47,7 @@ class Family:
     eps: str = "rms_norm_eps"
     activation: str = "hidden_act"
     groups_state: bool = False
-    gates_attention: bool = False
+    gates_attention: str = ""
     value_norms: bool = False
     layer_scalars: bool = False
     sinks: bool = False
@@ -178,14 +178,16 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
     alike = cap, family.sinks, family.gates_attention, None, family.value_norms
     full = specs.AttentionSpec(_heads(f, kinds), None, 0, *alike, values_are_keys=is_same)
-    other = specs.AttentionSpec(_state(f, family) or _heads(f), window, 0, *alike)
+    near = specs.AttentionSpec(_heads(f), window, 0, *alike)
+    other = specs.AttentionSpec(state) if (state := _state(f, family)) is not None else near
+    of_kind = {"sliding_attention": near, family.kind: other, "full_attention": full}
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
     owners = {kind: i for i, kind in enumerate(kinds[:num_own])}
     if not set(kinds) <= set(owners):
         raise f.wrong("num_kv_shared_layers", "fewer, with a layer of each kind before them")
     sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
     attentions = [
-        replace(other if kind == family.kind else full, rope_index=rope, source=source)
+        replace(of_kind[kind], rope_index=rope, source=source)
         for kind, rope, source in zip(kinds, rope_of_layer, sources, strict=True)
     ]
     norms = [LayerNorms(*family.norms, family.head_norms)] * len(kinds)
@@ -215,11 +217,12 @@ def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
 
 def _kinds(f: Fields, family: Family) -> list[str]:
     """Of each layer, as `layer_types` names them: what the file says, or every n-th layer, or the first, see all."""
-    kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
-    supported = "full_attention", "attention", family.kind  # the second is an older name of the first
-    if others := set(kinds) - set(supported):
+    num_layers, is_told = f.integer("num_hidden_layers", 0, most=MAX_LAYERS), f.data.get("layer_types") is not None
+    kinds = f.list_of(str, "layer_types")[: None if is_told else num_layers]  # a family's default may have more
+    known = dict.fromkeys(("full_attention", "attention", family.kind, *["sliding_attention"] * family.ropes_by_layer))
+    if others := set(kinds) - set(known):
         told = "layer_types " + ", ".join(sorted(others))
-        raise ConfigError(f"{f.source}: {told} not supported (supported: {', '.join(supported)})")
+        raise ConfigError(f"{f.source}: {told} not supported (supported: {', '.join(known)})")
     if kinds and len(kinds) != num_layers:
         raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
     if not kinds or "layer_types" not in family.defaults:
@@ -228,7 +231,7 @@ def _kinds(f: Fields, family: Family) -> list[str]:
         if family.interval:
             full = range(f.integer(family.interval, 0) - 1, num_layers, f.integer(family.interval, 0))
         kinds = ["full_attention" if i in full else family.kind for i in range(num_layers)]
-    kinds = [kind if kind == family.kind else "full_attention" for kind in kinds]
+    kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]  # which is an older name
     if "num_kv_shared_layers" in family.defaults:
         kinds[-1] = "full_attention"  # as transformers has it for Gemma 4
     if set(kinds) == {family.kind} != {"sliding_attention"}:

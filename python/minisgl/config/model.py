@@ -57,7 +57,7 @@ class AttentionSpec:
     rope_index: int = 0  # of `ModelConfig.ropes`
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a weight of each head takes part in the softmax
-    gated: bool = False  # what comes out is multiplied with the sigmoid of gates, which are projected beside queries
+    gated: str = ""  # what comes out is multiplied with the sigmoid of gates: of its "features", or of "heads"
     source: int | None = None  # the layer whose keys and values it attends to; None: its own
     value_norms: bool = False  # values are normalised, too, without a weight
     values_are_keys: bool = False  # before norm and rotation
@@ -210,6 +210,6 @@ class ModelConfig:
         params += self.num_layers * self.layer_inputs * (self.vocab_size // tp_size + 3 * self.hidden_size)
         for layer in self.cached_layers:
             params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-            if isinstance(cache := layer.attention.cache, PagedKV):
-                params += self.num_qo_heads * cache.k_dim * (2 + layer.attention.gated) * self.hidden_size // tp_size
+            if isinstance(cache := (spec := layer.attention).cache, PagedKV):
+                params += self.num_qo_heads * cache.k_dim * (2 + bool(spec.gated)) * self.hidden_size // tp_size
         return int(params * {**KV_BYTES, "int4": 0.75}[dtype]) + more

@@ -50,7 +50,7 @@ class WeightSlot:
 class Shard:
     """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
     [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers', and
-    `padding` rows of zeros follow them. order: which of the checkpoint's rows each of them is; [rows] int64."""
+    `padding` rows of zeros follow them. order: which of the checkpoint's rows each of them is, int64."""
 
     shape: Shape
     rows: tuple[int, int]
@@ -62,7 +62,7 @@ class Shard:
     @property
     def local(self) -> Shape:
         """The shard's own shape."""
-        return self.rows[1] - self.rows[0], self.span[1] - self.span[0]
+        return self.rows[1] - self.rows[0] if self.order is None else len(self.order), self.span[1] - self.span[0]
 
     @property
     def span(self) -> tuple[int, int]:
@@ -71,7 +71,7 @@ class Shard:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The shard's rows of this rank's tensor, [out, ...]."""
-        return tensor[self.at : self.at + self.rows[1] - self.rows[0]]
+        return tensor[self.at : self.at + self.local[0]]
 
 
 class WeightFormat:

@@ -25,18 +25,19 @@ class Attention(Layer):
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
         self._head_dim, self._comm, self._offset = spec.cache.k_dim, env.comm, config.norm_offset
         self._heads, dim = env.share(config.num_qo_heads, "attention heads"), spec.cache.k_dim
-        num_kv = spec.cache.heads if spec.source is None else 0
+        num_kv, size = spec.cache.heads if spec.source is None else 0, dim * (2 if spec.gated == "features" else 1)
         self._num_q, self._num_kv = len(self._heads), len(env.share(num_kv, KV_HEADS, True)) if num_kv else 0
         self._rope, self._is_wide = config.ropes[spec.rope_index], norms.of_heads == "all"
         self._order = order = head_order(self._rope, dim)
         assert order is None or not self._is_wide, "weights of its norms would have to be reordered, too"
         orders = dict[str, Tensor]()
-        if order is not None or spec.gated:  # whose rows follow those of each query head, and come first here
+        if order is not None or size > dim:  # gates, whose rows follow those of each query head, come first here
             features = torch.arange(dim) if order is None else order
-            queries, *gates = torch.arange(self._num_q * (1 + spec.gated) * dim).view(self._num_q, -1, dim).unbind(1)
+            queries, *gates = torch.arange(self._num_q * size).view(self._num_q, -1, dim).unbind(1)
             orders["q_proj"] = torch.cat([part.flatten() for part in (*gates, queries[:, features])])
             orders["k_proj"] = torch.arange(self._num_kv * dim).view(-1, dim)[:, features].flatten()
-        heads = {"q_proj": (config.num_qo_heads, dim * (1 + spec.gated))}
+        heads = dict.fromkeys(["gate_proj"] if spec.gated == "heads" else [], (config.num_qo_heads, 1))
+        heads["q_proj"], orders["gate_proj"] = (config.num_qo_heads, size), torch.arange(self._num_q * dim) // dim
         heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
         self.qkv_proj = ColumnLinear(env, hidden, heads, "attention heads", config.qkv_bias, orders=orders)
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
@@ -101,8 +102,8 @@ class Attention(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         spec = self._spec
-        scores = spec.window or 0, spec.rope_index, spec.softcap or 0.0, self.sinks
-        block = joined((self.qkv_proj, self.o_proj), "attention", (self.qk_norm, self._is_wide, *scores, spec.gated))
+        kind = self.qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self.sinks
+        block = joined((self.qkv_proj, self.o_proj), "attention", (*kind, bool(spec.gated)))
         return None if self._rope.query_beta or spec.value_norms or spec.source is not None else block
 
 

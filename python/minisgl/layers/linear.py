@@ -111,7 +111,7 @@ class ColumnLinear(Linear):
             mine = env.share(num, KV_HEADS, True) if name in ("k_proj", "v_proj") else env.share(num, what)
             rows = mine.start * size, mine.stop * size
             shard = Shard((num * size, in_features), rows, at=at, order=(orders or {}).get(name))
-            shards[f"{name}."], at = shard, at + rows[1] - rows[0]
+            shards[f"{name}."], at = shard, at + shard.local[0]
         super().__init__(env, (at, in_features), shards, bias, activation)
 
 

@@ -60,8 +60,7 @@ class AngleTables:
     """
 
     def __init__(self, ropes: Sequence[RotaryEmbedding], use: Callable[[int, Tensor, Tensor], object]) -> None:
-        self._ropes, self._use, self._num_positions = ropes, use, 0
-        self._tables: list[RopeAngles] = []
+        self._ropes, self._use, self._num_positions, self._tables = ropes, use, 0, list[RopeAngles]()
         self.reach(_ANGLES)
 
     def reach(self, length: int) -> None:

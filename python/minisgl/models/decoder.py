@@ -62,14 +62,12 @@ class DecoderModel:
     """Token ids to logits."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
-        self.config, self._eps = config, config.rms_norm_eps
-        self.embed_tokens = VocabTable(env, config.vocab_size, config.hidden_size)
+        self.config, self._eps, table = config, config.rms_norm_eps, (config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabTable(env, *table)
         self.inputs = LayerInputs(env, config) if config.layer_inputs else None
         self.layers = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
         self.norm = env.vector(config.hidden_size)
-        self.lm_head = self.embed_tokens
-        if not config.tie_word_embeddings:
-            self.lm_head = VocabTable(env, config.vocab_size, config.hidden_size)
+        self.lm_head = self.embed_tokens if config.tie_word_embeddings else VocabTable(env, *table)
         pooling, self._ops = config.pooling, env.ops
         classifies = pooling is not None and pooling.kind == "score" and not pooling.label_ids
         self.score = env.vector(1, config.hidden_size) if classifies else None
@@ -99,8 +97,7 @@ class DecoderModel:
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
         """x: `hidden`'s result; logit_tokens: [n] int64, of those whose logits are wanted (None: all) → [n, vocab_size]
         in the model's dtype."""
-        if logit_tokens is not None:
-            x = x.index_select(0, logit_tokens)
+        x = x if logit_tokens is None else x.index_select(0, logit_tokens)
         if not len(x):
             return x.new_empty(0, self.config.vocab_size)
         return self.capped(self.lm_head.logits(x, self.norm, self._eps))
