@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
-SHORT = 2**14  # bytes of a prompt that is encoded at once: some milliseconds
+SHORT = 2**14  # bytes of prompts that are encoded at once, of all that has come meanwhile: some milliseconds
 NUM_THREADS, SECONDS = 2, 20.0  # for others
 
 Answers = tuple[Sequence[wire.BackendMsg], Sequence[wire.FrontendMsg]]  # to the scheduler, and to the API server
@@ -46,6 +46,7 @@ class TokenizerServer:
         self._long = PriorityQueue[tuple[int, int, int, wire.TextMsg, list[wire.BackendMsg]]]()  # shortest first
         self._aborts: dict[int, list[wire.BackendMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
+        self._room = SHORT  # bytes that may still be encoded at once
         for index in range(NUM_THREADS):
             threading.Thread(target=self._serve_long, name=f"long-{index}", daemon=True).start()
         self._inbox = PullSocket(endpoint, wire.tokenizer_codec)
@@ -59,6 +60,7 @@ class TokenizerServer:
             while True:
                 messages = self._inbox.receive(POLL_SECONDS)
                 beat()
+                self._room = SHORT
                 for first in range(0, len(messages), MAX_BATCH):
                     to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
                     with self._lock:
@@ -85,7 +87,8 @@ class TokenizerServer:
                 onward = (), (message,)
             elif isinstance(message, wire.PingMsg):
                 onward = (message,), ()
-            elif (size := _size(message)) < SHORT:
+            elif (size := _size(message)) < self._room:
+                self._room -= size
                 onward = self._answer(message)
             else:
                 aborts: list[wire.BackendMsg] = []
