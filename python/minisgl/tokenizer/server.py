@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from queue import PriorityQueue
 
 from msgspec.structs import replace
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
-SHORT = 2**14  # bytes of prompts that are encoded at once, of all that has come meanwhile: some milliseconds
+SHORT = 2**14  # bytes of a batch's prompts that are encoded at once: some milliseconds
 NUM_THREADS, SECONDS = 2, 20.0  # for others
 
 Answers = tuple[Sequence[wire.BackendMsg], Sequence[wire.FrontendMsg]]  # to the scheduler, and to the API server
@@ -46,7 +47,6 @@ class TokenizerServer:
         self._long = PriorityQueue[tuple[int, int, int, wire.TextMsg, list[wire.BackendMsg]]]()  # shortest first
         self._aborts: dict[int, list[wire.BackendMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
-        self._room = SHORT  # bytes that may still be encoded at once
         for index in range(NUM_THREADS):
             threading.Thread(target=self._serve_long, name=f"long-{index}", daemon=True).start()
         self._inbox = PullSocket(endpoint, wire.tokenizer_codec)
@@ -56,24 +56,22 @@ class TokenizerServer:
     def run(self, beat: Callable[[], None]) -> None:
         """Serve until an exception ends it. `beat` is called at least each second, and after `MAX_BATCH` messages."""
         sys.setswitchinterval(0.0005)  # seconds that another thread may keep this one waiting
-        try:
+        with closing(self):
             while True:
                 messages = self._inbox.receive(POLL_SECONDS)
                 beat()
-                self._room = SHORT
                 for first in range(0, len(messages), MAX_BATCH):
                     to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
                     with self._lock:
                         self._frontend.send(to_frontend)
                         self._backend.send(to_backend)
                     beat()
-        finally:
-            self.close()
 
     def handle(self, messages: Sequence[wire.TokenizerMsg]) -> Answers:
         """What is to be sent now. A request's abort stays behind the request, which other threads may have."""
         to_backend: list[wire.BackendMsg] = []
         to_frontend: list[wire.FrontendMsg] = []
+        room = SHORT
         for message in messages:
             onward: Answers = (), ()
             if isinstance(message, wire.DetokenizeMsg):
@@ -83,12 +81,11 @@ class TokenizerServer:
                     self._aborts.get(message.uid, to_backend).append(message)
             elif isinstance(message, wire.FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
-            elif isinstance(message, wire.ErrorReply) or (isinstance(message, wire.PingMsg) and message.back):
-                onward = (), (message,)
-            elif isinstance(message, wire.PingMsg):
-                onward = (message,), ()
-            elif (size := _size(message)) < self._room:
-                self._room -= size
+            elif isinstance(message, wire.ErrorReply | wire.PingMsg):
+                goes_back = isinstance(message, wire.ErrorReply) or message.back
+                onward = ((), (message,)) if goes_back else ((message,), ())
+            elif (size := _size(message)) < room:
+                room -= size
                 onward = self._answer(message)
             else:
                 aborts: list[wire.BackendMsg] = []
