@@ -228,3 +228,16 @@ def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
     assert longest_draft("off", None, is_free=True) == 8
     assert longest_draft("mtp", None, is_free=False) == 3
     assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5
+
+
+def test_a_draft_of_a_request_that_has_ended_is_nobodys() -> None:
+    """Neither right nor wrong, and no name of a drafter is made up for it."""
+    planner = Planner(CONFIG, GuessingDrafter(lambda uid, position: 64))
+    engine = SimulatedEngine(planner.config)
+    planner.add(0, [0, 1, 2], PARAMS)
+    while not (planned := planner.plan() or pytest.fail("it waits")).plan.drafts:
+        planner.retire(engine.submit(planned.plan).result())
+    before = dict(planner.speculation.num_drafted)
+    planner.abort(0)
+    assert planner.retire(engine.submit(planned.plan).result()) == [] and planner.is_idle
+    assert dict(planner.speculation.num_drafted) == before
