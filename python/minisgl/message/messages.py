@@ -159,7 +159,7 @@ class PackedLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     top: bytes  # [n, k] float32
 
 
-class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One of the most probable tokens at a position. `token`: the bytes that it stands for."""
 
     token_id: int
@@ -167,7 +167,7 @@ class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     logprob: float
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A token of a prompt or an output. `logprob` is None for a prompt's first token, which nothing precedes."""
 
     token_id: int
