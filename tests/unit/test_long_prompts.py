@@ -129,6 +129,17 @@ def test_what_is_long_is_answered_later_and_the_same(running: Running) -> None:
     assert unpack_ids(user.prompt) == ids
 
 
+def test_many_short_prompts_are_as_much_as_a_long_one(running: Running) -> None:
+    """One request may bring a thousand: whoever comes after them is not kept waiting either."""
+    text = "hello world " * 400
+    asked = [request(TextPrompt(text), uid) for uid in range(60)]
+    to_backend, _ = running.handle([*asked, request(TextPrompt("x"), 90)])
+    at_once = [message.uid for message in to_backend]
+    assert 1 <= len(at_once) <= module.SHORT // len(text) + 1
+    later = [message.uid for message in running.to_backend(61 - len(at_once))]
+    assert sorted(at_once + later) == [*range(60), 90]
+
+
 def test_an_abort_stays_behind_its_long_request(running: Running) -> None:
     for uid in range(1, 41, 2):
         assert running.handle([request(LONG, uid, 2), AbortMsg(uid + 1)])[0] == []

@@ -343,3 +343,16 @@ def test_a_path_that_was_left_for_another_is_found_again() -> None:
         req.tokens.append(token)
     assert drafts[0] == [], "it was wrong"
     assert drafts[1] == [0] and drafts[2] == [1, 2] and drafts[-1] == [19, 20, 21, 22]
+
+
+def test_a_draft_of_a_request_that_has_ended_is_nobodys() -> None:
+    """Neither right nor wrong, and no name of a drafter is made up for it."""
+    planner = Planner(CONFIG, GuessingDrafter(lambda uid, position: 64))
+    engine = SimulatedEngine(planner.config)
+    planner.add(0, [0, 1, 2], PARAMS)
+    while not (planned := planner.plan() or pytest.fail("it waits")).plan.drafts:
+        planner.retire(engine.submit(planned.plan).result())
+    before = dict(planner.speculation.num_drafted)
+    planner.abort(0)
+    assert planner.retire(engine.submit(planned.plan).result()) == [] and planner.is_idle
+    assert dict(planner.speculation.num_drafted) == before

@@ -138,10 +138,11 @@ def test_what_is_refused(byte_level: HFTextCodec, prompt: Any, param: str, word:
         ("{% for m in messages %}{{ m.content }}", "line 1: Unexpected end of template"),
         ("{{ messages }}\n{{ bos | }}", "line 2: expected token"),
         ("{{ " + "(" * 20000, "it is too deeply nested"),
+        (7, "it is too deeply nested, or no text"),
     ],
 )
 def test_a_broken_template_is_told_at_the_start(
-    tmp_path: Path, template: str, says: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, template: Any, says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By its line; without chats the model can be used."""
     codec = HFTextCodec(str(make_byte_level(tmp_path, template=template)))

@@ -45,8 +45,8 @@ def template_problem(text: str) -> str | None:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {error.message}"
-    except RecursionError:
-        return "it is too deeply nested"
+    except (RecursionError, TypeError):
+        return "it is too deeply nested, or no text"
     return None
 
 

@@ -147,7 +147,7 @@ class Speculation:
     ) -> tuple[int, ...]:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right."""
         num_right, holds = 0, False
-        if req.num_stale:  # it sits out: how far it got is known
+        if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
         while num_right < len(draft):
             holds = self.holds(draft[num_right], ids[num_right])

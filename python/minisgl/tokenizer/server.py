@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from queue import PriorityQueue
 
 from msgspec.structs import replace
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
-SHORT = 2**14  # bytes of a prompt that is encoded at once: some milliseconds
+SHORT = 2**14  # bytes of a batch's prompts that are encoded at once: some milliseconds
 NUM_THREADS, SECONDS = 2, 20.0  # for others
 
 Answers = tuple[Sequence[wire.BackendMsg], Sequence[wire.FrontendMsg]]  # to the scheduler, and to the API server
@@ -55,7 +56,7 @@ class TokenizerServer:
     def run(self, beat: Callable[[], None]) -> None:
         """Serve until an exception ends it. `beat` is called at least each second, and after `MAX_BATCH` messages."""
         sys.setswitchinterval(0.0005)  # seconds that another thread may keep this one waiting
-        try:
+        with closing(self):
             while True:
                 messages = self._inbox.receive(POLL_SECONDS)
                 beat()
@@ -65,13 +66,12 @@ class TokenizerServer:
                         self._frontend.send(to_frontend)
                         self._backend.send(to_backend)
                     beat()
-        finally:
-            self.close()
 
     def handle(self, messages: Sequence[wire.TokenizerMsg]) -> Answers:
         """What is to be sent now. A request's abort stays behind the request, which other threads may have."""
         to_backend: list[wire.BackendMsg] = []
         to_frontend: list[wire.FrontendMsg] = []
+        room = SHORT
         for message in messages:
             onward: Answers = (), ()
             if isinstance(message, wire.DetokenizeMsg):
@@ -81,11 +81,11 @@ class TokenizerServer:
                     self._aborts.get(message.uid, to_backend).append(message)
             elif isinstance(message, wire.FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
-            elif isinstance(message, wire.ErrorReply) or (isinstance(message, wire.PingMsg) and message.back):
-                onward = (), (message,)
-            elif isinstance(message, wire.PingMsg):
-                onward = (message,), ()
-            elif (size := _size(message)) < SHORT:
+            elif isinstance(message, wire.ErrorReply | wire.PingMsg):
+                goes_back = isinstance(message, wire.ErrorReply) or message.back
+                onward = ((), (message,)) if goes_back else ((message,), ())
+            elif (size := _size(message)) < room:
+                room -= size
                 onward = self._answer(message)
             else:
                 aborts: list[wire.BackendMsg] = []

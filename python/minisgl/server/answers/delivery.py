@@ -19,13 +19,14 @@ from minisgl.server.admission import Place
 from minisgl.server.answers.openai import mean_logprob
 from minisgl.server.answers.renderer import Renderer, event
 from minisgl.server.bodies.chat import GenerationRequest
+from minisgl.server.bodies.intake import uncollected
 from minisgl.server.errors import json_response, renamed, shown
 from minisgl.server.frontend import Frontend, Stream
 
 logger = logging.getLogger(__name__)
 
+MANY_REPLIES = 512  # take milliseconds to be shown: beside the event loop
 ACCEPT_SECONDS = 5.0  # that a stream's header waits for what may refuse the request: encoding, and compiling a grammar
-
 TIMEOUT = "x-request-timeout"  # seconds
 # How long OpenAI's and Anthropic's libraries wait for an answer, or for the next part of a stream.
 LIBRARY_TIMEOUTS = ("x-stainless-read-timeout", "x-stainless-timeout")
@@ -57,8 +58,9 @@ async def answer_request(
             if (size := parsed.num_choices) > parsed.n:  # of each prompt's the most probable ones per token, best first
                 groups = (choices[first : first + size] for first in range(0, len(choices), size))
                 choices = [one for some in groups for one in sorted(some, key=mean_logprob, reverse=True)[: parsed.n]]
-            body = partial(renderer.body, choices)
-            return json_response(await asyncio.to_thread(body) if renderer.aside else body())
+            if parsed.params.pooling or parsed.logprobs or sum(map(len, choices)) > MANY_REPLIES:
+                return await asyncio.to_thread(uncollected, lambda: json_response(renderer.body(choices)))
+            return json_response(renderer.body(choices))
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)

@@ -168,7 +168,6 @@ class Renderer(ABC):
     prefix = ""  # of `id`: what the answer is called in itself
     done = b"data: [DONE]\n\n"  # what ends a stream that went well
     keep_alive = b": keep-alive\n\n"  # sent when there has been nothing else to send for a while
-    aside = False  # a whole body is made beside the event loop
 
     model: str
     request: GenerationRequest

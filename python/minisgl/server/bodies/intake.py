@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 
@@ -86,16 +86,16 @@ class Bodies:
                 return parse(whole, reading)
             mmap(-1, MOST_PARSED * size).close()  # the parser would end the process for a lack of memory
             run = asyncio.get_running_loop().run_in_executor
-            return await run(self._aside, _uncollected, parse, whole, reading)
+            return await run(self._aside, uncollected, parse, whole, reading)
         except (MemoryError, OSError):
             raise RequestError("the server has not enough memory for this request", status=503) from None
 
 
-def _uncollected(parse: Callable[[bytes, Reading], T], data: bytes, reading: Reading) -> T:
+def uncollected(make: Callable[..., T], *args: Any) -> T:
     """Python would look for garbage in a million new lists again and again, and everybody waits for that."""
     gc.disable()
     try:
-        return parse(data, reading)
+        return make(*args)
     finally:
         gc.enable()
 

@@ -68,7 +68,6 @@ class VectorRenderer(Renderer):
     """Any of the answers, which come as a whole: there is no event."""
 
     request: VectorRequest
-    aside = True  # it may be long
 
     def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
         head = {"id": self.id, "object": "list", "created": self.created, "model": self.model, "usage": self.usage()}
