@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def http(demo: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=demo.url, timeout=30) as made:
+    with httpx.Client(base_url=demo.url, timeout=60) as made:
         yield made
 
 

@@ -24,8 +24,8 @@ from typing import Any
 def fault(point: str) -> str | None:
     """Pass a point where something may be made to fail. None, unless what happens is the caller's to do: then its name.
 
-    Actions: `raise error|engine|memory`, `sleep SECONDS`, `hang` (for ever, holding no lock), `stop` (SIGSTOP), `kill`
-    (SIGKILL), `exit`. All others are returned, with their argument.
+    Actions: `raise error|engine|memory`, `wait FILE` (until it is there), `hang` (for ever, holding no lock), `stop`
+    (SIGSTOP), `kill` (SIGKILL), `exit`. All others are returned, with their argument.
     """
     if (folder := os.environ.get("FAULTS")) is None:
         return None
@@ -44,8 +44,9 @@ def _act(text: str, point: str) -> str | None:
         from minisgl.errors import EngineError
 
         raise {"error": RuntimeError, "engine": EngineError, "memory": MemoryError}[argument](f"injected at {point}")
-    if action in ("sleep", "hang"):
-        time.sleep(float(argument or 1e9))
+    if action in ("wait", "hang"):
+        while action == "hang" or not os.path.exists(argument):
+            time.sleep(0.05)
     elif action in ("stop", "kill"):
         os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
     elif action == "exit":
