@@ -381,7 +381,7 @@ def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pyte
 
 
 @pytest.fixture
-def gate(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def gate(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing is compiled before it is set: however long it takes to ask."""
     event, compile_one = threading.Event(), store._compile
 
@@ -390,7 +390,8 @@ def gate(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> threading.Even
         return compile_one(grammar)
 
     monkeypatch.setattr(store, "_compile", behind)
-    return event
+    yield event
+    event.set()
 
 
 def test_clients_take_turns(store: GrammarStore, gate: threading.Event) -> None:
