@@ -67,11 +67,11 @@ class FakeServer:
         count = body["max_tokens"]
         if chat:
             writer.write(_event({"choices": [{"delta": {"role": "assistant"}, "finish_reason": None}]}))
-        self.pauses.append([])
+        self.pauses.append(pauses := [])
         for index in range(count):
             begin = time.perf_counter()
             await asyncio.sleep(3600 if self.fault == "hang" else GAP if index else TTFT)
-            self.pauses[-1].append(time.perf_counter() - begin)
+            pauses.append(time.perf_counter() - begin)
             finish = "length" if index == count - 1 else None
             text = {"delta": {"content": "x"}} if chat else {"text": "x"}
             writer.write(_event({"choices": [text | {"finish_reason": finish}]}))

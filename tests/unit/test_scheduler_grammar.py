@@ -301,7 +301,7 @@ def test_a_slow_row_sits_out_and_gets_the_same_tokens(
 ) -> None:
     """Slow from the start, or found to be when others have spent the time that there is for masks."""
     monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
-    loop = Loop(overlap=overlap, seconds=0.1, cost=cost)  # far more than the other one's steps take together
+    loop = Loop(overlap=overlap, seconds=0.02, cost=cost)
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=4)
     loop.put(2, [4, 5], grammar=False, max_tokens=30)
