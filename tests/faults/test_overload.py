@@ -237,9 +237,8 @@ def test_thousands_at_once_are_all_answered(tmp_path: Path) -> None:
     assert statuses(answers) == {200: 2000}
     assert statuses(health.answers) == {200: len(health.answers)}
     assert statuses(other.answers) == {200: len(other.answers)}
-    # A machine that is busy with something else is slower by as much as the crowd takes longer.
-    slower = max(1.0, seconds / 12)
-    assert p99 < 1.0 * slower and first < 2.0 * slower
+    # Who has to wait for the crowd waits for all of that time; what else the machine does makes all of it longer.
+    assert p99 < max(3.0, seconds / 4) and first < max(3.0, seconds / 4)
     assert max(grown.values()) < 400
 
 
