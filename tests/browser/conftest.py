@@ -20,7 +20,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGS = ["--no-sandbox", "--disable-dev-shm-usage"]
 STRICT = bool(os.environ.get("CI") or os.environ.get("REQUIRE_CHROMIUM"))
 CONTEXT = {"viewport": {"width": 1280, "height": 860}, "locale": "en-GB", "color_scheme": "light"}
-SECONDS = 30_000  # milliseconds that anything may take, on a machine that is busy
+SECONDS = 100_000  # milliseconds that anything may take, on a machine that is busy
 
 
 def chromium() -> str | None:

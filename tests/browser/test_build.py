@@ -20,7 +20,7 @@ def test_the_same_sources_make_the_same_bytes(tmp_path: Path) -> None:
         if os.environ.get("REQUIRE_NODE"):
             pytest.fail("node 20 and `npm ci --prefix page` are missing")
         pytest.skip("needs node 20 and `npm ci --prefix page`")
-    subprocess.run([node, PAGE / "build.mjs", tmp_path], check=True, timeout=100)
+    subprocess.run([node, PAGE / "build.mjs", tmp_path], check=True, timeout=250)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert made.keys() == {path.name for path in ASSETS.iterdir()}
     stale = [name for name, data in made.items() if data != (ASSETS / name).read_bytes()]

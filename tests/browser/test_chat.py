@@ -341,7 +341,9 @@ def test_an_answer_is_over_when_all_of_it_is_drawn_and_its_speed_is_possible(key
     assert keyed.get_by_role("button", name="Send", exact=True).is_visible()
     assert keyed.evaluate("window.early") == 0
     speed = float(re.search(r"([\d.,]+) tokens/s", stats)[1].replace(",", ""))  # type: ignore[index]
-    assert 0 < speed <= 12 / 0.2  # all came in one read, 0.2 seconds after they were asked for
+    # All came in one read, 0.2 seconds after they were asked for; or in two, where a busy browser has read in between.
+    # A rate is told of a tenth of a second and more.
+    assert 0 < speed <= 12 / 0.1
 
 
 def test_endless_output_does_not_freeze_the_page(keyed: Page) -> None:

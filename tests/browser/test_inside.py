@@ -46,7 +46,7 @@ def run_load(page: Page, name: str) -> list[str]:
 
 
 def get(server: Server, path: str) -> Any:
-    return httpx.get(f"{server.url}{path}", timeout=30).raise_for_status().json()
+    return httpx.get(f"{server.url}{path}", timeout=60).raise_for_status().json()
 
 
 def outputs(server: Server, ids: list[str]) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def outputs(server: Server, ids: list[str]) -> list[dict[str, Any]]:
 
 
 def counter(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
     return float(re.search(rf"^minisgl:{name}\{{.*?\}} (\S+)", text, flags=re.MULTILINE)[1])  # type: ignore[index]
 
 
@@ -232,7 +232,10 @@ def test_numbers_and_queues_are_those_of_the_planner(visit: Visit, small: Server
     load = get(small, "/server_info")["load"]  # what the planner has
     num_running, num_waiting = load["num_running_requests"], load["num_waiting_requests"]
     assert num_running > 0 and num_waiting > 0
-    assert (number(page, "running"), number(page, "waiting")) == (num_running, num_waiting)
+    poll(
+        lambda: (number(page, "running"), number(page, "waiting")) == (num_running, num_waiting),
+        "other numbers are shown",
+    )
     queues = page.locator("[data-process]").evaluate_all(
         "all => all.map((one) => [one.dataset.process, one.dataset.queue])"
     )
@@ -240,7 +243,13 @@ def test_numbers_and_queues_are_those_of_the_planner(visit: Visit, small: Server
     assert (queued["scheduler"], queued["api"]) == (num_waiting, num_running + num_waiting)
     assert queued["engine"] == answers[-1].json()["num_inflight"] and queued["tokenizer"] == queued["detokenizer"] == 0
     page.get_by_role("button", name="Go on").click()
-    poll(lambda: is_shown(page, [answer.json() for answer in answers[-8:]]), "other rates are shown")
+
+    def is_told() -> bool:
+        if page.locator(".controls[data-state=done]").count():  # on a busy machine, before it was seen
+            page.locator("[data-load=retracted]").click()
+        return is_shown(page, [answer.json() for answer in answers[-8:]])
+
+    poll(is_told, "other rates are shown")
     points = page.locator("[data-spark=running] .line").last.get_attribute("points")
     assert points is not None and 1 < len(points.split()) <= len(answers) + 1
     page.locator(".controls[data-state=done]").wait_for(timeout=60_000)
@@ -317,7 +326,7 @@ def test_nothing_is_sent_while_nobody_looks(visit: Visit, demo: Server) -> None:
     page.wait_for_timeout(300)  # a question may have been under way
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    httpx.post(f"{demo.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=30)
+    httpx.post(f"{demo.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)
     page.wait_for_timeout(1000)
     assert not [url for url in asked if not url.endswith("/icon.svg")]
     page.get_by_role("link", name="Inside").click()

@@ -13,7 +13,7 @@ import pytest
 from tests.browser.conftest import Page, check_accessible, poll
 from tests.cluster.conftest import Cluster, running
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 ROW = "tr[data-replica]"
 
 
@@ -42,7 +42,7 @@ def ask(cluster: Cluster, session: str, count: int) -> None:
 def counted(cluster: Cluster, name: str) -> Counter[str]:
     """By replica, what their metrics say of this one."""
     sums = Counter[str]()
-    text = httpx.get(f"{cluster.url}/metrics", timeout=30).text
+    text = httpx.get(f"{cluster.url}/metrics", timeout=60).text
     for replica, value in re.findall(rf"^minisgl:{name}\{{.*replica=\"(\w+)\"\}} (\S+)", text, re.M):
         sums[replica] += int(float(value))
     return sums
@@ -83,7 +83,7 @@ def test_one_replica_is_looked_into(visit: Callable[..., Page], cluster: Cluster
     for told in cluster.get("/cluster")["replicas"]:
         page.get_by_role("button", name=f"Look into replica {told['name']}").click()
         page.locator(f"{ROW}.chosen[data-replica='{told['name']}']").wait_for()
-        past = httpx.get(f"{told['url']}/trace?format=json&steps=1&requests=24", timeout=30).json()
+        past = httpx.get(f"{told['url']}/trace?format=json&steps=1&requests=24", timeout=60).json()
         own = {request["id"] for request in past["requests"] if request["outputs"]}
         poll(lambda own=own: bool(own) and ended(page) == own, "requests of another replica are shown")
 

@@ -12,7 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tests.browser.conftest import Page
-from tests.e2e.conftest import ROOT, poll
+from tests.e2e.conftest import ROOT
+from tests.waiting import poll
 
 SITE = ROOT / "build" / "site"
 pytestmark = pytest.mark.skipif(

@@ -48,7 +48,7 @@ def run_client(name: str, *args: str, apart: str = "", **environment: str) -> An
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -31,7 +31,7 @@ def test_a_benchmark(demo: Server, tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -19,6 +19,8 @@ import openai
 import psutil
 import pytest
 
+from tests.waiting import still_running
+
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 240
 MODEL = "minisgl-demo"
@@ -46,7 +48,7 @@ class Cluster:
         return self.log.read_text(errors="replace")
 
     def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, timeout=30).raise_for_status().json()
+        return httpx.get(self.url + path, timeout=60).raise_for_status().json()
 
     def replicas(self) -> dict[str, int]:
         """Names, and the process of each one's server; nothing while Ray does not know."""
@@ -63,10 +65,10 @@ class Cluster:
             found[:] = sorted(self.get("/cluster")["replicas"], key=lambda one: -one["load"])
             return bool(found[0]["load"])
 
-        wait_for(look, 30)
+        wait_for(look, 60)
         return found[0]["name"], found[0]["pid"]
 
-    def wait_replicas(self, count: int, without: set[str] = frozenset(), seconds: float = 90) -> None:
+    def wait_replicas(self, count: int, without: set[str] = frozenset(), seconds: float = 200) -> None:
         wait_for(lambda: len(names := self.replicas().keys()) == count and not names & without, seconds)
 
     def actor(self, title: str) -> psutil.Process:
@@ -82,7 +84,7 @@ class Cluster:
                 family |= {one.pid: one for one in (process, *process.children(recursive=True))}
         return list(family.values())
 
-    def stop(self, signum: int = signal.SIGTERM, seconds: float = 60) -> int:
+    def stop(self, signum: int = signal.SIGTERM, seconds: float = 100) -> int:
         self.process.send_signal(signum)
         return self.process.wait(seconds)
 
@@ -103,7 +105,7 @@ def _files(process: psutil.Process) -> list[str]:
 
 def left_behind(family: list[psutil.Process]) -> list[str]:
     """What of these processes goes on. Two agents of Ray's own look for their cluster only now and then."""
-    _, left = psutil.wait_procs([one for one in family if "Agent" not in _words(one)], 60)
+    left = still_running([one for one in family if "Agent" not in _words(one)], 60)
     return list(filter(None, map(_words, left)))
 
 
@@ -124,7 +126,7 @@ def running(log: Path, *flags: str) -> Iterator[Cluster]:
         family = cluster.family() if cluster.process.poll() is None else []
         if cluster.process.poll() is None:
             cluster.stop()
-        _, alive = psutil.wait_procs(family, 20)
+        alive = still_running(family, 60)
         for process in alive:
             process.kill()
         assert not alive, f"left behind: {alive}"

@@ -19,6 +19,7 @@ import pytest
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.errors import ConfigError
 from tests.e2e.conftest import Server, fake, real
+from tests.waiting import poll
 
 KEYS = ("sk-first", "sk-second")
 BODY = {"prompt": "a", "max_tokens": 2}
@@ -38,7 +39,7 @@ def guarded(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def http(guarded: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=guarded.url, timeout=30, headers={"authorization": f"Bearer {KEYS[0]}"}) as made:
+    with httpx.Client(base_url=guarded.url, timeout=60, headers={"authorization": f"Bearer {KEYS[0]}"}) as made:
         yield made
 
 
@@ -219,8 +220,8 @@ def test_any_model_name_and_no_access_log_if_the_operator_says_so(
 ) -> None:
     server = start(fake(model_path, model_name_check="off"), MINISGL_ACCESS_LOG="0")
     for path, body in (("/v1/completions", BODY), ("/tokenize", {"prompt": "a"})):
-        assert httpx.post(server.url + path, json={**body, "model": "gpt-9"}, timeout=30).status_code == 200
-    answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "model": "gpt-9"}, timeout=30)
+        assert httpx.post(server.url + path, json={**body, "model": "gpt-9"}, timeout=60).status_code == 200
+    answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "model": "gpt-9"}, timeout=60)
     assert answer.json()["model"] == "fake-model"
     assert " id " not in server.output()
     assert parse_args(["--model-name-check", "off"], {}).model_name_check is False
@@ -253,8 +254,10 @@ def test_the_access_log_has_timings_and_tokens(http: httpx.Client, guarded: Serv
         http.post("/v1/chat/completions?token=hidden", json=body, headers={"x-request-id": f"log-{stream}"})
     http.get("/v1/models/a%0Ab", headers={"x-request-id": "log-newline"})
     http.get("/health", headers={"x-request-id": "log-health"})
+    told = lambda: [line for line in guarded.output().splitlines() if " id log-" in line]  # noqa: E731
+    poll(lambda: len(told()) >= 3, "not all is told")
     time.sleep(0.2)
-    lines = sorted((line for line in guarded.output().splitlines() if " id log-" in line), key=lambda x: x.split()[-1])
+    lines = sorted(told(), key=lambda x: x.split()[-1])
     assert len(lines) == 3  # /health is not among them
     timings = r"in \d+\.\d{3} s, first byte after \d+\.\d{3} s"
     for line, stream in zip(lines, (False, True), strict=False):  # a stream's comes when all is tidied up

@@ -16,7 +16,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import Server, fake, poll
+from tests.e2e.conftest import Server, fake
+from tests.waiting import poll
 
 CONTEXT = 256  # --max-seq-len of the session's server
 PAST_EOS = {"ignore_eos": True}  # random weights may say at any time that it is over
@@ -430,10 +431,10 @@ def test_unknown_fields_are_ignored_and_told(
         names = answer.headers["x-minisgl-ignored"].split(", ")
         assert {"rid", "max_tokns"} <= set(names)
         assert ("messages[].id" in names) == ("messages" in body)
-        refused = httpx.post(strict.url + path, json=more, timeout=30)
+        refused = httpx.post(strict.url + path, json=more, timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unknown_parameter")
         if "messages" not in body:
-            assert httpx.post(strict.url + path, json={**body, "n": None}, timeout=30).status_code == 200
+            assert httpx.post(strict.url + path, json={**body, "n": None}, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

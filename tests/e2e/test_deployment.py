@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from minisgl.config.args import parse_args
-from tests.e2e.conftest import ROOT, Server, poll
+from tests.e2e.conftest import ROOT, Server
+from tests.waiting import poll
 
 HOWTO = ROOT / "docs" / "howto"
 PROMETHEUS = shutil.which("prometheus")
@@ -144,7 +145,7 @@ def expressions() -> list[str]:
 @pytest.mark.skipif(not PROMETHEUS and not REQUIRED, reason="needs prometheus")
 def test_each_expression_of_the_dashboard_has_a_value(watched: Server, prometheus: str) -> None:
     def ask(path: str, **params: str) -> Any:
-        answer = httpx.get(f"{prometheus}/{path}", params=params, timeout=20).json()
+        answer = httpx.get(f"{prometheus}/{path}", params=params, timeout=60).json()
         assert answer["status"] == "success", answer
         return answer["data"]
 

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Server
+from tests.waiting import poll
 
 POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate", "/tokenize", "/detokenize")
 DEEP = "[" * 190 + "]" * 190
@@ -83,10 +84,5 @@ def test_half_requests_and_clients_that_leave(server: Server, http: httpx.Client
         with socket.create_connection(address) as connection:
             connection.sendall(text.encode())
             time.sleep(0.15 * (number % 2))
-    for _ in range(100):
-        load = http.get("/server_info").json()["load"]
-        if not any(load.values()):
-            break
-        time.sleep(0.05)
-    assert not any(load.values())
+    poll(lambda: not any(http.get("/server_info").json()["load"].values()), "something is left")
     assert http.get("/health").status_code == 200

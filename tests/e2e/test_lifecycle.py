@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ from minisgl.config.probe import probe
 from minisgl.errors import ConfigError
 from minisgl.server.launch import serve
 from tests.e2e.conftest import ROOT, Server, fake, real
+from tests.waiting import poll
 
 Start = Callable[..., Server]
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -44,19 +46,17 @@ class Background(threading.Thread):
         self.events: list[str] = []
         self.start()
         if stream:
-            assert self.begun.wait(10)
-        else:
-            time.sleep(0.5)
+            assert self.begun.wait(60)
 
     def run(self) -> None:
-        with httpx.Client(timeout=30) as client, client.stream("POST", self.url, json=self.body) as answer:
+        with httpx.Client(timeout=250) as client, client.stream("POST", self.url, json=self.body) as answer:
             self.status = answer.status_code
             for line in answer.iter_lines():
                 self.events += [line] if line else []
                 self.begun.set()
 
     def end(self) -> None:
-        self.join(15)
+        self.join(100)
         assert not self.is_alive(), "the request hangs"
 
 
@@ -77,9 +77,10 @@ def test_processes_have_their_names_and_a_private_directory(start: Start, model_
 
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_killed_worker_fails_requests_and_ends_the_server(start: Start, model_path: Path, worker: str) -> None:
-    server = start(fake(model_path, delay=0.05, num_tokenizer=1, restart_workers=0))
+    fast = {"MINISGL_DRAIN_TIMEOUT": "1000"}  # if it is waited for, that is noticed
+    server = start(fake(model_path, delay=0.05, num_tokenizer=1, restart_workers=0), **fast)
     stream, whole = Background(server, stream=True), Background(server, stream=False)
-    begin = time.monotonic()
+    server.wait_load(2)
     server.child(worker).kill()
     stream.end()
     whole.end()
@@ -88,7 +89,6 @@ def test_a_killed_worker_fails_requests_and_ends_the_server(start: Start, model_
     assert (error["type"], whole.status) == ("server_error", 503)
     assert worker in json.loads(whole.events[0])["error"]["message"]
     assert server.wait_exit() == 1
-    assert time.monotonic() - begin < 6
     assert server.orphans() == []
     assert worker in server.output()
     assert "SIGKILL" in server.output()
@@ -98,14 +98,14 @@ def test_a_killed_worker_fails_requests_and_ends_the_server(start: Start, model_
 def test_a_worker_that_falls_silent_ends_the_server(start: Start, model_path: Path) -> None:
     server = start(fake(model_path, restart_workers=0, heartbeat_timeout=2))
     server.child("minisgl-TP0-scheduler").send_signal(signal.SIGSTOP)
-    assert server.wait_exit(20) == 1
+    assert server.wait_exit() == 1
     assert server.orphans() == []
     assert "silent" in server.output()
 
 
 def test_children_do_not_outlive_a_killed_parent(start: Start, model_path: Path) -> None:
     server = start(fake(model_path, delay=0.05, num_tokenizer=1))
-    with httpx.Client(timeout=10) as client:
+    with httpx.Client(timeout=60) as client:
         body = {"messages": HELLO, "max_tokens": 490, "stream": True}
         with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
             next(answer.iter_bytes())
@@ -142,23 +142,23 @@ def test_a_signal_to_the_whole_group_drains_too(start: Start, model_path: Path) 
 def test_a_drain_ends_in_time(start: Start, model_path: Path) -> None:
     server = start(fake(model_path, delay=0.1), MINISGL_DRAIN_TIMEOUT="1")
     stream = Background(server, stream=True)
-    begin = time.monotonic()
+    num_before = len(stream.events)
     server.interrupt()
     stream.end()
     assert "shutting down" in stream.events[-1]
     assert server.wait_exit() == 0
-    assert time.monotonic() - begin < 5
+    assert len(stream.events) - num_before < 50, "each of them takes a tenth of a second, and more on a busy machine"
 
 
 def test_a_second_ctrl_c_does_not_wait(start: Start, model_path: Path) -> None:
-    server = start(fake(model_path, delay=0.1))
-    Background(server, stream=True)
-    begin = time.monotonic()
+    server = start(fake(model_path, delay=0.2), MINISGL_DRAIN_TIMEOUT="1000")
+    stream = Background(server, stream=True)
     server.interrupt()
-    time.sleep(0.3)
+    poll(lambda: httpx.get(f"{server.url}/health").status_code == 503, "it does not drain")
     server.interrupt()
+    stream.end()
+    assert len(stream.events) < 400, "it was waited for"
     assert server.wait_exit() == 0
-    assert time.monotonic() - begin < 5
     assert server.orphans() == []
 
 
@@ -171,8 +171,7 @@ def test_a_signal_during_start_up_leaves_nothing(
 ) -> None:
     server = start(fake(model_path, num_tokenizer=1), wait=False, TMPDIR=str(short_path))
     parent = psutil.Process(server.process.pid)
-    while len(parent.children()) < 2:
-        time.sleep(0.01)
+    poll(lambda: len(parent.children()) >= 2, "it starts no workers")
     time.sleep(delay)
     server.children = parent.children()
     server.process.send_signal(signum)
@@ -182,20 +181,26 @@ def test_a_signal_during_start_up_leaves_nothing(
     assert not list(short_path.glob("minisgl-*"))
 
 
+def processor_time() -> float:
+    """Seconds, of all children of this process that have ended, and theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_a_taken_port_is_one_line_and_at_once(start: Start, model_path: Path) -> None:
-    begin = time.monotonic()
+    before = processor_time()
     assert start(["-m", "minisgl", "--port", "0", "--host", "no.such.host.invalid"], wait=False).wait_exit() == 2
-    at_once = time.monotonic() - begin  # what Python and the imports take here and now
+    at_once = processor_time() - before  # what Python and the imports take
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         for listening in (False, True):
             if listening:
                 taken.listen()
-            begin = time.monotonic()
+            before = processor_time()
             server = start(fake(model_path, port=port), wait=False)
             assert server.wait_exit() == 2
-            assert time.monotonic() - begin < 3 * at_once + 3
+            assert processor_time() - before < 2 * at_once + 1, "workers were started"
             (line,) = server.output().splitlines()
             holder = f" by {psutil.Process().name()} (process {os.getpid()})" if listening else ""
             assert line == f"minisgl: error: --port {port}: 127.0.0.1:{port} is taken{holder}; choose another"
@@ -228,10 +233,8 @@ def test_two_servers_side_by_side_and_a_restart_on_the_same_port(start: Start, m
 
 @pytest.mark.parametrize("worker", ["minisgl-TP0-scheduler", "minisgl-detokenizer-0"])
 def test_a_child_that_cannot_start_ends_the_start_up(start: Start, model_path: Path, worker: str) -> None:
-    begin = time.monotonic()
     server = start(fake(model_path, die=worker), wait=False)
     assert server.wait_exit() == 2
-    assert time.monotonic() - begin < 8
     (line,) = server.output().splitlines()
     assert line == f"minisgl: error: {worker}: the model is made of cheese"
 
@@ -255,11 +258,11 @@ def test_health_is_503_when_the_scheduler_hangs(start: Start, model_path: Path) 
     server = start(fake(model_path), MINISGL_HEALTH_TIMEOUT="1")
     scheduler = server.child("minisgl-TP0-scheduler")
     scheduler.send_signal(signal.SIGSTOP)
-    answer = httpx.get(f"{server.url}/health", timeout=20)
+    answer = httpx.get(f"{server.url}/health")
     assert answer.status_code == 503
     assert "error" in answer.json()
     scheduler.send_signal(signal.SIGCONT)
-    assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
+    poll(lambda: httpx.get(f"{server.url}/health").status_code == 200, "it hangs still")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -313,7 +316,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line(start: Start, tiny_path:
     shutil.copytree(tiny_path, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not tensors")
     server = start(real(tmp_path / "broken"), wait=False)
-    assert server.wait_exit(30) == 2
+    assert server.wait_exit() == 2
     last = server.output().splitlines()[-1]
     assert last.startswith("minisgl: error: minisgl-TP0-scheduler: ")
     assert "Traceback" not in server.output()

@@ -156,7 +156,7 @@ def test_what_does_not_count(model: Scripted) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_that_is_too_long_is_told_as_its_clients_know_it(model: Scripted, stream: bool) -> None:
     body = {"messages": [{"role": "user", "content": "a b " * 100_000}], "max_tokens": 5, "stream": stream}
-    answer = httpx.post(f"{model.url}/v1/messages", json=body, timeout=30)
+    answer = httpx.post(f"{model.url}/v1/messages", json=body, timeout=60)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
@@ -198,7 +198,7 @@ def test_errors_have_anthropic_s_shape(guarded: Server) -> None:
 def test_a_stream_that_fails_ends_with_an_error(start: Callable[..., Server], model_path: Path) -> None:
     server = start(fake(model_path, delay=0.3), MINISGL_SSE_KEEPALIVE="0.1")
     body = {"messages": HELLO, "max_tokens": 400, "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/messages", json=body, timeout=30) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/messages", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         assert next(lines) == "event: ping"  # before the first token, what keeps it alive
         for line in lines:

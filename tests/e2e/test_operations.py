@@ -16,7 +16,8 @@ import transformers
 from prometheus_client.parser import text_string_to_metric_families
 
 import minisgl
-from tests.e2e.conftest import Server, fake, poll
+from tests.e2e.conftest import Server, fake
+from tests.waiting import poll
 
 HELLO: Any = [{"role": "user", "content": "Hello world"}]
 LABELS = {"model_name": "fake-model"}
@@ -34,7 +35,7 @@ def slow(
 
 @pytest.fixture
 def slow_http(slow: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=slow.url, timeout=30) as made:
+    with httpx.Client(base_url=slow.url, timeout=60) as made:
         yield made
 
 
@@ -185,7 +186,7 @@ def test_abort_ends_a_request_for_its_client(slow_http: httpx.Client, stream: bo
     aborting.join()
     assert ends == ["abort", "abort"]
     assert slow_http.post("/abort_request", json={"rid": name}).json() == {"num_aborted": 0}
-    assert slow_http.get("/server_info").json()["load"]["num_running_requests"] == 0
+    poll(lambda: slow_http.get("/server_info").json()["load"]["num_running_requests"] == 0, "it goes on")
 
 
 def scrape(http: httpx.Client, **headers: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -203,7 +204,7 @@ def value(samples: dict[Any, float], name: str, **labels: str) -> float:
 
 def test_metrics_count_what_happens(start: Callable[..., Server], model_path: Path) -> None:
     server = start(fake(model_path, delay=0.02))
-    with httpx.Client(base_url=server.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
         before = scrape(http)
         assert value(before, "generation_tokens_total") == 0
         body = {"prompt": [[5] * 20, [6] * 20], "max_tokens": 11, "ignore_eos": True}
@@ -225,7 +226,7 @@ def test_metrics_count_what_happens(start: Callable[..., Server], model_path: Pa
     assert value(after, "num_preemptions_total") == 0
     assert value(after, "time_to_first_token_seconds_count") == 6
     assert value(after, "inter_token_latency_seconds_count") == 60
-    assert 0.005 < value(after, "inter_token_latency_seconds_sum") / 60 < 0.2
+    assert 0.005 < value(after, "inter_token_latency_seconds_sum") / 60 < 2  # seconds: of twenty milliseconds and more
     assert value(after, "e2e_request_latency_seconds_count") == 7
     assert value(after, "e2e_request_latency_seconds_sum") > 6 * 0.1
     assert value(after, "request_prompt_tokens_sum") == 120
@@ -246,12 +247,13 @@ def test_metrics_count_what_happens(start: Callable[..., Server], model_path: Pa
 
 
 def test_metrics_show_what_runs_and_waits(slow: Server, slow_http: httpx.Client) -> None:
-    body = {"prompt": [5] * 20, "max_tokens": 60, "ignore_eos": True, "n": 6}
+    body = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "n": 6}
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(slow_http.post, "/v1/completions", json=body)
         during = scrape(slow_http)
         while not made.done() and value(during, "num_requests_running") < 4:
             during = scrape(slow_http)
+        slow_http.post("/abort_request", json={"abort_all": True})
         made.result()
     assert value(during, "num_requests_running") == 4
     assert value(during, "num_requests_waiting") == 2

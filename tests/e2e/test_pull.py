@@ -13,8 +13,9 @@ import pytest
 from minisgl.cli import commands
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import ConfigError
-from tests.e2e.conftest import PYTHONPATH, poll
+from tests.e2e.conftest import PYTHONPATH
 from tests.fake_hub import Hub
+from tests.waiting import poll
 
 FILES = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()}
 MODEL = {**FILES, "pytorch_model.bin": bytes(1_000), "flax_model.msgpack": bytes(1_000)}
@@ -49,7 +50,7 @@ class Home:
     def run(self, *words: str, **env: str) -> tuple[int, str, str]:
         """Exit status and output of a command."""
         process = self.start(*words, **env)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=250)
         assert "Traceback" not in err
         return process.returncode, out, err
 
@@ -66,7 +67,7 @@ def test_what_is_needed_is_fetched_once(hub: Hub, home: Home) -> None:
     begun = lambda: len(hub.sent) == len(FILES) - 1 and any(home.path.rglob("*.incomplete"))  # noqa: E731
     poll(begun, "all but one file is there, and a part of that one")
     first.kill()
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
     hub.go_on.set()
     assert "incomplete: minisgl pull goes on" in home.run("ls")[1]
     status, out, _ = home.run("pull", "Qwen/Qwen3-0.6B")

@@ -35,7 +35,7 @@ def run(command: list[str], text: str, server: Server) -> str:
         input=text,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
         env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )

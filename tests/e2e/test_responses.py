@@ -238,7 +238,7 @@ def test_a_response_that_is_aborted_or_fails(start: Callable[..., Server], model
 
     def kinds_after(then: Callable[[str], object]) -> list[Any]:
         events: list[Any] = []
-        with httpx.stream("POST", f"{server.url}/v1/responses", json=body, timeout=30) as answer:
+        with httpx.stream("POST", f"{server.url}/v1/responses", json=body, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     events.append(validated(ResponseStreamEvent, line.removeprefix("data: ")))

@@ -39,7 +39,7 @@ def both(model: Scripted, says: str, **body: Any) -> tuple[Any, list[Any]]:
     """The whole answer and the events, each checked strictly, after a look at what they have in common."""
     model.says(says)
     asked = {"input": HELLO, **body}
-    with httpx.Client(base_url=model.url, timeout=30) as http:
+    with httpx.Client(base_url=model.url, timeout=60) as http:
         whole = validated(Response, http.post("/v1/responses", json=asked).content)
         text = http.post("/v1/responses", json={**asked, "stream": True}).text
     events = [validated(ResponseStreamEvent, frame.split("data: ")[1]) for frame in text.split("\n\n")[:-1]]

@@ -238,4 +238,4 @@ def test_priorities_need_the_policy(start: Callable[..., Server], tiny_path: Pat
     answer = http.post("/v1/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
     server = start(real(tiny_path, "--schedule-policy", "priority"))
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200

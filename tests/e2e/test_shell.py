@@ -20,6 +20,7 @@ from minisgl.kernel.jit import cache_dir
 from tests.e2e.conftest import ROOT
 from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
+from tests.waiting import still_running
 
 PROMPT = "\x1b[?2004h"  # bracketed paste on: the terminal is in raw mode, so keys are no signals now
 ASKED, DRAWN = "\x1b[?2004l", "\x1b[?25l"  # bracketed paste off: the line is taken; no cursor: the answer is there
@@ -56,7 +57,7 @@ class Terminal:
             env=environment(home, MINISGL_SHELL_MAX_TOKENS="3000"),
             encoding="utf-8",
             codec_errors="replace",
-            timeout=60,
+            timeout=200,
             dimensions=(40, 160),
         )
         self.child.delaybeforesend = 0.1
@@ -73,8 +74,7 @@ class Terminal:
         """The exit status, once the program and all of its workers are gone."""
         self.child.expect(pexpect.EOF)
         self.child.close()
-        _, alive = psutil.wait_procs(self.workers, timeout=10)
-        assert not alive
+        assert not still_running(self.workers)
         status: int | None = self.child.exitstatus
         assert status is not None
         return status
@@ -88,7 +88,7 @@ def test_the_module_starts_the_shell(model: Path, tmp_path: Path) -> None:
         env=environment(tmp_path, MINISGL_SHELL_MAX_TOKENS="5"),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -167,7 +167,7 @@ def test_lines_of_a_pipe_or_a_file(model: Path, tmp_path: Path, as_file: bool) -
         given = {"stdin": file} if as_file else {"input": text}
         env = environment(tmp_path, MINISGL_SHELL_MAX_TOKENS="1")
         args = [sys.executable, *command(model)]
-        done = subprocess.run(args, **given, env=env, capture_output=True, timeout=90, check=False)
+        done = subprocess.run(args, **given, env=env, capture_output=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode(errors="replace").splitlines()
     assert (lines[0], lines[-1]) == ("seed is 7", "top_k is 5")
@@ -181,7 +181,7 @@ def run_piped(model: Path, home: Path, lines: str, **env: str) -> subprocess.Com
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=90,
+        timeout=250,
         check=False,
     )
 
@@ -214,7 +214,7 @@ def test_a_reader_that_goes_away_is_no_error(model: Path, tmp_path: Path) -> Non
             stdout=gone,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=90,
+            timeout=250,
             check=False,
         )
     assert "Traceback" not in done.stderr

@@ -60,7 +60,7 @@ def test_calls_and_reasoning(model: Scripted, says: str) -> None:
     chat = {**CHAT, "max_tokens": 200, "tools": [{"type": "function", "function": function}]}
     responses = {"input": "hello", "tools": [{"type": "function", **function}]}
     thinks = says.startswith("<think>")
-    with httpx.Client(base_url=model.url, timeout=30) as http:
+    with httpx.Client(base_url=model.url, timeout=60) as http:
         made = validated(ChatCompletion, http.post("/v1/chat/completions", json=chat).content, CHAT_EXTENSIONS)
         assert ("reasoning_content" in (made.choices[0].message.model_extra or {})) == thinks
         assert (made.usage.completion_tokens_details.reasoning_tokens > 0) == thinks

@@ -12,7 +12,8 @@ import numpy as np
 import openai
 import pytest
 
-from tests.e2e.conftest import Server, poll, real
+from tests.e2e.conftest import Server, real
+from tests.waiting import poll
 
 TEXTS = ["Hello world", "größer 你好世界 🙂", "The quick brown fox jumps over the lazy dog."]
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from minisgl.config import probe
+from tests.e2e.conftest import START_SECONDS
 from tests.faults.conftest import Server, real
 
 Start = Callable[..., Server]
@@ -68,11 +69,11 @@ def serves(server: Server) -> None:
     body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
     assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
     server.process.terminate()
-    assert server.wait_exit(30) == 0
+    assert server.wait_exit() == 0
 
 
 def refuses(server: Server, *words: str) -> None:
-    assert server.wait_exit(60) in (1, 2)
+    assert server.wait_exit() in (1, 2)
     last = server.output().splitlines()[-1]
     assert last.startswith("minisgl: error: ")
     assert all(word in last for word in words), last
@@ -94,7 +95,7 @@ def test_closed_streams(try_in: Callable[..., Server], tmp_path: Path) -> None:
     """Nothing of ours may take their numbers: what is written to them would go there."""
     server = try_in(redirect="<&- >&- 2>&-")
     parent = psutil.Process(server.process.pid)
-    port, deadline = 0, time.monotonic() + 60
+    port, deadline = 0, time.monotonic() + START_SECONDS
     while not port and time.monotonic() < deadline and server.process.poll() is None:
         listening = [c for c in parent.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         port = listening[0].laddr.port if listening else 0
@@ -105,7 +106,7 @@ def test_closed_streams(try_in: Callable[..., Server], tmp_path: Path) -> None:
         assert {os.readlink(f"/proc/{child.pid}/fd/{number}") for number in range(3)} == {"/dev/null"}
     assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
     server.process.terminate()
-    assert server.wait_exit(30) == 0
+    assert server.wait_exit() == 0
 
 
 def test_nothing_is_imported_from_the_working_directory(try_in: Callable[..., Server], tmp_path: Path) -> None:

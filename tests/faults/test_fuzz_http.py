@@ -128,8 +128,8 @@ def fuzzed(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def is_idle(server: Server) -> None:
     assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
-    load = httpx.get(f"{server.url}/server_info", timeout=60).json()["load"]
-    assert (load["num_running_requests"], load["num_waiting_requests"]) == (0, 0)
+    for name in ("num_running_requests", "num_waiting_requests"):
+        server.wait_load(0, name)
 
 
 def connect(server: Server, data: bytes, seconds: float) -> socket.socket:

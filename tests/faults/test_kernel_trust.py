@@ -175,7 +175,7 @@ def test_code_that_was_planted_never_runs(
     path.unlink()
     path.write_bytes(data + jit.hashlib.sha256(data).digest())
     path.chmod(0o777)
-    subprocess.run([sys.executable, "-c", PLANTED, str(jit.CSRC)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", PLANTED, str(jit.CSRC)], check=True, timeout=250)
     assert not trace.exists()
     subprocess.run([sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(tmp_path / 'evil.so')!r})"], check=True)
     assert trace.exists()  # the trap works

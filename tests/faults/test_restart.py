@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ import pytest
 import zmq
 
 from tests.faults.conftest import Faults, Server, fake, real
+from tests.waiting import still_running
 
 Start = Callable[..., Server]
 HELLO: Any = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
 NUM_STREAMS = 32
 REQUEST_SECONDS = 120.0  # more than any round below takes; CI's machine may be busy
-SERVE_SECONDS = 15.0
+SERVE_SECONDS = 60.0  # on a quiet machine it is a third of it at most
 
 TITLES = {"TP0": "minisgl-TP0-scheduler", "TP1": "minisgl-TP1-scheduler"}
 
@@ -145,8 +147,8 @@ def nothing_left(server: Server, folder: Path, shared: set[str]) -> Iterator[Non
     yield
     seen |= set(psutil.Process(server.process.pid).children(recursive=True))
     server.process.terminate()
-    assert server.wait_exit(30) == 0
-    assert psutil.wait_procs(list(seen), timeout=5)[1] == []
+    assert server.wait_exit() == 0
+    assert still_running(seen) == []
     assert not list(folder.glob("minisgl-*"))
     wait_until(lambda: set(os.listdir("/dev/shm")) <= shared)
 
@@ -213,7 +215,7 @@ def test_rounds_of_faults_under_32_streams(
     shared = set(os.listdir("/dev/shm"))
     begin = time.monotonic()
     server = start(command, TMPDIR=str(short_path), **faults.env)
-    limit = max(SERVE_SECONDS, 2 * (time.monotonic() - begin))  # the second where the machine has much else to do
+    limit = max(SERVE_SECONDS, 5 * (time.monotonic() - begin))  # the second where the machine has much else to do
     rounds = list(ROUNDS[kind])
     chance.shuffle(rounds)
     serves(server, model)
@@ -232,24 +234,27 @@ def test_rounds_of_faults_under_32_streams(
     assert server.output().count(": started again (") == num_deaths, "nobody is started again at the end"
 
 
-async def lines_of(client: httpx.AsyncClient, begun: asyncio.Event) -> list[str]:
-    """A stream of two seconds and more."""
+async def lines_of(client: httpx.AsyncClient, begun: Callable[[], None]) -> list[str]:
+    """A stream of two seconds and more. begun: called with its first token, behind the role."""
     body = {"messages": HELLO, "max_tokens": 40, "ignore_eos": True, "stream": True}
     lines: list[str] = []
     async with client.stream("POST", CHAT, json=body) as answer:
         async for line in answer.aiter_lines():
-            begun.set()
-            lines += [line] if line else []
+            if line.startswith("data: "):
+                lines.append(line)
+                if len(lines) == 2:
+                    begun()
     return lines
 
 
-async def ends_of_eight(server: Server, hurt: Callable[[], None]) -> list[str]:
-    """The last lines of eight streams, some of which have begun when it happens."""
-    begun = asyncio.Event()
+async def ends_of_eight(server: Server, num_begun: int, hurt: Callable[[], None]) -> list[str]:
+    """The last lines of eight streams. So many of them, which run together, have begun when it happens."""
+    begun = asyncio.Semaphore(0)
     async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_SECONDS) as client:
-        tasks = [asyncio.create_task(lines_of(client, begun)) for _ in range(8)]
-        await begun.wait()
-        await asyncio.sleep(0.3)
+        tasks = [asyncio.create_task(lines_of(client, begun.release)) for _ in range(8)]
+        for _ in range(num_begun):
+            await begun.acquire()
+        await asyncio.to_thread(server.wait_load, 8)
         hurt()
         return [lines[-1] for lines in await asyncio.gather(*tasks)]
 
@@ -257,7 +262,7 @@ async def ends_of_eight(server: Server, hurt: Callable[[], None]) -> list[str]:
 def test_what_has_not_begun_is_served_afterwards(start: Start, model_path: Path) -> None:
     server = start(fake(model_path, num_tokenizer=1, delay=0.05, max_running=2))
     for worker, num_failed in (("TP0", 2), ("detokenizer-0", 2), ("tokenizer-0", 0)):
-        ends = asyncio.run(ends_of_eight(server, lambda worker=worker: process_of(server, worker).kill()))
+        ends = asyncio.run(ends_of_eight(server, 2, lambda worker=worker: process_of(server, worker).kill()))
         failed = [end for end in ends if "error" in end]
         assert len(failed) == num_failed
         assert all(worker in end for end in failed)
@@ -273,23 +278,21 @@ def test_a_worker_that_dies_in_a_drain_is_started_again_too(start: Start, model_
         time.sleep(0.2)
         process_of(server, "TP0").kill()
 
-    ends = asyncio.run(ends_of_eight(server, hurt))
-    assert server.wait_exit(30) == 0
+    ends = asyncio.run(ends_of_eight(server, 4, hurt))
+    assert server.wait_exit() == 0
     assert ends.count("data: [DONE]") == 4
     assert sum("TP0" in end for end in ends) == 4
-    assert psutil.wait_procs(server.children, timeout=5)[1] == []
+    assert server.orphans() == []
 
 
 def test_beyond_the_limit_the_server_ends(start: Start, model_path: Path) -> None:
-    server = start(fake(model_path, num_tokenizer=1, delay=0.02, restart_workers=1))
+    server = start(fake(model_path, num_tokenizer=1, delay=0.05, restart_workers=1), MINISGL_DRAIN_TIMEOUT="1000")
     process_of(server, "tokenizer-0").kill()
     serves(server, "fake-model")
     crowd = Crowd(server, max_tokens=400)
-    time.sleep(2)  # all are under way, for eight seconds and more
-    begin = time.monotonic()
+    server.wait_load(NUM_STREAMS, "num_running_requests")  # all are under way, for twenty seconds
     process_of(server, "TP0").kill()
-    assert server.wait_exit(10) == 1
-    assert time.monotonic() - begin < 10
+    assert server.wait_exit() == 1, "nobody waits for what cannot end"
     assert "the server stops" in server.output()
     assert server.orphans() == []
     crowd.leave()
@@ -309,12 +312,12 @@ def test_a_start_that_fails_is_another_death(
         assert server.output().count("started again (") == 2
         assert server.output().count("serves again") == 1
     else:
-        assert server.wait_exit(10) == 1
+        assert server.wait_exit() == 1
 
 
 def test_health_is_honest_while_workers_start(start: Start, model_path: Path, faults: Faults) -> None:
-    server = start(fake(model_path, delay=0.01), **faults.env)
-    faults.plant("TP0", "start", "sleep 3")
+    server, go_on = start(fake(model_path, delay=0.01), **faults.env), faults.folder / "go on"
+    faults.plant("TP0", "start", f"wait {go_on}")
     process_of(server, "TP0").kill()
     with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
         wait_until(lambda: http.get("/health").status_code == 503)
@@ -324,12 +327,17 @@ def test_health_is_honest_while_workers_start(start: Start, model_path: Path, fa
         assert http.get("/health/live").status_code == 200
         assert http.get("/server_info").status_code == 503
         assert http.get("/metrics").status_code == 200
-        assert http.post(CHAT, json={"messages": HELLO, "max_tokens": 2}).status_code == 200  # it was kept
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, server.url + CHAT, json={"messages": HELLO, "max_tokens": 2})
+            time.sleep(1)
+            assert not asked.done()
+            go_on.touch()
+            assert asked.result().status_code == 200  # it was kept
         assert http.get("/health").status_code == 200
 
 
 def test_health_is_honest_while_a_step_does_not_end(start: Start, model_path: Path, faults: Faults) -> None:
-    server = start(fake(model_path, step_timeout=6), MINISGL_HEALTH_TIMEOUT="60", **faults.env)
+    server = start(fake(model_path, step_timeout=12), MINISGL_HEALTH_TIMEOUT="60", **faults.env)
     faults.plant("TP0", "step", "stall")
     crowd = Crowd(server)
     with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
@@ -348,12 +356,12 @@ def test_health_is_honest_while_a_step_does_not_end(start: Start, model_path: Pa
 def test_health_is_honest_while_a_worker_is_silent(start: Start, model_path: Path, faults: Faults) -> None:
     """As a stopped rank above 0 is, which no question passes."""
     server = start(fake(model_path), **faults.env)
-    faults.plant("detokenizer-0", "beat", "drop 13")
+    faults.plant("detokenizer-0", "beat", "drop 20")  # twice as long as nobody minds
     with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
-        wait_until(lambda: http.get("/health").status_code == 503, 30)
+        wait_until(lambda: http.get("/health").status_code == 503)
         assert "detokenizer-0" in http.get("/health").json()["error"]["message"]
         assert http.get("/health/live").status_code == 200
-        wait_until(lambda: http.get("/health").status_code == 200, 30)
+        wait_until(lambda: http.get("/health").status_code == 200)
     assert restarts(server) == 0
 
 

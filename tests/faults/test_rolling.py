@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -18,6 +17,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import Server, fake
+from tests.waiting import poll
 
 Start = Callable[..., Server]
 NUM_STREAMS, REQUESTS_PER_SECOND = 32, 50
@@ -30,7 +30,7 @@ http {{
     uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
     upstream minisgl {{ {servers} keepalive 32; }}
     server {{
-        listen 127.0.0.1:{port};
+        listen unix:{socket};
         location / {{
             proxy_pass http://minisgl; proxy_http_version 1.1; proxy_set_header Connection "";
             proxy_buffering off; proxy_read_timeout 60s;
@@ -41,15 +41,12 @@ http {{
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+URL = "http://127.0.0.1"
 
 
 @pytest.fixture
-def nginx(tmp_path: Path) -> Iterator[Callable[[list[Server]], str]]:
-    """Starts nginx before servers, and gives its address."""
+def nginx(tmp_path: Path, short_path: Path) -> Iterator[Callable[[list[Server]], str]]:
+    """Starts nginx before servers, and gives the path of its socket: a free port may be taken by others."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if program is None:
         if os.environ.get("CI") or os.environ.get("REQUIRE_NGINX"):
@@ -58,33 +55,29 @@ def nginx(tmp_path: Path) -> Iterator[Callable[[list[Server]], str]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def run(servers: list[Server]) -> str:
-        port, folder = free_port(), tmp_path / "nginx"
+        path, folder = str(short_path / "nginx"), tmp_path / "nginx"
         folder.mkdir()
         listed = " ".join(f"server {server.url.removeprefix('http://')} max_fails=0;" for server in servers)
-        (folder / "nginx.conf").write_text(CONFIG.format(folder=folder, port=port, servers=listed))
+        (folder / "nginx.conf").write_text(CONFIG.format(folder=folder, socket=path, servers=listed))
         command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
         started.append(subprocess.Popen(command))
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{url}/health/live", timeout=5).status_code == 200:
-                    return url
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        raise AssertionError((folder / "error.log").read_text())
+        poll(lambda: os.path.exists(path) or started[-1].poll() is not None, "nginx does not start")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path)) as http:
+            assert http.get(f"{URL}/health/live").status_code == 200, (folder / "error.log").read_text()
+        return path
 
     yield run
     for process in started:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 class Load(threading.Thread):
     """Streams one after the other, NUM_STREAMS at a time, and short requests at a steady rate, until `stop`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__(daemon=True)
-        self._url = f"{url}/v1/chat/completions"
+        self._path, self._url = path, f"{URL}/v1/chat/completions"
         self.stop = threading.Event()
         self.results: Counter[str] = Counter()
         self.start()
@@ -94,7 +87,8 @@ class Load(threading.Thread):
 
     async def _all(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+        transport = httpx.AsyncHTTPTransport(uds=self._path, limits=limits)
+        async with httpx.AsyncClient(timeout=60, transport=transport) as client:
             streams = [asyncio.create_task(self._streams(client)) for _ in range(NUM_STREAMS)]
             requests: set[asyncio.Task[None]] = set()
             while not self.stop.is_set():
@@ -127,7 +121,7 @@ def test_a_rolling_restart_loses_no_request(
         time.sleep(2)
         old = servers.pop(0)
         old.process.terminate()
-        assert old.wait_exit(60) == 0
+        assert old.wait_exit() == 0
         assert "Traceback" not in old.output()
         servers.append(start(fake(model_path, delay=0.02, port=int(old.url.rsplit(":", 1)[1]))))
     time.sleep(2)

@@ -18,6 +18,7 @@ from minisgl.config.resolve import access_config
 from minisgl.errors import ConfigError
 from minisgl.server.access import is_called
 from tests.faults.conftest import Server, fake
+from tests.waiting import poll
 
 EVIL = "https://evil.example"
 PAGE = "https://chat.example.org"
@@ -146,9 +147,7 @@ def test_a_server_for_everybody_says_so_once(
 ) -> None:
     server = start(fake(model_path, host="0.0.0.0"))
     warning = "--host 0.0.0.0 without --api-key: whoever can reach port"
-    end = time.monotonic() + 30
-    while warning not in server.output() and time.monotonic() < end:  # a thread writes the log
-        time.sleep(0.05)
+    poll(lambda: warning in server.output(), "it is not said")  # a thread writes the log
     assert [server.output().count(warning), open_server.output().count("without --api-key")] == [1, 0]
 
 
@@ -188,12 +187,12 @@ def test_nobody_writes_into_the_log(open_server: Server) -> None:
             b"GET /\xff HTTP/1.1\r\n\x1b:\r\n\r\n",
         ):
             send(server.url, odd)
+    poll(lambda: "forged" in server.output(), "nothing of it was logged: the test proves nothing")
     time.sleep(0.5)
     for line in server.log.read_bytes().decode().split("\n")[:-1]:
         assert line.isprintable(), repr(line)
         assert LINE.match(line), line
         assert len(line) < 5000
-    assert "forged" in server.output(), "nothing of it was logged: the test proves nothing"
     assert "Traceback" not in server.output()
 
 
@@ -215,6 +214,6 @@ def test_bodies_that_are_no_http_get_one_400(open_server: Server, rest: bytes) -
 def send(url: str, data: bytes) -> bytes:
     """Raw bytes, and what comes back until the server closes or waits."""
     parsed = httpx.URL(url)
-    with socket.create_connection((parsed.host, parsed.port or 80), timeout=30) as connection:
+    with socket.create_connection((parsed.host, parsed.port or 80), timeout=60) as connection:
         connection.sendall(data)
         return connection.recv(65536)

@@ -33,7 +33,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tenants(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = fake(model_path, api_key=",".join(KEYS), admin_key=ADMIN, delay=0.01, host="0.0.0.0")
+    command = fake(model_path, api_key=",".join(KEYS), admin_key=ADMIN, delay=0.05, host="0.0.0.0")
     with Server.running(command, tmp_path_factory.mktemp("logs") / "tenants.log") as server:
         yield server
     assert "whoever can reach" not in server.output(), "a server with keys is not open to everybody"

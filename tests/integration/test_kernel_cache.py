@@ -115,7 +115,7 @@ def run(program: str, *args: object, **environment: str) -> subprocess.Popen[str
 def said(process: subprocess.Popen[str]) -> str:
     """On stderr, by a process that must succeed."""
     try:
-        errors = process.communicate(timeout=100)[1]
+        errors = process.communicate(timeout=250)[1]
     finally:
         process.kill()
     assert process.returncode == 0, errors
@@ -135,7 +135,7 @@ def wheel(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=100)
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=250)
     (file,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(file).extractall(tmp_path / "installed")
     return tmp_path / "installed"

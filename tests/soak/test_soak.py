@@ -60,7 +60,7 @@ def held(server: Server) -> dict[str, Held]:
 
 
 def load_of(server: Server) -> dict[str, int]:
-    answer = httpx.get(f"{server.url}/server_info", headers=HEADERS, timeout=30)
+    answer = httpx.get(f"{server.url}/server_info", headers=HEADERS, timeout=60)
     return dict(answer.json()["load"]) if answer.status_code == 200 else {"status": answer.status_code}
 
 
@@ -80,7 +80,7 @@ def kill_some(server: Server, seconds: float, names: Sequence[str]) -> list[floa
         workers(server)[name].kill()
         begin = time.monotonic()
         while httpx.get(f"{server.url}/health", timeout=60).status_code != 200:
-            assert time.monotonic() - begin < 60, f"after {name} was killed, the server is not back"
+            assert time.monotonic() - begin < 120, f"after {name} was killed, the server is not back"
             time.sleep(0.1)
         recoveries.append(time.monotonic() - begin)
     return recoveries
@@ -117,7 +117,7 @@ def test_nothing_is_lost_and_nothing_grows(start: Callable[..., Server], tiny_pa
         assert now.num_fds - before[name].num_fds <= 4, f"{name} has more descriptors: {before[name]}, {now}"
     done = {kind for kind in dir(Client) if counts[kind]}
     assert len(done) >= 17, f"too few kinds of requests in the time: {sorted(done)}"
-    metrics = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=30).text
+    metrics = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=60).text
     failed = re.findall(r'http_requests_total\{.*status="5(?!03)\d\d".*', metrics)
     assert failed == []
     with closing(Client(server.url, SEED, answers)) as quiet:
@@ -125,7 +125,7 @@ def test_nothing_is_lost_and_nothing_grows(start: Callable[..., Server], tiny_pa
             quiet.whole()  # alone, a request gets what it got among others
     server.children = [process for name, process in workers(server).items() if name != "server"]
     server.process.terminate()
-    assert server.wait_exit(30) == 0
+    assert server.wait_exit() == 0
     assert not server.orphans()
     assert "Traceback" not in server.output()
     assert threading.active_count() < 50

@@ -49,8 +49,8 @@ def test_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
 def test_it_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(audit, "SECONDS", 1)
     begin = time.monotonic()
-    assert run(monkeypatch, tmp_path, WEAK, delay=30) == 0
-    assert time.monotonic() - begin < 20
+    assert run(monkeypatch, tmp_path, WEAK, delay=200) == 0
+    assert time.monotonic() - begin < 100
 
 
 def test_what_is_needed() -> None:

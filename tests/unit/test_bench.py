@@ -8,10 +8,12 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
+from statistics import mean, median
 from typing import Any
 
 import httpx
@@ -27,8 +29,7 @@ from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-TTFT, GAP = 0.1, 0.04  # of the fake server, in seconds
-KNOWN_LATENCIES = {"ttft": TTFT, "tpot": GAP, "itl": GAP, "e2e": TTFT + 4 * GAP}
+TTFT, GAP = 0.1, 0.04  # of the fake server, in seconds; longer where other work has the cores
 
 
 class FakeServer:
@@ -39,6 +40,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.num_open = 0
         self.most_open = 0
+        self.pauses: list[list[float]] = []  # of each answer: what has gone by before each of its tokens, in seconds
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -65,8 +67,11 @@ class FakeServer:
         count = body["max_tokens"]
         if chat:
             writer.write(_event({"choices": [{"delta": {"role": "assistant"}, "finish_reason": None}]}))
+        self.pauses.append(pauses := [])
         for index in range(count):
+            begin = time.perf_counter()
             await asyncio.sleep(3600 if self.fault == "hang" else GAP if index else TTFT)
+            pauses.append(time.perf_counter() - begin)
             finish = "length" if index == count - 1 else None
             text = {"delta": {"content": "x"}} if chat else {"text": "x"}
             writer.write(_event({"choices": [text | {"finish_reason": finish}]}))
@@ -98,21 +103,27 @@ async def bench(fake: FakeServer, *flags: str) -> tuple[list[Record], float]:
         return await serve.run(args, serve.make_samples(args))
 
 
+def known_latencies(fake: FakeServer) -> dict[str, float]:
+    """Medians over its answers, but for the warm-up's, of what it has paused."""
+    answers = fake.pauses[1:]
+    gaps = [pauses[1:] for pauses in answers]
+    known = {"ttft": [pauses[0] for pauses in answers], "tpot": [mean(each) for each in gaps]}
+    known |= {"itl": [gap for each in gaps for gap in each], "e2e": [sum(pauses) for pauses in answers]}
+    return {name: median(values) for name, values in known.items()}
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 async def test_known_timings_are_measured(endpoint: str) -> None:
-    slack = dict.fromkeys(KNOWN_LATENCIES, math.inf)
-    for _ in range(5):
+    for _ in range(10):
         fake = FakeServer()
         records, duration = await bench(fake, "--num-prompts", "4", "--output-len", "5", "--endpoint", endpoint)
         summary = metrics.summarize(records, duration)
         assert (summary.num_requests, summary.num_failed) == (4, 0)
         assert (summary.num_prompt, summary.num_output, summary.num_cached) == (28, 20, 12)
-        late = {name: summary.latencies[name]["p50"] - 1000 * known for name, known in KNOWN_LATENCIES.items()}
-        slack = {name: min(slack[name], late[name]) for name in late}
-        if max(slack.values()) <= 60:
-            break
-    # A busy machine adds to a pause, never takes away from it (but for the clock's grain): the best run tells.
-    assert all(-3 <= late <= 60 for late in slack.values()), slack
+        late = {name: summary.latencies[name]["p50"] - 1000 * known for name, known in known_latencies(fake).items()}
+        if all(-3 <= ms <= 60 for ms in late.values()):
+            break  # what else the machine does delays what is measured: the best run tells
+    assert all(-3 <= ms <= 60 for ms in late.values()), late
     assert summary.output_rate == pytest.approx(20 / duration)
     assert len(fake.bodies) == 5  # the warm-up's too
     assert fake.bodies[0]["model"] == "fake-model"
@@ -134,7 +145,8 @@ async def test_concurrency_is_bounded() -> None:
     records, duration = await bench(fake, "--num-prompts", "4", "--output-len", "1", "--max-concurrency", "2")
     assert fake.most_open == 2
     assert duration >= 2 * TTFT - 0.01
-    assert sorted(record.start > TTFT / 2 for record in records) == [False, False, True, True]
+    first_end = min(record.start + record.e2e for record in records)
+    assert sorted(record.start >= first_end for record in records)[2:] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +158,9 @@ async def test_concurrency_is_bounded() -> None:
     ],
 )
 async def test_failures_are_counted(fault: str, expected: str) -> None:
-    flags = ("--num-prompts", "2", "--output-len", "4", "--warmup", "0", "--time-limit", "0.4")
-    records, duration = await asyncio.wait_for(bench(FakeServer(fault), *flags), 30)
+    limit = "0.4" if fault == "hang" else "100"
+    flags = ("--num-prompts", "2", "--output-len", "4", "--warmup", "0", "--time-limit", limit)
+    records, duration = await asyncio.wait_for(bench(FakeServer(fault), *flags), 100)
     summary = metrics.summarize(records, duration)
     assert summary.num_failed == 2
     assert summary.latencies == {}

@@ -212,7 +212,7 @@ def test_completion_in_zsh(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 def interactive(shell: str, args: Sequence[str], folder: Path, first: str) -> pexpect.spawn[str]:
     env = {**os.environ, "HOME": str(folder), "TERM": "dumb", "PS1": "$ "}
     child = pexpect.spawn(
-        shell, list(args), env=env, cwd=str(folder), encoding="utf-8", timeout=20, dimensions=(60, 200)
+        shell, list(args), env=env, cwd=str(folder), encoding="utf-8", timeout=60, dimensions=(60, 200)
     )
     child.sendline(first + "; echo rea''dy")
     child.expect_exact("ready\r\n")

@@ -44,6 +44,7 @@ from minisgl.tokenizer import server as module
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from tests.tokenizers_fixture import CHATML, make_byte_level
+from tests.waiting import poll
 
 CONFIG = TokenizerConfig(model_path="", max_seq_len=100_000, vocab_size=400)
 LONG = TextPrompt("hello world " * 5000)
@@ -186,8 +187,7 @@ def test_the_shortest_is_next_and_nobody_works_for_those_who_left(
     """With one thread, so that the order in which they are taken is that in which they are answered."""
     monkeypatch.setattr(module, "SECONDS", 2.0)
     running.handle([request(chat("slow" * 5000), 0)])
-    while not running.is_reading():
-        time.sleep(0.01)
+    poll(running.is_reading, "nobody reads it")
     monkeypatch.setattr(module, "SECONDS", 60.0)  # for those that follow
     sizes = {10: 9000, 11: 8000, 12: 7000, 13: 6000}
     running.handle([request(TextPrompt("hello " * size), uid) for uid, size in sizes.items()])
@@ -226,10 +226,10 @@ def test_memory_that_is_not_there_costs_one_request(
 def test_output_goes_on_while_a_prompt_is_read(running: Running) -> None:
     """The same process turns tokens into text."""
     running.handle([request(chat("slow" * 5000), 1)])
+    poll(running.is_reading, "nobody reads it")
     for _ in range(100):
-        begun = time.monotonic()
         running.handle([DetokenizeMsg(uid=2, token_ids=pack_ids([40]))])
-        assert time.monotonic() - begun < 1
+    assert running.is_reading(), "they have waited for its end"
 
 
 def tokenize(template: str, prompt: ChatPrompt, directory: Path, max_seq_len: int = 100) -> Any:

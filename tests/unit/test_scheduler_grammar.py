@@ -305,10 +305,8 @@ def test_a_slow_row_sits_out_and_gets_the_same_tokens(
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=4)
     loop.put(2, [4, 5], grammar=False, max_tokens=30)
-    start = time.monotonic()
     while 2 not in loop.outputs or loop.outputs[2][-1].finish_reason is None:
         loop.turn()
-    assert time.monotonic() - start < 5
     assert 1 not in loop.outputs or loop.outputs[1][-1].finish_reason is None, "the plain one waited for it"
     loop.turn_until_idle()
     assert loop.ids(1) == expected_output([1, 2, 3], 7, ())
