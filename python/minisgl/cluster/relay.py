@@ -45,6 +45,8 @@ _MAX_NAME = 1024  # characters of a session's
 _KEPT = re.compile(r"/(?:v1/responses|trace)/([^/]+)")  # by one replica, which alone can answer
 _STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
 _TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
+_CHUNK = re.compile(rb"([0-9a-f]+)\r\n(?=data:|event:|:)")  # of events: what comes behind is no chunk's head
+_END = b"\n\n\r\n"  # of an event, and of the chunk; events have no CR
 _LONG = 2**18  # bytes of a body that is sent in pieces
 _TAIL = 4096  # bytes at the end of an answer in which token counts are looked for
 _CONNECT_SECONDS = 5.0
@@ -68,12 +70,44 @@ class Front(Connection):
         app: ASGIApp = self.app
         self.app = lambda scope, receive, send: app({**scope, _FRONT: self}, receive, send)
 
-    async def send_chunk(self, part: bytes) -> None:
-        """A part of an answer in chunks whose head has gone out; ASGI's way takes twice as long."""
-        if self.flow.write_paused:
-            await self.flow.drain()
-        if part and not self.transport.is_closing():
-            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+class _Passing(asyncio.Protocol):
+    """In aiohttp's place while nothing but whole events comes: they go on as they are, chunks with their heads. To take
+    them out of chunks and put them into others takes twice as long."""
+
+    def __init__(self, front: Front, connection: aiohttp.connector.Connection, tail: bytes) -> None:
+        assert connection.transport is not None
+        assert connection.protocol is not None
+        self._transport, self._aiohttp, self._front = connection.transport, connection.protocol, front
+        self._tail, self._has_ended = tail, asyncio.Event()
+
+    async def run(self) -> bytes:
+        """Until something else comes, which aiohttp gets, or the client is slow. Returns the end of what has gone on."""
+        self._transport.set_protocol(self)
+        try:
+            await self._has_ended.wait()
+        finally:
+            self._transport.set_protocol(self._aiohttp)
+        return self._tail
+
+    def data_received(self, data: bytes) -> None:
+        found = _CHUNK.match(data) if data.endswith(_END) else None
+        if found is None or not data.startswith(_END[2:], found.end() + int(found[1], 16)):
+            self._give_back()
+            self._aiohttp.data_received(data)
+        elif not self._front.transport.is_closing():
+            self._front.transport.write(data)
+            self._tail = (self._tail + data)[-_TAIL:]
+            if self._front.flow.write_paused:
+                self._give_back()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._give_back()
+        self._aiohttp.connection_lost(exc)
+
+    def _give_back(self) -> None:
+        self._transport.set_protocol(self._aiohttp)
+        self._has_ended.set()
 
 
 class Relay:
@@ -199,11 +233,11 @@ class Relay:
                     end = (part := left + part).rfind(b"\n\n") + 2
                     part, left = (part[:end], part[end:]) if end > 1 else (b"", part)
                 tail = (tail + part)[-_TAIL:]
-                if front is not None:
-                    await front.send_chunk(part)
-                else:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                part = await answer.content.readany()
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                part = answer.content.read_nowait()
+                if front is not None and answer.connection is not None and not part and not left:
+                    tail = await _Passing(front, answer.connection, tail).run()
+                part = part or await answer.content.readany()
         except _FAILURES:
             self.counts["broken"] += 1
             if not is_stream:

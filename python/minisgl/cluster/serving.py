@@ -63,20 +63,25 @@ def replica_needs(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Options that a replica's place decides, and what it takes of a node's resources, by Ray's names.
 
-    nodes: what each has. Raises: ConfigError when there is not enough for all replicas.
+    nodes: what each has. Where Serve's configuration is what is wanted, nodes may come later than it, and Ray waits for
+    them: options that say it all are enough. Raises: ConfigError when there is not enough for all replicas.
     """
     size, (gpus, cpus) = args.tensor_parallel_size, [sum(n.get(kind, 0) for n in nodes) for kind in ("GPU", "CPU")]
     if args.device == "cuda" or (gpus and args.device is None):
         room = sum(int(node.get("GPU", 0)) // size for node in nodes)
-        if room < plan.replicas:
+        if room < plan.replicas and plan.listener:
             words = f"each needs {size} GPUs of one node; there is room for {room}"
             raise ConfigError(f"--replicas {plan.replicas}: {words}")
-        return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, cpus / plan.max_replicas)}
+        share = cpus / plan.max_replicas if plan.listener else 1.0
+        return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, share)}
+    if args.device == "cpu" and args.cpu_threads and not plan.listener:
+        return {}, {"num_cpus": size * args.cpu_threads}
     share = cpus / plan.max_replicas
     threads = args.cpu_threads or max(1, int(share) // size)
     if share < _LEAST_CPUS * size or threads * size > max((node.get("CPU", 0) for node in nodes), default=0):
         words = f"with {size} × {threads} threads each, they find no room on {cpus:g} CPUs"
-        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}")
+        hint = "" if plan.listener else "; device, with cpu_threads for cpu, is all that is needed where nodes come later"
+        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}{hint}")
     return {"device": "cpu", "cpu_threads": threads}, {"num_cpus": math.floor(100 * min(share, threads * size)) / 100}
 
 
