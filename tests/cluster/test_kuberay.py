@@ -25,9 +25,7 @@ from minisgl.config.args import args_from_options
 from tests.cluster.conftest import MODEL, ROOT, Load, wait_for
 
 pytestmark = pytest.mark.timeout(300)
-(TEXT,) = re.findall(
-    r"```yaml\n(apiVersion: ray.io.*?)```", (ROOT / "docs" / "howto" / "cluster.md").read_text(), re.S
-)
+(TEXT,) = re.findall(r"```yaml\n(apiVersion: ray.io.*?)```", (ROOT / "docs" / "howto" / "cluster.md").read_text(), re.S)
 SPEC = yaml.safe_load(TEXT)["spec"]
 CONFIG = yaml.safe_load(SPEC["serveConfigV2"])
 HEAD, (WORKERS,) = SPEC["rayClusterConfig"]["headGroupSpec"], SPEC["rayClusterConfig"]["workerGroupSpecs"]
@@ -53,8 +51,10 @@ def test_the_manifest_has_what_its_readers_know() -> None:
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayNodes]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'python'}:{ROOT}")
-    args = {"num_cpus": int(HEAD["rayStartParams"]["num-cpus"]), "object_store_memory": 80 * 2**20}
-    cluster = RayNodes(initialize_head=True, head_node_args={**args, "include_dashboard": True, "dashboard_port": free()})
+    args: dict[str, Any] = {"num_cpus": int(HEAD["rayStartParams"]["num-cpus"]), "object_store_memory": 80 * 2**20}
+    cluster = RayNodes(
+        initialize_head=True, head_node_args={**args, "include_dashboard": True, "dashboard_port": free()}
+    )
     try:
         yield cluster
     finally:

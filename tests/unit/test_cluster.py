@@ -11,7 +11,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from minisgl.cluster.commands import main
-from minisgl.cluster.relay import num_tokens, read_request
+from minisgl.cluster.relay import read_request
 from minisgl.errors import ConfigError
 
 LONG = "a text that is long enough for some blocks, " * 20
@@ -77,12 +77,6 @@ def test_sessions_and_who_has_what_is_asked_for() -> None:
 def test_whatever_the_body_is(body: bytes) -> None:
     asked = read_request("/v1/completions", Headers({}), body)
     assert (asked.blocks, asked.session, asked.keeper) == ([], "", "")
-
-
-def test_an_answer_tells_how_long_the_prompt_was() -> None:
-    assert num_tokens(b'... "usage":{"prompt_tokens":14,"total_tokens":38}}\n\ndata: [DONE]\n\n') == 14
-    assert num_tokens(b'"usage": {"input_tokens": 7}') == 7
-    assert num_tokens(b"data: [DONE]\n\n") == 0
 
 
 @pytest.mark.parametrize(

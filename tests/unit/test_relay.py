@@ -182,6 +182,20 @@ async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections(play:
     assert b"\r\nx-forwarded-for: 127.0.0.1\r\n" in one.heads[0]
 
 
+async def test_an_answer_tells_how_long_the_prompt_was() -> None:
+    texts = [b'{"usage":{"prompt_tokens":14,"total_tokens":38}}', b'"usage": {"input_tokens": 9}', b'{"choices": []}']
+    left = iter(texts)
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        text = next(left)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        for text in texts:
+            assert (await client.post("/v1/completions", json={})).content == text
+        assert one.learned == [14, 9, 0]
+
+
 async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
     async with way([streamed]) as one:
         text = await one.raw(b"POST /v1/completions HTTP/1.0\r\ncontent-length: 0\r\n\r\n")

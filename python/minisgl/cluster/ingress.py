@@ -38,13 +38,8 @@ _KNOWN = (*_OF_ALL, "/cluster", "/trace", "/v1/responses", "/v1/messages")  # pa
 
 _SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})?( .*)$")  # of Prometheus' text format
 _END = "# EOF"  # of OpenMetrics
-
-
-class Wanted(msgspec.Struct):
-    """By an operator. options: of the server, that change."""
-
-    replicas: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    options: dict[str, Any] = {}
+_COUNT = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_Wanted = msgspec.defstruct("_Wanted", [("replicas", _COUNT), ("options", dict[str, Any], {})])  # by an operator
 
 
 class Ingress:
@@ -60,6 +55,9 @@ class Ingress:
         self._owner: asyncio.StreamWriter | None = None  # it is told what operators ask for
         work = [self._meet(), *([self._serve(listener)] if listener else [])]
         self._tasks = [asyncio.ensure_future(one) for one in work]
+
+    def __serve_build_asgi_app__(self) -> Starlette:  # what Ray's own proxies come to
+        return Starlette(routes=[Mount("", self.asgi)])
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope, is_of_all = {**scope, "state": {"owner": ""}}, scope["path"] in _OF_ALL
@@ -131,15 +129,6 @@ class Ingress:
         await asyncio.wait(self._tasks[-1:])
 
 
-async def _relayed(scope: Scope, receive: Receive, send: Send) -> None:
-    ingress = serve.get_replica_context().servable_object
-    assert isinstance(ingress, Ingress)
-    await ingress.asgi(scope, receive, send)
-
-
-BY_PROXY = Starlette(routes=[Mount("", _relayed)])  # to the ingress of this process, for Ray's own proxies
-
-
 class PrefixRequestRouter(RequestRouter):
     """Tells the relay that comes with the first request which replicas there are; what is known of prefixes is there,
     and so is the choice."""
@@ -187,6 +176,6 @@ def _wanted(path: str, body: bytes) -> bytes:
     if path != "/cluster/scale":
         raise RequestError(f"POST {path}: not found", status=404)
     try:
-        return msgspec.json.encode(msgspec.json.decode(body, type=Wanted, strict=False))
+        return msgspec.json.encode(msgspec.json.decode(body, type=_Wanted, strict=False))
     except msgspec.MsgspecError:
         raise RequestError('expected {"replicas": 1 to 4096}, and perhaps "options"', param="replicas") from None

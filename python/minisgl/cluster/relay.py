@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import aiohttp
@@ -76,13 +76,12 @@ class _Passing(asyncio.Protocol):
     them out of chunks and put them into others takes twice as long."""
 
     def __init__(self, front: Front, connection: aiohttp.connector.Connection, tail: bytes) -> None:
-        assert connection.transport is not None
-        assert connection.protocol is not None
-        self._transport, self._aiohttp, self._front = connection.transport, connection.protocol, front
+        self._transport = cast(asyncio.Transport, connection.transport)
+        self._aiohttp, self._front = cast(asyncio.Protocol, connection.protocol), front
         self._tail, self._has_ended = tail, asyncio.Event()
 
     async def run(self) -> bytes:
-        """Until something else comes, which aiohttp gets, or the client is slow. Returns the end of what has gone on."""
+        """Until something else comes, which aiohttp gets, or the client is slow. Returns the end of what went on."""
         self._transport.set_protocol(self)
         try:
             await self._has_ended.wait()
@@ -92,21 +91,18 @@ class _Passing(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         found = _CHUNK.match(data) if data.endswith(_END) else None
-        if found is None or not data.startswith(_END[2:], found.end() + int(found[1], 16)):
-            self._give_back()
-            self._aiohttp.data_received(data)
-        elif not self._front.transport.is_closing():
+        is_whole = found is not None and data.startswith(_END[2:], found.end() + int(found[1], 16))
+        if is_whole and not self._front.transport.is_closing():
             self._front.transport.write(data)
             self._tail = (self._tail + data)[-_TAIL:]
-            if self._front.flow.write_paused:
-                self._give_back()
+        if not is_whole or self._front.flow.write_paused:
+            self._transport.set_protocol(self._aiohttp)
+            self._has_ended.set()
+        if not is_whole:
+            self._aiohttp.data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._give_back()
         self._aiohttp.connection_lost(exc)
-
-    def _give_back(self) -> None:
-        self._transport.set_protocol(self._aiohttp)
         self._has_ended.set()
 
 
@@ -275,7 +271,8 @@ class Relay:
     def _learn(self, name: str, prompt: Prompt, tail: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """From an answer: how long tokens are, and who will be asked for it again."""
         kept = [value.decode("latin-1") for key, value in headers if key == b"x-request-id"]
-        self.router.calibrate(prompt.num_bytes, num_tokens(tail))
+        counts = _TOKENS.findall(tail)
+        self.router.calibrate(prompt.num_bytes, int(counts[-1]) if counts else 0)
         for key in (*kept, *(found.decode() for found in _STORED.findall(tail))):
             self.router.learn(name, Prompt((), 0, key))
 
@@ -315,12 +312,6 @@ def read_request(path: str, headers: Headers, body: bytes) -> Prompt:
     salt = f"{headers.get('authorization')} {headers.get('x-api-key')} {fields['cache_salt']}"
     names = (headers.get("x-session-id") or fields["prompt_cache_key"] or "", fields["previous_response_id"] or "")
     return Prompt(text_blocks(text, salt), len(text), *(name if len(name) <= _MAX_NAME else "" for name in names))
-
-
-def num_tokens(tail: bytes) -> int:
-    """Of the prompt, by the end of an answer; 0 where that does not tell."""
-    found = _TOKENS.findall(tail)
-    return int(found[-1]) if found else 0
 
 
 def _passed(answer: Answer) -> list[tuple[bytes, bytes]]:

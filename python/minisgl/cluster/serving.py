@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingContext
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import minisgl
-from minisgl.cluster.ingress import BY_PROXY, Ingress
+from minisgl.cluster.ingress import Ingress
 from minisgl.cluster.replica import Replica, node_address
 from minisgl.cluster.router import POLICIES, wanted_replicas
 from minisgl.config.args import ServerArgs, args_from_options, integer
@@ -80,7 +80,7 @@ def replica_needs(
     threads = args.cpu_threads or max(1, int(share) // size)
     if share < _LEAST_CPUS * size or threads * size > max((node.get("CPU", 0) for node in nodes), default=0):
         words = f"with {size} × {threads} threads each, they find no room on {cpus:g} CPUs"
-        hint = "" if plan.listener else "; device, with cpu_threads for cpu, is all that is needed where nodes come later"
+        hint = "" if plan.listener else "; where nodes come later, say device, and for cpu cpu_threads"
         raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}{hint}")
     return {"device": "cpu", "cpu_threads": threads}, {"num_cpus": math.floor(100 * min(share, threads * size)) / 100}
 
@@ -108,7 +108,7 @@ def application(plan: Plan) -> serve.Application:
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
     one_loop = {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}  # for what asks the router, and the router
     actor = {"num_cpus": 0, "resources": here, "runtime_env": one_loop}
-    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress(BY_PROXY)(Ingress))
+    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress()(Ingress))
     # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.
     replica._version, ingress._version = _version(served), _version([front, plan.listener, plan.policy])
     return ingress.bind(replica.bind(served, plan.host), front, plan.listener, plan.policy)
