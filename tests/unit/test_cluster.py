@@ -107,5 +107,5 @@ def test_without_ray_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         main(["serve"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs Ray: pip install 'minisgl\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs Ray 2\.60 or newer: pip install 'minisgl\[ray\]'"):
         main(["serve"])

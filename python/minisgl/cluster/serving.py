@@ -52,10 +52,7 @@ class Plan:
 def server_options(args: ServerArgs) -> dict[str, Any]:
     """What differs from the defaults; files are named so that they are found from any folder."""
     given = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
-    for name in given.keys() & _FILES:
-        if os.path.exists(given[name]):
-            given[name] = os.path.abspath(given[name])
-    return given
+    return given | {name: os.path.abspath(given[name]) for name in given.keys() & _FILES if os.path.exists(given[name])}
 
 
 def replica_needs(
@@ -80,8 +77,8 @@ def replica_needs(
     threads = args.cpu_threads or max(1, int(share) // size)
     if share < _LEAST_CPUS * size or threads * size > max((node.get("CPU", 0) for node in nodes), default=0):
         words = f"with {size} × {threads} threads each, they find no room on {cpus:g} CPUs"
-        hint = "" if plan.listener else "; where nodes come later, say device, and for cpu cpu_threads"
-        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}{hint}")
+        later = "" if plan.listener else " (if more come later, say device, and for cpu cpu_threads)"
+        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}{later}")
     return {"device": "cpu", "cpu_threads": threads}, {"num_cpus": math.floor(100 * min(share, threads * size)) / 100}
 
 
