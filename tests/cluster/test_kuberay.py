@@ -82,8 +82,10 @@ async def test_ray_serves_the_manifest(head: RayNodes) -> None:
         head.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     wait_for(lambda: told()["status"] == "RUNNING", 120)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=4)
-    assert answer.usage is not None and answer.usage.completion_tokens == 4
+        extra = {"ignore_eos": True}
+        answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=4, extra_body=extra)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 4
     refused = httpx.post(f"{url}/cluster/scale", json={"replicas": 1})
     assert refused.status_code == 409, refused.text
     before = {one["replica_id"] for one in told()["deployments"]["Replica"]["replicas"]}
