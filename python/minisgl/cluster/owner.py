@@ -35,7 +35,7 @@ _LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
 _WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
 # For what Ray's processes take a core's time while nothing happens. That something has ended is told by connections.
-_OFF = ("USAGE_STATS_ENABLED", "DEDUP_LOGS", "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "worker_niceness", "event_stats")
+_OFF = ["USAGE_STATS_ENABLED", "DEDUP_LOGS", "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "worker_niceness", "event_stats"]
 _OFF += ("enable_metrics_collection", "task_events_report_interval_ms", "LOG_MONITOR_MANY_FILES_THRESHOLD")
 _ENVIRON = {f"RAY_{name}": "0" for name in _OFF} | {"RAY_memory_monitor_refresh_ms": "1000"}
 _ENVIRON |= {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5", "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000"}
