@@ -58,7 +58,7 @@ def _ask(url: str, key: str, data: bytes | None) -> str:
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url}: {error.read().decode(errors='replace').strip()}") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--url {url}: no cluster answers there ({error})") from None
+        raise ConfigError(f"--url {url}: no cluster answers there ({getattr(error, 'reason', error)})") from None
 
 
 def _apart() -> int | None:
