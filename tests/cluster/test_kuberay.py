@@ -72,6 +72,9 @@ async def test_ray_serves_the_manifest(head: RayNodes) -> None:
     def told() -> Any:
         return httpx.get(api, timeout=60).raise_for_status().json()["applications"][application["name"]]
 
+    def replicas() -> set[str]:  # none while Serve builds the application anew
+        return {one["replica_id"] for one in told()["deployments"].get("Replica", {}).get("replicas", [])}
+
     def deploy() -> None:
         httpx.put(api, json=config, timeout=60).raise_for_status()
 
@@ -88,14 +91,14 @@ async def test_ray_serves_the_manifest(head: RayNodes) -> None:
     assert answer.usage.completion_tokens == 4
     refused = httpx.post(f"{url}/cluster/scale", json={"replicas": 1})
     assert refused.status_code == 409, refused.text
-    before = {one["replica_id"] for one in told()["deployments"]["Replica"]["replicas"]}
+    before = replicas()
     assert len(before) == application["args"]["replicas"]
     load = Load(url, 2, max_tokens=20)
     application["args"]["max_running_requests"] = 64
     deploy()
 
     def is_renewed() -> bool:
-        now = {one["replica_id"] for one in told()["deployments"]["Replica"]["replicas"]}
+        now = replicas()
         return told()["status"] == "RUNNING" and len(now) == len(before) and not now & before
 
     await asyncio.to_thread(wait_for, is_renewed, 120)
