@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import psutil
 from minisgl import simulate
 from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import Record
-from minisgl.cluster.router import PrefixRouter, Prompt, text_blocks
+from minisgl.cluster.router import RUNNING_TOKENS, PrefixRouter, Prompt, text_blocks
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.simulate.cluster import Simulation
 from minisgl.simulate.times import Step, fitted
@@ -140,9 +141,9 @@ async def send(urls: Sequence[str], requests: Sequence[Request]) -> list[tuple[s
         text = np.array(ids, np.int32).tobytes()
         prompt = Prompt(text_blocks(text), len(text), request.session)
         url = router.choose(prompt) or ""
-        placed = router.place(url, prompt)
-        name, times = await stream(client, url, ids, request.output_len, placed.hold)
-        placed.hold(0.0)
+        hold = router.place(url, prompt)
+        name, times = await stream(client, url, ids, request.output_len, partial(hold, RUNNING_TOKENS))
+        hold(0.0)
         arrivals = tuple(moment - start for moment in times)
         return name, Record(request.time, arrivals[-1], arrivals, len(ids), request.output_len)
 

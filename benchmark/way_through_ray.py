@@ -74,18 +74,17 @@ def kind(process: psutil.Process, plain: set[int]) -> str:
 
 
 class Watch:
-    """Processor time of all processes that have begun since."""
+    """Processor time of this process and of all that it has started, by whatever way."""
 
     def __init__(self) -> None:
-        self._begun = psutil.Process().create_time()
         self.kinds: dict[int, str] = {}
 
     def find(self, plain: psutil.Process) -> None:
         tree = {plain.pid, *(one.pid for one in plain.children(recursive=True))}
-        for one in psutil.process_iter():
+        ours = psutil.Process()
+        for one in (ours, *ours.children(recursive=True)):
             try:
-                if one.create_time() >= self._begun:
-                    self.kinds[one.pid] = kind(one, tree)
+                self.kinds[one.pid] = kind(one, tree)
             except psutil.Error:
                 continue
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 import threading
 import warnings
@@ -16,7 +15,6 @@ from typing import Any, cast
 import httpx
 import pytest
 import uvicorn
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -27,7 +25,6 @@ from starlette.types import ASGIApp, Message
 with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
     from ray.serve.config import AutoscalingContext
-    from ray.serve.schema import ServeDeploySchema
 
     from minisgl.cluster.ingress import Ingress, merged
     from minisgl.cluster.owner import reach
@@ -38,22 +35,12 @@ from minisgl.config.runtime import AccessConfig
 from minisgl.errors import ConfigError
 from minisgl.server.access import guarded
 
-HOWTO = Path(__file__).parents[2] / "docs" / "howto" / "cluster.md"
 
-
-def needs(nodes: list[dict[str, float]], replicas: int = 1, **options: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    return replica_needs(args_from_options(options), Plan(options, replicas, replicas), nodes)
-
-
-def test_the_manifest_is_one_that_ray_takes() -> None:
-    (text,) = re.findall(r"```yaml\n(apiVersion: ray.io.*?)```", HOWTO.read_text(), re.S)
-    manifest = yaml.safe_load(text)
-    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"])).applications
-    assert application.import_path == "minisgl.cluster:app"
-    args = {name: value for name, value in application.args.items() if name not in ("replicas", "max_replicas")}
-    assert args_from_options(args).model_path == "Qwen/Qwen3-0.6B"
-    groups = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert groups[0]["maxReplicas"] >= application.args["max_replicas"]
+def needs(
+    nodes: list[dict[str, float]], replicas: int = 1, declared: bool = False, **options: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
+    plan = Plan(options, replicas, replicas, listener="" if declared else "/port")
+    return replica_needs(args_from_options(options), plan, nodes)
 
 
 def test_gpus_of_a_replica_are_of_one_node() -> None:
@@ -71,6 +58,15 @@ def test_cpus_are_shared() -> None:
     for nodes, replicas, options in (([{"CPU": 2}], 40, {}), ([{"CPU": 4}] * 2, 1, {"cpu_threads": 6})):
         with pytest.raises(ConfigError, match=r"find no room on \d+ CPUs"):
             needs(nodes, replicas, **options)
+
+
+def test_nodes_may_come_later_than_a_configuration() -> None:
+    """Which is as KubeRay does it; what replicas take does not change when they do, or all would be replaced."""
+    for nodes in ([], [{"CPU": 8.0, "GPU": 1.0}]):
+        assert needs(nodes, 2, True, device="cuda", tp=2) == ({"device": "cuda"}, {"num_gpus": 2, "num_cpus": 1.0})
+        assert needs(nodes, 2, True, device="cpu", cpu_threads=3, tp=2)[1] == {"num_cpus": 6}
+    with pytest.raises(ConfigError, match="find no room on 0 CPUs \\(if more come later, say device"):
+        needs([], declared=True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,9 +132,23 @@ async def way(plays: Sequence[Play], *, max_body: int = 2**20) -> AsyncIterator[
 
 async def streamed(_: bytes, writer: asyncio.StreamWriter) -> None:
     """In chunks that end anywhere, in writes that end anywhere else."""
-    text = STREAM + b"".join(chunk(EVENTS[at : at + 13]) for at in range(0, len(EVENTS), 13)) + chunk(b"")
-    for at in range(0, len(text), 29):
-        writer.write(text[at : at + 29])
+    await _written(writer, (EVENTS[at : at + 13] for at in range(0, len(EVENTS), 13)), 29)
+
+
+async def by_events(_: bytes, writer: asyncio.StreamWriter) -> None:
+    """One or two in a chunk, as servers have them, and a write for each; at last, writes that end anywhere."""
+    events = [event + b"\n\n" for event in EVENTS.split(b"\n\n")[:-1]]
+    for at, event in enumerate(events[:100]):
+        writer.write((STREAM if at == 0 else b"") + chunk(event))
+        await asyncio.sleep(0.001)
+    pairs = ([*events[at : at + 2]] for at in range(100, len(events), 2))
+    await _written(writer, map(b"".join, pairs), 7, head=b"")
+
+
+async def _written(writer: asyncio.StreamWriter, chunks: Iterable[bytes], size: int, head: bytes = STREAM) -> None:
+    text = head + b"".join(map(chunk, chunks)) + chunk(b"")
+    for at in range(0, len(text), size):
+        writer.write(text[at : at + size])
         await writer.drain()
         await asyncio.sleep(0)
 
@@ -154,8 +168,9 @@ async def whole(_: bytes, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwhole")
 
 
-async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections() -> None:
-    async with way([streamed]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+@pytest.mark.parametrize("play", [streamed, by_events])
+async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections(play: Play) -> None:
+    async with way([play]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
         for _ in range(3):
             answer = await client.post("/v1/completions?a=b%20c", json={"prompt": "x"}, headers={"X-Mine": "yes"})
             assert answer.content == EVENTS
@@ -165,6 +180,20 @@ async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections() -> 
     assert one.heads[0].startswith(b"post /v1/completions?a=b%20c http/1.1\r\n")
     assert b"\r\nx-mine: yes\r\n" in one.heads[0]
     assert b"\r\nx-forwarded-for: 127.0.0.1\r\n" in one.heads[0]
+
+
+async def test_an_answer_tells_how_long_the_prompt_was() -> None:
+    texts = [b'{"usage":{"prompt_tokens":14,"total_tokens":38}}', b'"usage": {"input_tokens": 9}', b'{"choices": []}']
+    left = iter(texts)
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        text = next(left)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        for text in texts:
+            assert (await client.post("/v1/completions", json={})).content == text
+        assert one.learned == [14, 9, 0]
 
 
 async def test_a_client_of_http_1_0_gets_no_chunks() -> None:

@@ -11,7 +11,6 @@ import signal
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import Any
 
 from minisgl.cluster.router import POLICIES
 from minisgl.config.args import ArgumentParser, argument, integer, make_parser, parse_args
@@ -46,21 +45,20 @@ def main(argv: Sequence[str]) -> int:
             one.add_argument("--options", type=json.loads, default={}, help="JSON: server options that change, in turn")
     args = parser.parse_args(list(argv) or ["--help"])
     body = {"replicas": args.replicas, "options": args.options} if args.command == "scale" else {}
-    path = "" if args.command == "status" else f"/{args.command}"
-    print(_ask(f"{args.url.rstrip('/')}/cluster{path}", args.key, body if path else None))
+    path, data = ("", None) if args.command == "status" else (f"/{args.command}", json.dumps(body).encode())
+    print(_ask(f"{args.url.rstrip('/')}/cluster{path}", args.key, data))
     return 0
 
 
-def _ask(url: str, key: str, body: dict[str, Any] | None) -> str:
+def _ask(url: str, key: str, data: bytes | None) -> str:
     headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-    data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as answer:
             return json.dumps(json.loads(answer.read()), indent=2)
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url}: {error.read().decode(errors='replace').strip()}") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--url {url}: no cluster answers there ({error})") from None
+        raise ConfigError(f"--url {url}: no cluster answers there ({getattr(error, 'reason', error)})") from None
 
 
 def _apart() -> int | None:
@@ -112,9 +110,7 @@ def _serve(words: list[str]) -> int:
 
 def check_ray() -> None:
     """Raises: ConfigError unless Ray Serve is there, and new enough."""
-    hint = "pip install 'minisgl[ray]'"
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(f"minisgl cluster needs Ray: {hint}")
-    version = importlib.metadata.version("ray")
+    version = importlib.metadata.version("ray") if importlib.util.find_spec("ray") else ""
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
-        raise ConfigError(f"minisgl cluster needs Ray {OLDEST[0]}.{OLDEST[1]} or newer, and this is {version}: {hint}")
+        told = f"Ray {OLDEST[0]}.{OLDEST[1]} or newer{version and f', and this is {version}'}"
+        raise ConfigError(f"minisgl cluster needs {told}: pip install 'minisgl[ray]'")

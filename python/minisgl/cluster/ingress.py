@@ -38,13 +38,8 @@ _KNOWN = (*_OF_ALL, "/cluster", "/trace", "/v1/responses", "/v1/messages")  # pa
 
 _SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})?( .*)$")  # of Prometheus' text format
 _END = "# EOF"  # of OpenMetrics
-
-
-class Wanted(msgspec.Struct):
-    """By an operator. options: of the server, that change."""
-
-    replicas: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    options: dict[str, Any] = {}
+_COUNT = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_Wanted = msgspec.defstruct("_Wanted", [("replicas", _COUNT), ("options", dict[str, Any], {})])  # by an operator
 
 
 class Ingress:
@@ -60,6 +55,9 @@ class Ingress:
         self._owner: asyncio.StreamWriter | None = None  # it is told what operators ask for
         work = [self._meet(), *([self._serve(listener)] if listener else [])]
         self._tasks = [asyncio.ensure_future(one) for one in work]
+
+    def __serve_build_asgi_app__(self) -> Starlette:  # what Ray's own proxies come to
+        return Starlette(routes=[Mount("", self.asgi)])
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope, is_of_all = {**scope, "state": {"owner": ""}}, scope["path"] in _OF_ALL
@@ -131,15 +129,6 @@ class Ingress:
         await asyncio.wait(self._tasks[-1:])
 
 
-async def _relayed(scope: Scope, receive: Receive, send: Send) -> None:
-    ingress = serve.get_replica_context().servable_object
-    assert isinstance(ingress, Ingress)
-    await ingress.asgi(scope, receive, send)
-
-
-BY_PROXY = Starlette(routes=[Mount("", _relayed)])  # to the ingress of this process, for Ray's own proxies
-
-
 class PrefixRequestRouter(RequestRouter):
     """Tells the relay that comes with the first request which replicas there are; what is known of prefixes is there,
     and so is the choice."""
@@ -163,18 +152,16 @@ class PrefixRequestRouter(RequestRouter):
 
 def merged(pages: Mapping[str, str]) -> str:
     """One exposition of several, by the replicas' names: each family once, its samples with a label `replica`."""
-    families: dict[str, tuple[list[str], list[str]]] = {}  # by name: what is said of it, and its samples
+    families: dict[str, tuple[dict[str, None], list[str]]] = {}  # by name: what is said of it, and its samples
     for replica, page in pages.items():
         family = ""
         for line in page.splitlines():
             if line.startswith("# ") and line != _END:
                 family = line.split(" ", 3)[2]
-                about = families.setdefault(family, ([], []))[0]
-                if line not in about:
-                    about.append(line)
+                families.setdefault(family, ({}, []))[0][line] = None
             elif (found := _SAMPLE.match(line)) is not None:
                 labels = ",".join(filter(None, (found[2], f'replica="{replica}"')))
-                families.setdefault(family, ([], []))[1].append(f"{found[1]}{{{labels}}}{found[3]}")
+                families.setdefault(family, ({}, []))[1].append(f"{found[1]}{{{labels}}}{found[3]}")
     lines = [line for about, samples in families.values() for line in (*about, *samples)]
     ends = [_END] * any(page.rstrip().endswith(_END) for page in pages.values())
     return "\n".join([*lines, *ends, ""])
@@ -187,6 +174,6 @@ def _wanted(path: str, body: bytes) -> bytes:
     if path != "/cluster/scale":
         raise RequestError(f"POST {path}: not found", status=404)
     try:
-        return msgspec.json.encode(msgspec.json.decode(body, type=Wanted, strict=False))
+        return msgspec.json.encode(msgspec.json.decode(body, type=_Wanted, strict=False))
     except msgspec.MsgspecError:
         raise RequestError('expected {"replicas": 1 to 4096}, and perhaps "options"', param="replicas") from None

@@ -34,12 +34,12 @@ _ASK_SECONDS = 5.0
 _LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again, or of Ray's head, or of Ray at the end
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
 _WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
-_ENVIRON = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # seconds; with the default of 0.1, idle, 4 % of a core
-}
+# For what Ray's processes take a core's time while nothing happens. That something has ended is told by connections.
+_OFF = ["USAGE_STATS_ENABLED", "DEDUP_LOGS", "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "worker_niceness", "event_stats"]
+_OFF += ("enable_metrics_collection", "task_events_report_interval_ms", "LOG_MONITOR_MANY_FILES_THRESHOLD")
+_ENVIRON = {f"RAY_{name}": "0" for name in _OFF} | {"RAY_memory_monitor_refresh_ms": "1000"}
+_ENVIRON |= {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5", "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000"}
+_ENVIRON |= {"LOG_NAME_UPDATE_INTERVAL_S": "1"}  # so much later a new process is heard
 
 
 class Owner:
@@ -79,8 +79,7 @@ class Owner:
         return 0
 
     def _join(self) -> None:
-        for name, value in _ENVIRON.items():
-            os.environ.setdefault(name, value)
+        os.environ.update(_ENVIRON | os.environ)
         options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options |= {"_temp_dir": f"{self._folder}/ray", "object_store_memory": _OBJECT_STORE}
         what, tries = "Ray does not start", 2  # on a busy machine it may give up after half a minute

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import aiohttp
@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from yarl import URL
 
-from minisgl.cluster.router import PrefixRouter, Prompt, text_blocks
+from minisgl.cluster.router import RUNNING_TOKENS, PrefixRouter, Prompt, text_blocks
 from minisgl.errors import MiniSGLError, WorkerDied
 from minisgl.scheduler.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
 from minisgl.server.access import ORIGIN
@@ -45,6 +45,8 @@ _MAX_NAME = 1024  # characters of a session's
 _KEPT = re.compile(r"/(?:v1/responses|trace)/([^/]+)")  # by one replica, which alone can answer
 _STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
 _TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
+_CHUNK = re.compile(rb"([0-9a-f]+)\r\n(?=data:|event:|:)")  # of events: what comes behind is no chunk's head
+_END = b"\n\n\r\n"  # of an event, and of the chunk; events have no CR
 _LONG = 2**18  # bytes of a body that is sent in pieces
 _TAIL = 4096  # bytes at the end of an answer in which token counts are looked for
 _CONNECT_SECONDS = 5.0
@@ -68,12 +70,39 @@ class Front(Connection):
         app: ASGIApp = self.app
         self.app = lambda scope, receive, send: app({**scope, _FRONT: self}, receive, send)
 
-    async def send_chunk(self, part: bytes) -> None:
-        """A part of an answer in chunks whose head has gone out; ASGI's way takes twice as long."""
-        if self.flow.write_paused:
-            await self.flow.drain()
-        if part and not self.transport.is_closing():
-            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+class _Passing(asyncio.Protocol):
+    """In aiohttp's place while only whole events come: they go on in the chunks that they are in, at half the cost."""
+
+    def __init__(self, front: Front, connection: aiohttp.connector.Connection, tail: bytes) -> None:
+        self._transport = cast(asyncio.Transport, connection.transport)
+        self._aiohttp, self._front = cast(asyncio.Protocol, connection.protocol), front
+        self._tail, self._has_ended = tail, asyncio.Event()
+
+    async def run(self) -> bytes:
+        """Until something else comes, which aiohttp gets, or the client is slow. Returns the end of what went on."""
+        self._transport.set_protocol(self)
+        try:
+            await self._has_ended.wait()
+        finally:
+            self._transport.set_protocol(self._aiohttp)
+        return self._tail
+
+    def data_received(self, data: bytes) -> None:
+        found = _CHUNK.match(data) if data.endswith(_END) else None
+        is_whole = found is not None and data.startswith(_END[2:], found.end() + int(found[1], 16))
+        if is_whole and not self._front.transport.is_closing():
+            self._front.transport.write(data)
+            self._tail = (self._tail + data)[-_TAIL:]
+        if not is_whole or self._front.flow.write_paused:
+            self._transport.set_protocol(self._aiohttp)
+            self._has_ended.set()
+        if not is_whole:
+            self._aiohttp.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._aiohttp.connection_lost(exc)
+        self._has_ended.set()
 
 
 class Relay:
@@ -83,9 +112,8 @@ class Relay:
     def __init__(self, router: PrefixRouter, max_body: int) -> None:
         self.router, self._max_body = router, max_body
         self._sockets = WeakSet[socket.socket]()
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30, socket_factory=self._socket)
-        made = partial(aiohttp.ClientSession, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
-        self.session = made(connector=connector)
+        tcp = aiohttp.TCPConnector(limit=0, keepalive_timeout=30, socket_factory=self._socket)
+        self.session = aiohttp.ClientSession(connector=tcp, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
         self.counts = {"open": 0, "retried": 0, "broken": 0}
         self.ready: Told = {}
         self.refusal: MiniSGLError | None = None
@@ -154,13 +182,13 @@ class Relay:
         while True:
             async with contextlib.AsyncExitStack() as attempt:
                 name = await self.replica(scope["method"], prompt, tried)
-                placed = self.router.place(name, prompt)
-                attempt.callback(placed.hold, 0.0)
+                hold = self.router.place(name, prompt)
+                attempt.callback(hold, 0.0)
                 try:
                     answer = await attempt.enter_async_context(self._request(scope, body, self.ready[name]["url"]))
                     first = await answer.content.readany()  # a head alone is no answer yet
                     if answer.status != 503 or tried:  # it drains, or has lost its workers: nothing was computed
-                        placed.hold()
+                        hold(RUNNING_TOKENS)
                         stack.push_async_exit(attempt.pop_all())
                         return name, prompt, answer, first
                 except _FAILURES as error:
@@ -199,11 +227,11 @@ class Relay:
                     end = (part := left + part).rfind(b"\n\n") + 2
                     part, left = (part[:end], part[end:]) if end > 1 else (b"", part)
                 tail = (tail + part)[-_TAIL:]
-                if front is not None:
-                    await front.send_chunk(part)
-                else:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                part = await answer.content.readany()
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                part = answer.content.read_nowait()
+                if front is not None and answer.connection is not None and not part and not left:
+                    tail = await _Passing(front, answer.connection, tail).run()
+                part = part or await answer.content.readany()
         except _FAILURES:
             self.counts["broken"] += 1
             if not is_stream:
@@ -241,7 +269,7 @@ class Relay:
     def _learn(self, name: str, prompt: Prompt, tail: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """From an answer: how long tokens are, and who will be asked for it again."""
         kept = [value.decode("latin-1") for key, value in headers if key == b"x-request-id"]
-        self.router.calibrate(prompt.num_bytes, num_tokens(tail))
+        self.router.calibrate(prompt.num_bytes, int((_TOKENS.findall(tail) or [0])[-1]))
         for key in (*kept, *(found.decode() for found in _STORED.findall(tail))):
             self.router.learn(name, Prompt((), 0, key))
 
@@ -281,12 +309,6 @@ def read_request(path: str, headers: Headers, body: bytes) -> Prompt:
     salt = f"{headers.get('authorization')} {headers.get('x-api-key')} {fields['cache_salt']}"
     names = (headers.get("x-session-id") or fields["prompt_cache_key"] or "", fields["previous_response_id"] or "")
     return Prompt(text_blocks(text, salt), len(text), *(name if len(name) <= _MAX_NAME else "" for name in names))
-
-
-def num_tokens(tail: bytes) -> int:
-    """Of the prompt, by the end of an answer; 0 where that does not tell."""
-    found = _TOKENS.findall(tail)
-    return int(found[-1]) if found else 0
 
 
 def _passed(answer: Answer) -> list[tuple[bytes, bytes]]:

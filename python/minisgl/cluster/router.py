@@ -9,7 +9,7 @@ end of a text on. How many bytes a token has is learned from answers.
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -53,19 +53,6 @@ def text_blocks(text: bytes, salt: str = "", size: int = BLOCK_BYTES) -> list[in
 def wanted_replicas(queued_tokens: float, kv_use: float) -> int:
     """As many as keep queues short and KV caches from filling up, by the sums over all replicas."""
     return max(1, math.ceil(max(queued_tokens / QUEUED_TOKENS, kv_use / KV_USE)))
-
-
-class Placed:
-    """A request at a replica, whose load it is a part of."""
-
-    def __init__(self, loads: dict[str, float], name: str) -> None:
-        self._loads, self._name, self._held = loads, name, 0.0
-
-    def hold(self, tokens: float = RUNNING_TOKENS) -> None:
-        """So much from now on: as it is, while it decodes; 0, when it has ended."""
-        if self._name in self._loads:
-            self._loads[self._name] += tokens - self._held
-        self._held = tokens
 
 
 class PrefixRouter:
@@ -112,13 +99,20 @@ class PrefixRouter:
             return best
         return own if costs.get(own, self.loads[own]) <= costs[best] + _STICKY_TOKENS else best
 
-    def place(self, name: str, prompt: Prompt) -> Placed:
-        """The prompt goes to this replica, which has it from now on."""
-        missing = prompt.num_bytes / self.bytes_per_token - self.cached_tokens(name, prompt)
+    def place(self, name: str, prompt: Prompt) -> Callable[[float], None]:
+        """The prompt goes to this replica, which has it from now on. Returns what is told how many tokens of its load
+        this request is from then on: RUNNING_TOKENS, while it decodes; 0, when it has ended."""
+        held, missing = 0.0, prompt.num_bytes / self.bytes_per_token - self.cached_tokens(name, prompt)
+
+        def hold(tokens: float) -> None:
+            nonlocal held
+            if name in self.loads:
+                self.loads[name] += tokens - held
+            held = tokens
+
         self.learn(name, prompt)
-        placed = Placed(self.loads, name)
-        placed.hold(RUNNING_TOKENS + max(0.0, missing))
-        return placed
+        hold(RUNNING_TOKENS + max(0.0, missing))
+        return hold
 
     def cached_tokens(self, name: str, prompt: Prompt) -> float:
         """How many tokens of the prompt a replica is expected to have."""

@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingContext
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import minisgl
-from minisgl.cluster.ingress import BY_PROXY, Ingress
+from minisgl.cluster.ingress import Ingress
 from minisgl.cluster.replica import Replica, node_address
 from minisgl.cluster.router import POLICIES, wanted_replicas
 from minisgl.config.args import ServerArgs, args_from_options, integer
@@ -52,10 +52,7 @@ class Plan:
 def server_options(args: ServerArgs) -> dict[str, Any]:
     """What differs from the defaults; files are named so that they are found from any folder."""
     given = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
-    for name in given.keys() & _FILES:
-        if os.path.exists(given[name]):
-            given[name] = os.path.abspath(given[name])
-    return given
+    return given | {name: os.path.abspath(given[name]) for name in given.keys() & _FILES if os.path.exists(given[name])}
 
 
 def replica_needs(
@@ -63,20 +60,25 @@ def replica_needs(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Options that a replica's place decides, and what it takes of a node's resources, by Ray's names.
 
-    nodes: what each has. Raises: ConfigError when there is not enough for all replicas.
+    nodes: what each has. Where Serve's configuration is what is wanted, nodes may come later than it, and Ray waits for
+    them: options that say it all are enough. Raises: ConfigError when there is not enough for all replicas.
     """
     size, (gpus, cpus) = args.tensor_parallel_size, [sum(n.get(kind, 0) for n in nodes) for kind in ("GPU", "CPU")]
     if args.device == "cuda" or (gpus and args.device is None):
         room = sum(int(node.get("GPU", 0)) // size for node in nodes)
-        if room < plan.replicas:
+        if room < plan.replicas and plan.listener:
             words = f"each needs {size} GPUs of one node; there is room for {room}"
             raise ConfigError(f"--replicas {plan.replicas}: {words}")
-        return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, cpus / plan.max_replicas)}
+        share = cpus / plan.max_replicas if plan.listener else 1.0
+        return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, share)}
+    if args.device == "cpu" and args.cpu_threads and not plan.listener:
+        return {}, {"num_cpus": size * args.cpu_threads}
     share = cpus / plan.max_replicas
     threads = args.cpu_threads or max(1, int(share) // size)
     if share < _LEAST_CPUS * size or threads * size > max((node.get("CPU", 0) for node in nodes), default=0):
         words = f"with {size} × {threads} threads each, they find no room on {cpus:g} CPUs"
-        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}")
+        later = "" if plan.listener else " (if more come later, say device, and for cpu cpu_threads)"
+        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}{later}")
     return {"device": "cpu", "cpu_threads": threads}, {"num_cpus": math.floor(100 * min(share, threads * size)) / 100}
 
 
@@ -103,7 +105,7 @@ def application(plan: Plan) -> serve.Application:
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
     one_loop = {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}  # for what asks the router, and the router
     actor = {"num_cpus": 0, "resources": here, "runtime_env": one_loop}
-    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress(BY_PROXY)(Ingress))
+    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress()(Ingress))
     # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.
     replica._version, ingress._version = _version(served), _version([front, plan.listener, plan.policy])
     return ingress.bind(replica.bind(served, plan.host), front, plan.listener, plan.policy)

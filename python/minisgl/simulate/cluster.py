@@ -5,14 +5,14 @@ import sched
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
 from minisgl.benchmark.metrics import Record
-from minisgl.cluster.router import Placed, PrefixRouter, Prompt, text_blocks, wanted_replicas
+from minisgl.cluster.router import RUNNING_TOKENS, PrefixRouter, Prompt, text_blocks, wanted_replicas
 from minisgl.core import Req, SamplingParams, StepResult
 from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.planner import Planner
@@ -29,7 +29,7 @@ class Flow:
 
     session: Session
     arrived: float
-    placed: Placed
+    hold: Callable[[float], None]  # of its replica's load
     first: float = -1.0
     last: float = -1.0
 
@@ -136,12 +136,12 @@ class Simulation:
         for req, flow, has_ended in replica.retire():
             if flow.first < 0:
                 flow.first = now
-                flow.placed.hold()
+                flow.hold(RUNNING_TOKENS)
             else:
                 self.itl.append(now - flow.last)
             flow.last = now
             if has_ended:
-                flow.placed.hold(0.0)
+                flow.hold(0.0)
                 first, total = flow.first - flow.arrived, now - flow.arrived
                 counts = req.prompt_len, len(req.tokens) - req.prompt_len, req.num_cached
                 self.records.append(Record(flow.arrived, total, (first, total), *counts, has_gaps=False))
