@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -98,3 +101,35 @@ def test_references_stand_for_what_we_put_out() -> None:
     gone = {"type": "item_reference", "id": "msg_9"}
     parsed = parse(store, "", input=[asked, REFERENCE, gone, asked, REFERENCE])
     assert said(parsed) == [("user", "x"), ("assistant", "hi"), ("user", "x"), ("assistant", "hi")]
+
+
+def test_threads_share_a_store() -> None:
+    """Some put responses into it while others ask for them, and it has to forget: nothing is counted twice."""
+    store, failed = ResponseStore(max_entries=8, max_bytes=4000), list[BaseException]()
+
+    def use(thread: int) -> None:
+        try:
+            for index in range(1500):
+                name = f"resp_{thread}_{index}"
+                store.put("", {"id": name, "output": [{"id": f"msg_{name}"}]}, [{"text": "x" * (index % 300)}])
+                with contextlib.suppress(RequestError):
+                    store.get("", f"resp_{1 - thread}_{index}")
+                if index % 3 == 0:
+                    with contextlib.suppress(RequestError):
+                        store.delete("", name)
+        except BaseException as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=use, args=(thread,)) for thread in range(2)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert store._num_bytes == sum(map(len, store._entries.values()))
+    assert len(store._of_item) == len(store._entries)

@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
 LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended, and then connections do
-MAX_CONNECTIONS = 4096
-MAX_ACCEPTS = 16  # connections taken in one round of the event loop
+MAX_CONNECTIONS, MAX_ACCEPTS = 4096, 16  # the latter in one round of the event loop
 SEND_BUFFER = 2**15  # bytes of an answer that the kernel keeps for a client, or twice as many
 
 

@@ -9,6 +9,7 @@ import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields
 from reprlib import repr as quoted
+from threading import RLock
 
 from pydantic import Field
 
@@ -20,10 +21,7 @@ from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.errors import dump_json, refuse_unless
 
 Item = Object
-
-MAX_SENT_BACK = 64 << 10
-MAX_ENTRIES = 1024
-MAX_BYTES = 64 * 2**20
+MAX_SENT_BACK, MAX_ENTRIES, MAX_BYTES = 64 << 10, 1024, 64 * 2**20
 _LOGPROBS = "message.output_text.logprobs"
 _SAME = ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning")  # as in a chat
 _KINDS = "message, reasoning, function_call, function_call_output, custom_tool_call, custom_tool_call_output"
@@ -188,32 +186,35 @@ def _call(item: Item, where: str) -> Object:
 
 class ResponseStore:
     """Responses and the conversations that they answer, as JSON: its bytes are what it costs. When there are too many,
-    those go that nobody has asked for the longest. owner: whose they are; nobody else finds them."""
+    those go that nobody has asked for the longest. owner: whose they are; nobody else finds them. Threads share it."""
 
     def __init__(self, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
-        self._max_entries, self._max_bytes = max_entries, max_bytes
+        self._max_entries, self._max_bytes, self._lock = max_entries, max_bytes, RLock()
         self._entries: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._of_item: dict[tuple[str, str], str] = {}  # the id of the response that put it out
         self._num_bytes = 0
 
     def put(self, owner: str, response: Object, items: list[Item]) -> None:
-        data = self._entries[owner, response["id"]] = dump_json([response, items])
-        self._of_item |= {(owner, item["id"]): response["id"] for item in response["output"]}
-        self._num_bytes += len(data)
-        while len(self._entries) > self._max_entries or self._num_bytes > self._max_bytes:
-            self._forget(next(iter(self._entries)))
+        data = dump_json([response, items])
+        with self._lock:
+            self._entries[owner, response["id"]] = data
+            self._of_item |= {(owner, item["id"]): response["id"] for item in response["output"]}
+            self._num_bytes += len(data)
+            while len(self._entries) > self._max_entries or self._num_bytes > self._max_bytes:
+                self._forget(next(iter(self._entries)))
 
     def get(self, owner: str, response_id: str, *, previous: bool = False) -> tuple[Object, list[Item]]:
         """The response, and the items that it answers. previous: a client goes on from it.
 
         Raises: RequestError when it is not there (any more).
         """
-        data = self._entries.get((owner, response_id))
+        with self._lock:
+            if (data := self._entries.get((owner, response_id))) is not None:
+                self._entries.move_to_end((owner, response_id))
         if data is None:
             what, param = ("Previous response", "previous_response_id") if previous else ("Response", "response_id")
             code = f"{what.lower().replace(' ', '_')}_not_found"
             raise RequestError(f"{what} with id {response_id[:99]!r} not found.", param=param, code=code, status=404)
-        self._entries.move_to_end((owner, response_id))
         response, items = json.loads(data)
         return response, items
 
@@ -224,11 +225,11 @@ class ResponseStore:
 
     def delete(self, owner: str, response_id: str) -> None:
         """Raises: RequestError when it is not there."""
-        self.get(owner, response_id)
-        self._forget((owner, response_id))
+        with self._lock:
+            self.get(owner, response_id)
+            self._forget((owner, response_id))
 
     def _forget(self, key: tuple[str, str]) -> None:
-        data = self._entries.pop(key)
-        self._num_bytes -= len(data)
+        self._num_bytes -= len(data := self._entries.pop(key))
         for item in json.loads(data)[0]["output"]:
             del self._of_item[key[0], item["id"]]
