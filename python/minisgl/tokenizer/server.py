@@ -81,9 +81,10 @@ class TokenizerServer:
                     self._aborts.get(message.uid, to_backend).append(message)
             elif isinstance(message, wire.FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
-            elif isinstance(message, wire.ErrorReply | wire.PingMsg):
-                goes_back = isinstance(message, wire.ErrorReply) or message.back
-                onward = ((), (message,)) if goes_back else ((message,), ())
+            elif isinstance(message, wire.ErrorReply) or (isinstance(message, wire.PingMsg) and message.back):
+                onward = (), (message,)
+            elif isinstance(message, wire.PingMsg):
+                onward = (message,), ()
             elif (size := _size(message)) < room:
                 room -= size
                 onward = self._answer(message)
