@@ -30,7 +30,7 @@ for _ in range(3):
         ("nan 3", ["nan 3", "None", "None"]),
         ("raise engine", ["EngineError injected at step", "None", "None"]),
         ("raise memory", ["MemoryError injected at step", "None", "None"]),
-        ("sleep 0.01", ["None", "None", "None"]),
+        (f"wait {__file__}", ["None", "None", "None"]),  # which is there
         ("kill", []),
         ("exit", []),
     ],
