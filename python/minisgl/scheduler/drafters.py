@@ -106,7 +106,7 @@ class TreePath(Prediction):
             return
         length, node = 1 if self._again else MAX_MATCH, req.handle
         rest = np.array(req.tokens[sum(len(one.key) for one in path_up(node)) :], np.int32)
-        self._again = len(req.tokens) + len(rest) // 8
+        self._again = len(req.tokens) + len(rest) // 8 + 1
         while (edge := self._child(node, req, rest)) and np.array_equal(edge.key[: len(rest)], rest[: len(edge.key)]):
             if len(rest) < len(edge.key):
                 self._text, self._place, self._end, self._length = edge.key, len(rest), edge, length
