@@ -279,6 +279,6 @@ class PlannerMachine(RuleBasedStateMachine):
 
 
 PlannerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, report_multiple_bugs=False
+    max_examples=150, stateful_step_count=120, deadline=None, report_multiple_bugs=False
 )
 TestPlannerMachine = PlannerMachine.TestCase

@@ -186,10 +186,12 @@ class Pages:
         """The longest cached prefix that can be gone on from, and its snapshot's slot."""
         match, slot = self.cache.match(namespace, token_ids), ZEROS
         pages, num_found = match.pages, len(match.pages)
-        if self.windows.window:
-            del pages[self.windows.alive(pages) :]
-        while self.slots and pages and pages[-1] not in self.snapshots:
-            pages.pop()
+        while True:
+            while self.slots and pages and pages[-1] not in self.snapshots:
+                pages.pop()
+            if not self.windows.window or (end := self.windows.alive(pages)) == len(pages):
+                break
+            del pages[end:]
         if len(pages) < num_found:
             match = self.cache.match(namespace, token_ids[: len(pages) * self.page_size])
         if self.slots and pages:
