@@ -185,13 +185,12 @@ class Pages:
     def match(self, namespace: bytes, token_ids: TokenIds) -> tuple[Match, int]:
         """The longest cached prefix that can be gone on from, and its snapshot's slot."""
         match, slot = self.cache.match(namespace, token_ids), ZEROS
-        pages, num_found = match.pages, len(match.pages)
-        while True:
+        pages, num_found, num_left = match.pages, len(match.pages), -1
+        while num_left != len(pages):  # what ends at an earlier snapshot has an earlier window
+            num_left = len(pages)
+            del pages[self.windows.alive(pages) :]
             while self.slots and pages and pages[-1] not in self.snapshots:
                 pages.pop()
-            if not self.windows.window or (end := self.windows.alive(pages)) == len(pages):
-                break
-            del pages[end:]
         if len(pages) < num_found:
             match = self.cache.match(namespace, token_ids[: len(pages) * self.page_size])
         if self.slots and pages:

@@ -246,10 +246,12 @@ class Planner:
         pages = self.pages
         needed = div_ceil(req.num_computed + num_new, self._page_size) - len(req.pages)
         while not pages.make_room(needed):
-            if self.leaving:
+            if self.leaving or (req.num_inflight and len(self.running) == 1):
                 return False  # pages come back as soon as the steps in flight have run
             victim = self.running[-1]
             self._retract(victim)
+            if not self.running:  # a prefix that it could not use was cached, and it had computed that again
+                pages.flush_unused()
             if victim is req:
                 return False
         # While there are plenty, several small pages are taken at a time: one for each token costs the plan the most.
