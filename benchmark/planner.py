@@ -46,7 +46,7 @@ def measure(num_requests: int, page_size: int, num_steps: int) -> tuple[float, f
             result = StepResult(previous.step_id, [(5,)] * sum(req.num_samples for req in previous.reqs))
             before = time.perf_counter()
             planner.retire(result)
-            if plan.is_decode_only and len(plan.reqs) == num_requests:
+            if plan.num_decode == len(plan.reqs) == num_requests:
                 plan_seconds.append(end - start)
                 retire_seconds.append(time.perf_counter() - before)
         previous = plan

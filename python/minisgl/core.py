@@ -319,10 +319,6 @@ class StepPlan(NamedTuple):
     def num_tokens(self) -> int:
         return sum(req.num_new for req in self.reqs)
 
-    @property
-    def is_decode_only(self) -> bool:
-        return self.num_decode == len(self.reqs)
-
 
 class TokenLogprobs(NamedTuple):
     """Log-probabilities of n tokens and of the k most probable ones in the place of each, in descending order."""

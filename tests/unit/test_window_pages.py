@@ -159,6 +159,36 @@ def test_with_room_for_all_nothing_is_forgotten() -> None:
     assert driver.generate([*prompt[:61], 1], prompt) == [60, 148]
 
 
+WITH_STATES = replace(CONFIG, has_states=True, num_snapshots=12, snapshot_tokens=8)
+
+
+@pytest.mark.parametrize("num_window_pages", range(9, 17))
+@pytest.mark.parametrize("num_others", [1, 5, 9, 20])
+def test_a_snapshot_is_of_use_only_with_its_own_window(num_others: int, num_window_pages: int) -> None:
+    """What came in between has taken the window before the last snapshot, but not the one at the end of what is known:
+    the simulated device notices who goes on without."""
+    driver, prompt = Driver(replace(WITH_STATES, num_window_pages=num_window_pages)), [*range(5, 105)]
+    driver.generate(prompt, [*range(200, 200 + num_others)])
+    driver.generate([*range(300, 300 + num_others)])
+    assert driver.generate([*prompt, *expected_output(prompt, 120, ()), 1, 2, 3]) in ([0], [116])
+
+
+def test_the_end_of_an_output_keeps_its_window() -> None:
+    """The snapshot before, that it replaces, goes alone."""
+    driver, prompt = Driver(replace(WITH_STATES, num_window_pages=20)), [*range(5, 105)]
+    driver.generate(prompt)
+    assert driver.generate([*prompt, *expected_output(prompt, 120, ()), 1, 2, 3]) == [116]
+
+
+def test_snapshots_that_make_room_leave_windows_behind() -> None:
+    driver, prompt = Driver(replace(WITH_STATES, num_window_pages=60, num_snapshots=1)), [*range(5, 105)]
+    driver.generate(prompt)
+    num_lent = len(driver.planner.pages.windows.lent)
+    driver.planner.pages.free_slots.append(slot := driver.planner.pages.take_slot() or -1)
+    assert slot >= 0 and not driver.planner.pages.snapshots
+    assert len(driver.planner.pages.windows.lent) == num_lent
+
+
 def test_several_long_requests_take_turns() -> None:
     driver = Driver(replace(CONFIG, num_window_pages=16))
     driver.generate(*([i, *range(5, 100 + i)] for i in range(4)))

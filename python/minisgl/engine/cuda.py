@@ -186,7 +186,7 @@ class CapturedSteps(StepRunner):
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self._teller is not None and any(share.num_drafts for share in plan.reqs)
-        reqs = plan.reqs if plan.is_decode_only else self._verifying(plan)
+        reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._verifying(plan)
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)

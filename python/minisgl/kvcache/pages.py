@@ -166,21 +166,24 @@ class Pages:
         missing = count - self.allocator.num_free
         if missing > self.cache.num_evictable or (self.windows.window and count > self.windows.num_free):
             return False
-        self.allocator.free(self.forget(self.cache.evict(missing)))
+        self.take_back(self.cache.evict(missing))
         return True
 
     def flush_unused(self) -> int:
         """Forget what is cached and in use by no running request. Returns the number of pages freed."""
-        pages = self.forget(self.cache.evict(self.cache.num_evictable))
-        self.allocator.free(pages)
+        self.take_back(pages := self.cache.evict(self.cache.num_evictable))
         return len(pages)
 
-    def forget(self, pages: list[int]) -> list[int]:
-        """Give up the snapshots after these pages, and what layers with windows have of them. → the pages"""
+    def take_back(self, pages: list[int]) -> None:
+        """They are free, with what layers with windows have of them."""
         self.windows.forget(pages)
+        self.forget(pages)
+        self.allocator.free(pages)
+
+    def forget(self, pages: list[int]) -> None:
+        """Give up the snapshots after these pages."""
         slots = [self.snapshots.pop(page, SOON) for page in pages] if self.snapshots else []
         self.free_slots += [slot for slot in slots if slot != SOON]
-        return pages
 
     def match(self, namespace: bytes, token_ids: TokenIds) -> tuple[Match, int]:
         """The longest cached prefix that can be gone on from, and its snapshot's slot."""
@@ -258,11 +261,12 @@ class Pages:
             self._insert(req, np.asarray(req.tokens[:known], np.int32))
             if self.slots and 0 < known == req.num_computed and known % self.page_size == 0 <= req.num_saved:
                 self.save(req)
-        self.allocator.free(self.forget(self.private(req)))
+        self.take_back(self.private(req))
         self.leave(req, req.handle)
         if req.failed:
-            self.forget(self.cache.path_pages(req.handle))
-            self.allocator.free(self.cache.discard(req.handle))
+            self.windows.forget(path := self.cache.path_pages(req.handle))
+            self.forget(path)
+            self.take_back(self.cache.discard(req.handle))
         self.rows.append(req.row)
         req.handle, req.pages, req.row, req.num_computed, req.num_saved = None, [], -1, 0, 0
 

@@ -146,14 +146,13 @@ class Planner:
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
         has_pages, page_size, budget, keeps_states = True, self._page_size, step.budget, bool(self.pages.slots)
-        has_windows = self.config.window > 0
         for req in self.running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or num_tokens == start or req.held:
                 continue  # its last token is planned already, or its next one cannot be sampled
             if budget <= 0:
                 break
-            if has_windows:  # `_sit_out` may go back to its last known token
+            if self.config.window:  # `_sit_out` may go back to its last known token
                 self.pages.advance(req, min(start, len(req.tokens) - 1))
             num_new = num_tokens - start
             cost = 1 if num_new == 1 else _cost(req)
@@ -200,8 +199,7 @@ class Planner:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
         plan, reqs = self.inflight.popleft()
         assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
-        outputs: list[ReqOutput] = []
-        token_ids, sample = iter(result.token_ids), 0
+        outputs, token_ids, sample = list[ReqOutput](), iter(result.token_ids), 0
         drafts = {draft.row: draft.ids for draft in plan.drafts}
         for index, (req, scheduled) in enumerate(zip(reqs, plan.reqs, strict=True)):
             req.num_inflight -= 1
