@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.eagle import read_eagle
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
@@ -17,11 +18,13 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
         return args, model
     try:
         name, revision = split_revision(given, None)
-        draft = read_model_config(where := locate_model(name, args.model_source, revision))
+        where = locate_model(name, args.model_source, revision)
+        head = read_eagle(where, model)
+        draft = head or read_model_config(where)
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model ", "--draft-model ")) from None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
-    is_same = draft.vocab_size == model.vocab_size and (None in (words, others) or words == others)
+    is_same = head or draft.vocab_size == model.vocab_size and (None in (words, others) or words == others)
     problems = {
         "not on GPUs so far; choose --speculate ngram or mtp, or --device cpu": device == "cuda",
         f"not with --speculate {args.speculate}": args.speculate != "off",
@@ -31,4 +34,4 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     }
     if problem := next((text for text, applies in problems.items() if applies), ""):
         raise ConfigError(f"--draft-model {given}: {problem}")
-    return replace(args, speculate="model"), replace(model, second=(str(where), draft))
+    return replace(args, speculate="eagle" if head else "model"), replace(model, second=(str(where), draft))

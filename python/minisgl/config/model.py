@@ -157,6 +157,8 @@ class ModelConfig:
     pooling: Pooling | None = None  # what is made of hidden states; None: nothing
     mtp: LayerSpec | None = None  # of the head that foretells tokens; None: there is none, or it is not used
     second: "tuple[str, ModelConfig] | None" = None  # a small one that guesses, in the same pages; and where it is
+    aux_layers: tuple[int, ...] = ()  # of EAGLE's heads: behind which of the model's layers they read the stream
+    norms_residual: bool = False  # of EAGLE's heads: what they add to is normalised
 
     @property
     def num_layers(self) -> int:

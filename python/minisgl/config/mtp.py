@@ -6,7 +6,7 @@ from dataclasses import replace
 from minisgl.config.model import DenseMLP, LayerSpec, PagedKV
 from minisgl.utils.fields import Fields
 
-_LONGEST = {"ngram": 8, "mtp": 3, "model": 4, "off": 8}  # tokens
+_LONGEST = {"ngram": 8, "mtp": 3, "model": 4, "eagle": 4, "off": 8}  # tokens
 
 
 def longest_draft(kind: str, asked: int | None, is_free: bool) -> int:

@@ -17,27 +17,31 @@ from minisgl.engine.step import LayerByLayer, StepRunner, Told
 from minisgl.engine.tables import Batch, StepTensors
 from minisgl.kernel.cpu import CpuOps
 from minisgl.layers.rope import AngleTables
+from minisgl.models.eagle import EagleHead
 from minisgl.models.mtp import MTPHead
 
 Tensor = torch.Tensor
 
 
 class SecondModel:
-    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
-
-    skips_last = False
+    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes. Or an
+    EAGLE head, which has a cache of its own, too."""
 
     def __init__(self, shard: ModelShard) -> None:
+        self._eagle = shard.model if isinstance(shard.model, EagleHead) else None
+        self.reads = "aux" if self._eagle else ""
         self._shard, self._kv = shard, shard.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
 
-    def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:  # noqa: ARG002
+    def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
         ropes = [rope(step.positions) for rope in self._shard.ropes]
-        return self._shard.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
+        step = replace(step, input_ids=tokens, kv=self._kv, ropes=ropes)
+        return self._eagle.forward(tokens, hidden, step) if self._eagle else self._shard.model.hidden(tokens, step)
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
-        return self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
+        ids = self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
+        return self._eagle.token_ids(ids) if self._eagle else ids
 
     def hidden(self, x: Tensor) -> Tensor:
         return x
@@ -62,19 +66,24 @@ class HeadDrafter:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
         are of use. most: 0: there are none: the head only reads the step's tokens, so that its cache is as long as the
         model's. What it has of tokens that are not kept, it overwrites as the model does."""
-        tensors, token_ids, skips_last = batch.tensors, self._steps.tables.token_ids, self._head.skips_last
+        tensors, token_ids, reads = batch.tensors, self._steps.tables.token_ids, self._head.reads
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         everything = torch.arange(len(following), device=ids.device)
-        hidden = self._steps.shard.model.normed(computed.hidden(everything)) if skips_last else everything
-        x = self._head.forward(following if skips_last else context.input_ids, hidden, context)
+        hidden = everything
+        if reads == "aux":
+            assert computed.aux is not None
+            hidden = computed.aux(everything)
+        elif reads:
+            hidden = self._steps.shard.model.normed(computed.hidden(everything))
+        x = self._head.forward(following if reads else context.input_ids, hidden, context)
         if not most:
             return None
         assert computed.input_ids is not None
         last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
         x, position, token = x[last], tensors.positions[last], following[last]
         for num_told in range(most):
-            if num_told or not skips_last:
-                one = self._one_each(batch, position + num_told + (not skips_last), num_told)
+            if num_told or not reads:
+                one = self._one_each(batch, position + num_told + (not reads), num_told)
                 context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
                 x = self._head.forward(token, self._head.hidden(x), context)
             told.append(self._head.choose(x))
@@ -122,14 +131,13 @@ class WholeDrafter:
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
     """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
-    shard, config = steps.shard, steps.shard.config
+    shard = steps.shard
     head: MTPHead | SecondModel | None = shard.mtp
     if isinstance(head, MTPHead) and ops is not None and model and head.cpu_spec() is not None:
         steps.propose = WholeDrafter(head, steps, ops, model).propose
         return
-    if config.model.second is not None:
-        config = replace(config, model_path=config.model.second[0], model=config.model.second[1])
-        head = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
+    if shard.second is not None:
+        head = SecondModel(shard.second)
     if head is not None:
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
 

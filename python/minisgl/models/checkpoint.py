@@ -41,7 +41,7 @@ _STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(
 # Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
-    r"weight_shape|input_scale|input_zero_point)$|^mtp\."  # the latter where they are not used
+    r"weight_shape|input_scale|input_zero_point)$|^mtp\.|^[dt]2[dt]$"  # the latter where they are not used
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
 _RENAMED: dict[str, str] = TABLE["tensors"]
@@ -214,7 +214,7 @@ class Checkpoint:
 
 def our_name(name: str) -> str:
     """The name of a stored tensor as our layers have it; any other stays as it is."""
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name.replace("midlayer.", "layers.0."))  # as heads of EAGLE name theirs
     if match is None:
         return name
     return _RENAMED_PARTS.sub(lambda part: _RENAMED[part[0]], match[1] or f"model.{match[2]}")

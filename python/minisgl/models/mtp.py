@@ -18,10 +18,9 @@ class MTPHead:
 
     Fed with its own result instead of the model's, it goes on. Its keys and values are those of the layer after the
     model's last one; embedding and LM head are the model's. What it is never changes what is sampled.
-    skips_last: in the place of a token it reads the one after it.
     """
 
-    skips_last = True
+    reads = "hidden"  # of what the model makes
 
     def __init__(self, env: LayerEnv, model: DecoderModel) -> None:
         env, self._model, self._ops = replace(env, format=DENSE), model, env.ops

@@ -68,7 +68,7 @@ class Speculation:
         ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
         makers = ngram if config.speculate == "ngram" else {}  # by name; who comes first is asked first
         self._makers = makers if drafter is None else {config.speculate: lambda _: drafter}
-        self._asks = config.speculate in ("mtp", "model")  # the engine
+        self._asks = config.speculate in ("mtp", "model", "eagle")  # the engine
         self._told: dict[int, tuple[int, Sequence[int]]] = {}  # by uid: after how many tokens it says what comes next
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
