@@ -87,7 +87,11 @@ class Head(nn.Module):
     def save(self, path: Path, is_torch: bool = False, drop: Sequence[str] = (), **changes: Any) -> Path:
         """As such heads are published. drop: what begins with these; changes: of the configuration."""
         path.mkdir()
-        config = {**self.config.to_dict(), "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(self.ids)}
+        config = {
+            **self.config.to_dict(),
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "draft_vocab_size": len(self.ids),
+        }
         config = {**config, "rope_theta": 10000.0, "norm_before_residual": self.before, **changes}
         config.pop("rope_parameters", None)
         (path / "config.json").write_text(json.dumps(config))

@@ -1,14 +1,17 @@
-"""A second, small model of the same vocabulary, which guesses what the first one will say (`--draft-model`)."""
+"""Who guesses what a model will say (`--draft-model`): a small model of the same vocabulary, or an EAGLE-3 head."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.eagle import read_eagle
-from minisgl.config.families import read_model_config
+from minisgl.config.families import parse_model_config, read_model_config
 from minisgl.config.locate import locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
+from minisgl.utils.fields import Fields
+
+_TARGETS = "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+_AUX = "eagle_aux_hidden_state_layer_ids"
 
 
 def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | None) -> tuple[ServerArgs, ModelConfig]:
@@ -19,14 +22,17 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     try:
         name, revision = split_revision(given, None)
         where = locate_model(name, args.model_source, revision)
-        head = read_eagle(where, model)
-        draft = head or read_model_config(where)
+        told = read_eagle(where, model) or replace(model, second=(str(where), read_model_config(where)))
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model ", "--draft-model ")) from None
+    assert told.second is not None
+    (_, draft), is_head, heads = told.second, told.mtp is not None, told.layers[0].attention.cache
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
-    is_same = head or draft.vocab_size == model.vocab_size and (None in (words, others) or words == others)
+    is_same = is_head or (draft.vocab_size == model.vocab_size and (None in (words, others) or words == others))
+    is_alike = told.mtp and (draft.num_qo_heads, told.mtp.attention.cache) == (model.num_qo_heads, heads)
     problems = {
-        "not on GPUs so far; choose --speculate ngram or mtp, or --device cpu": device == "cuda",
+        "not on GPUs so far; choose --speculate ngram or mtp, or --device cpu": device == "cuda" and not is_head,
+        "on GPUs its attention must have the model's heads": device == "cuda" and not is_alike,
         f"not with --speculate {args.speculate}": args.speculate != "off",
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),
@@ -34,4 +40,35 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     }
     if problem := next((text for text, applies in problems.items() if applies), ""):
         raise ConfigError(f"--draft-model {given}: {problem}")
-    return replace(args, speculate="eagle" if head else "model"), replace(model, second=(str(where), draft))
+    return replace(args, speculate="eagle" if is_head else "model"), told
+
+
+def read_eagle(path: Path, model: ModelConfig) -> ModelConfig | None:
+    """A model whose last cache is that of its head, which is at `path`; None: it is no head. Raises: ConfigError."""
+    f, num = read_fields(path / "config.json"), model.num_layers
+    if not any("eagle3" in name.lower() for name in f.list_of(str, "architectures")):
+        return None
+    nested = f.child("transformer_layer_config").data  # in the form of vLLM's tools
+    f = Fields({**f.data, **nested}, f.source)
+    for key, wanted in {
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "num_hidden_layers": 1,
+    }.items():
+        if f.integer(key, wanted) != wanted:
+            raise f.wrong(key, f"{wanted} in a head for this model")
+    if model.architecture not in _TARGETS:
+        raise ConfigError(f"{f.source}: a head of EAGLE for {model.architecture} (supported: {', '.join(_TARGETS)})")
+    family = "Qwen3ForCausalLM" if f.text("model_type", "") == "qwen3" else "LlamaForCausalLM"
+    size = f.integer("draft_vocab_size", model.vocab_size)
+    known = {"architectures": [family], "tie_word_embeddings": True, "vocab_size": size}
+    head = parse_model_config(Fields({**f.data, **known}, f.source))
+    aux = f.list_of(int, _AUX) or [i + 1 for i in f.child("eagle_config").list_of(int, _AUX)] or [2, num // 2, num - 3]
+    if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num:
+        raise ConfigError(f"{f.source}: a head that reads behind layers {aux} of {num}")
+    has_rope, layer = f.data.keys() & {"rope_theta", "rope_parameters", "rope_scaling"}, head.layers[0]
+    attention = replace(layer.attention, rope_index=len(model.ropes) if has_rope else 0)
+    layer = replace(layer, attention=attention, norms=replace(layer.norms, before_attention=""))
+    before = f.boolean("norm_before_residual", bool(nested))
+    head = replace(head, layers=(), aux_layers=tuple(sorted({*aux})), norms_residual=before)
+    return replace(model, second=(str(path), head), mtp=layer, ropes=(*model.ropes, *head.ropes[:1]))

@@ -170,7 +170,7 @@ class CapturedSteps(StepRunner):
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        config, head, self._teller = shard.config, shard.mtp, None
+        config, head, self._teller = shard.config, shard.head, None
         if head is not None:
             self._teller = HeadDrafter(head, self, self._layers, lambda numbers: np.zeros(len(numbers), np.int64))
             self.propose = self._teller.propose

@@ -17,31 +17,27 @@ from minisgl.engine.step import LayerByLayer, StepRunner, Told
 from minisgl.engine.tables import Batch, StepTensors
 from minisgl.kernel.cpu import CpuOps
 from minisgl.layers.rope import AngleTables
-from minisgl.models.eagle import EagleHead
-from minisgl.models.mtp import MTPHead
+from minisgl.models.heads import MTPHead
 
 Tensor = torch.Tensor
 
 
 class SecondModel:
-    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes. Or an
-    EAGLE head, which has a cache of its own, too."""
+    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
+
+    reads = ""
 
     def __init__(self, shard: ModelShard) -> None:
-        self._eagle = shard.model if isinstance(shard.model, EagleHead) else None
-        self.reads = "aux" if self._eagle else ""
         self._shard, self._kv = shard, shard.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
 
-    def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:
+    def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:  # noqa: ARG002
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
         ropes = [rope(step.positions) for rope in self._shard.ropes]
-        step = replace(step, input_ids=tokens, kv=self._kv, ropes=ropes)
-        return self._eagle.forward(tokens, hidden, step) if self._eagle else self._shard.model.hidden(tokens, step)
+        return self._shard.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
-        ids = self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
-        return self._eagle.token_ids(ids) if self._eagle else ids
+        return self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
 
     def hidden(self, x: Tensor) -> Tensor:
         return x
@@ -69,12 +65,9 @@ class HeadDrafter:
         tensors, token_ids, reads = batch.tensors, self._steps.tables.token_ids, self._head.reads
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         everything = torch.arange(len(following), device=ids.device)
-        hidden = everything
-        if reads == "aux":
-            assert computed.aux is not None
-            hidden = computed.aux(everything)
-        elif reads:
-            hidden = self._steps.shard.model.normed(computed.hidden(everything))
+        hidden = self._steps.shard.model.normed(computed.hidden(everything)) if reads == "hidden" else everything
+        if reads == "aux" and computed.aux is not None:
+            hidden = computed.aux()
         x = self._head.forward(following if reads else context.input_ids, hidden, context)
         if not most:
             return None
@@ -131,13 +124,14 @@ class WholeDrafter:
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
     """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
-    shard = steps.shard
-    head: MTPHead | SecondModel | None = shard.mtp
+    shard, config = steps.shard, steps.shard.config
+    head: MTPHead | SecondModel | None = shard.head
     if isinstance(head, MTPHead) and ops is not None and model and head.cpu_spec() is not None:
         steps.propose = WholeDrafter(head, steps, ops, model).propose
         return
-    if shard.second is not None:
-        head = SecondModel(shard.second)
+    if config.model.second is not None and head is None:
+        config = replace(config, model_path=config.model.second[0], model=config.model.second[1])
+        head = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
     if head is not None:
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
 

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -18,8 +17,7 @@ from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import rotations
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
-from minisgl.models.eagle import EagleHead
-from minisgl.models.mtp import MTPHead
+from minisgl.models.heads import create_head
 
 logger = logging.getLogger(__name__)
 
@@ -30,26 +28,16 @@ CACHES = {**DTYPES, "int8": torch.int8, "fp8": torch.uint8}
 class ModelShard:
     """Raises: ConfigError when the model cannot be loaded or does not fit the configuration."""
 
-    def __init__(
-        self, config: EngineConfig, device: torch.device, comm: Communicator, ops: TorchOps,
-        first: DecoderModel | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: EngineConfig, device: torch.device, comm: Communicator, ops: TorchOps) -> None:
         self.config, self.device, self.comm, self.ops = config, device, comm, ops
         start = time.perf_counter()
         with torch.inference_mode():
             checkpoint = None if config.dummy_weight else Checkpoint(config.model_path, config.model)
             weight_format = create_format(config, device, header := checkpoint.header() if checkpoint else {})
             env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
-            if first is not None and config.model.aux_layers:
-                self.model: DecoderModel = EagleHead(env, config.model, first, header)
-            else:
-                self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
-            self.second: ModelShard | None = None  # which is loaded first
-            if config.model.second is not None:
-                second = replace(config, model_path=config.model.second[0], model=config.model.second[1])
-                self.second = ModelShard(second, device, comm, ops, self.model)
-            self.mtp = None if self.model.config.mtp is None else MTPHead(env, self.model)
-            parts = chain(self.model.parts(), self.mtp.parts() if self.mtp else ())
+            self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
+            self.head = create_head(env, self.model, header)
+            parts = chain(self.model.parts(), self.head.parts() if self.head else ())
             if checkpoint:
                 load_weights(parts, checkpoint)
             else:

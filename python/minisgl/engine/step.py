@@ -85,7 +85,7 @@ class LayerByLayer:
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
             context.input_ids,
-            lambda tokens: torch.cat(aux, -1).index_select(0, tokens),
+            lambda: torch.cat(aux, -1),
         )
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:

@@ -48,7 +48,7 @@ class RotaryEmbedding:
 
 def rotations(model: ModelConfig, device: torch.device, longest: int) -> list[RotaryEmbedding]:
     """Of the model's tables, each for heads of those layers that have it."""
-    specs = [layer.attention for layer in model.layers]
+    specs = [layer.attention for layer in model.cached_layers]
     dims = {spec.rope_index: spec.cache.k_dim for spec in specs if isinstance(spec.cache, PagedKV)}
     return [RotaryEmbedding(rope, dims.get(i, model.head_dim), device, longest) for i, rope in enumerate(model.ropes)]
 

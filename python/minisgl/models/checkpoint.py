@@ -29,7 +29,7 @@ from minisgl.layers.base import Part
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, OF_HEAD = "model.embed_tokens.weight", "lm_head.weight", "eagle."
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
@@ -41,7 +41,7 @@ _STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(
 # Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
-    r"weight_shape|input_scale|input_zero_point)$|^mtp\.|^[dt]2[dt]$"  # the latter where they are not used
+    r"weight_shape|input_scale|input_zero_point|[dt]2[dt])$|^mtp\."  # the latter where they are not used
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
 _RENAMED: dict[str, str] = TABLE["tensors"]
@@ -127,12 +127,15 @@ class Checkpoint:
     """The tensors of a model directory. Raises: ConfigError naming a file that is missing or cannot be read."""
 
     def __init__(self, model_dir: str | Path, model: ModelConfig | None = None) -> None:
-        self._source = str(model_dir)
+        head = model.second[0] if model and model.mtp and model.second else None  # whose names all get a prefix
+        self._source = f"{model_dir} and {head}" if head else str(model_dir)
         self._stored: dict[str, Stored] = {}
         self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
+        of_head = [Shard(path) for path in weight_files(Path(head))] if head else []
+        self._shards += of_head
         for shard in self._shards:
             for stored in shard.stored():
-                ours = our_name(stored.name)
+                ours = (OF_HEAD if shard in of_head else "") + our_name(stored.name)
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
         for index, layer in enumerate(() if model is None else model.layers):
