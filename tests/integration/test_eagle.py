@@ -4,9 +4,12 @@ with and without them."""
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,11 +20,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from minisgl.config.args import parse_args
 from minisgl.config.resolve import prepare
-from minisgl.core import SamplingParams
+from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
-from tests.integration.test_mtp import NUM_DRAFTS, PARAMS, SETUPS, generate
+from tests.integration.test_captured import Engine, Graphs, graphs
+from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, generate
 from tests.models import VOCAB_SIZE, random_prompt, tiny_model
+from tests.tokenizers_fixture import make_words
+
+__all__ = ["graphs"]  # a fixture
 
 NUM_LAYERS = 8
 SHAPE = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
@@ -35,8 +42,8 @@ class Layer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = LlamaAttention(config, 0)
-        for name, heads in (("q_proj", config.num_attention_heads), *zip("kv", [config.num_key_value_heads] * 2)):
-            setattr(self.self_attn, f"{name[0]}_proj", nn.Linear(2 * hidden, heads * config.head_dim, bias=False))
+        for name, heads in {"q": config.num_attention_heads, **dict.fromkeys("kv", config.num_key_value_heads)}.items():
+            setattr(self.self_attn, f"{name}_proj", nn.Linear(2 * hidden, heads * config.head_dim, bias=False))
         self.mlp = LlamaMLP(config)
         self.hidden_norm, self.input_layernorm = LlamaRMSNorm(hidden, eps), LlamaRMSNorm(hidden, eps)
         self.post_attention_layernorm = LlamaRMSNorm(hidden, eps)
@@ -74,9 +81,9 @@ class Head(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.lm_head(self.norm(x))
 
-    def drafts(self, model: Any, ids: list[int], num: int) -> list[int]:
-        """What may follow `ids`, token by token."""
-        embed, states = model.get_input_embeddings(), self.states(model, ids[:-1])
+    def drafts(self, model: Any, ids: list[int], num: int, embed: nn.Embedding | None = None) -> list[int]:
+        """What may follow `ids`, token by token. embed: in place of the model's."""
+        embed, states = embed or model.get_input_embeddings(), self.states(model, ids[:-1])
         following, found = ids[1:], list[int]()
         for _ in range(num):
             x = self(states, embed(torch.tensor(following)))[-1]
@@ -84,25 +91,30 @@ class Head(nn.Module):
             states, following = torch.cat((states, x[None])), [*following, found[-1]]
         return found
 
-    def save(self, path: Path, is_torch: bool = False, drop: Sequence[str] = (), **changes: Any) -> Path:
-        """As such heads are published. drop: what begins with these; changes: of the configuration."""
+    def save(
+        self, path: Path, is_torch: bool = False, is_nested: bool = False, drop: Sequence[str] = (),
+        more: dict[str, torch.Tensor] | None = None, **changes: Any,
+    ) -> Path:  # fmt: skip
+        """As such heads are published, or as vLLM's tools save them (nested). drop: what begins with these; changes: of
+        the configuration."""
         path.mkdir()
-        config = {
-            **self.config.to_dict(),
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "draft_vocab_size": len(self.ids),
-        }
-        config = {**config, "rope_theta": 10000.0, "norm_before_residual": self.before, **changes}
-        config.pop("rope_parameters", None)
-        (path / "config.json").write_text(json.dumps(config))
+        inner = {**self.config.to_dict(), "rope_theta": 10000.0}
+        inner.pop("rope_parameters", None)
+        outer = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(self.ids)}
+        outer |= {"norm_before_residual": self.before}
+        if is_nested:
+            outer |= {"architectures": ["Eagle3Speculator"], "transformer_layer_config": inner}
+        (path / "config.json").write_text(json.dumps({**({} if is_nested else inner), **outer, **changes}))
         tensors = {k: v.detach().clone() for k, v in self.state_dict().items() if not k.startswith(tuple(drop))}
-        if len(self.ids) < VOCAB_SIZE:
+        if is_nested:
+            tensors = {k.replace("midlayer.", "layers.0."): v for k, v in tensors.items()}
+        if len(self.ids) < (size := self.config.vocab_size):
             tensors["d2t"] = self.ids - torch.arange(len(self.ids))
-            tensors["t2d"] = torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill_(0, self.ids, True)
+            tensors["t2d"] = torch.zeros(size, dtype=torch.bool).index_fill_(0, self.ids, True)
         if is_torch:
             torch.save(tensors, path / "pytorch_model.bin")
         else:
-            save_file(tensors, path / "model.safetensors")
+            save_file({**tensors, **(more or {})}, path / "model.safetensors")
         return path
 
 
@@ -128,6 +140,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "layers named as vLLM does, normed first": (
         "qwen3", {"aux": (1, 3, 7), "before": True}, {"eagle_aux_hidden_state_layer_ids": [1, 3, 7]},
     ),
+    "as vLLM's tools save them": ("llama", {"before": True}, {"is_nested": True}),
     "all tokens": ("qwen3", {"ids": torch.arange(VOCAB_SIZE)}, {}),
 }  # fmt: skip
 
@@ -144,3 +157,144 @@ def test_drafts_are_the_heads_and_change_nothing(case: str, setup: str, tmp_path
     with torch.no_grad():
         for tokens, draft in drafts:
             assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_embedding_and_lm_head_are_the_heads_own_or_the_models(setup: str, tmp_path: Path) -> None:
+    path, head = target("llama"), random_head(ids=torch.arange(VOCAB_SIZE))
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    head.lm_head.weight.data = model.lm_head.weight.data
+    _, drafts = generate(path, "eagle", draft_model=head.save(tmp_path / "lacking", drop=["lm_head"]), **SETUPS[setup])
+    own = {"embed_tokens.weight": torch.randn(VOCAB_SIZE, 64)}
+    whole = head.save(tmp_path / "whole", more=own)
+    _, others = generate(path, "eagle", draft_model=whole, **SETUPS[setup])
+    assert len(drafts) > 5 and len(others) > 5
+    with torch.no_grad():
+        for tokens, draft in drafts:
+            assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
+        embed = nn.Embedding.from_pretrained(own["embed_tokens.weight"])
+        for tokens, draft in others:
+            assert draft == head.drafts(model, tokens, len(draft), embed), f"after {len(tokens)} tokens"
+
+
+def refused(head: Path, family: str = "llama", *flags: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        prepare(parse_args(["--model", str(target(family)), "--device", "cpu", "--draft-model", str(head), *flags], {}))
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    def saved(name: str, **changes: Any) -> Path:
+        return random_head().save(tmp_path / name, **changes)
+
+    where = f"{tmp_path}/%s/config.json: "
+    assert (
+        refused(saved("wide", hidden_size=128))
+        == where % "wide" + "hidden_size must be 64 in a head for this model, not 128"
+    )
+    assert refused(saved("words", vocab_size=300)).endswith("vocab_size must be 256 in a head for this model, not 300")
+    assert refused(saved("deep", num_hidden_layers=2)).endswith("must be 1 in a head for this model, not 2")
+    assert refused(saved("far", eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 8]})) == (
+        where % "far" + "a head that reads behind layers [2, 9] of 8"
+    )
+    good = saved("good")
+    assert refused(good, "gemma3_text") == where % "good" + (
+        "a head of EAGLE for Gemma3ForCausalLM (supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
+    )
+    assert refused(good, "llama", "--speculate", "ngram") == f"--draft-model {good}: not with --speculate ngram"
+    prepare(parse_args(["--model", str(target("llama")), "--device", "cpu", "--draft-model", str(good)], {}))
+    with pytest.raises(ConfigError, match="architecture not supported: LlamaForCausalLMEagle3"):
+        prepare(parse_args(["--model", str(good), "--device", "cpu"], {}))
+
+
+@pytest.mark.parametrize("name", ["fc.", "midlayer.hidden_norm", "midlayer.self_attn.k_proj", "norm.", "lm_head"])
+def test_what_is_missing_is_named_before_weights_are_loaded(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    head = random_head().save(tmp_path / "head", drop=[name])
+    monkeypatch.setattr("minisgl.models.checkpoint._put", Mock(side_effect=AssertionError("a weight is loaded")))
+    ours = name.replace("midlayer.", "model.layers.0.").replace("norm.", "model.norm.", name == "norm.")
+    with pytest.raises(ConfigError, match=rf"{head}' do not fit its configuration; missing: eagle\.{re.escape(ours)}"):
+        generate(target("llama"), "eagle", draft_model=head)
+
+
+WORDS = 320  # tokens of a model that has a tokenizer
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """A model with a tokenizer, and prompts."""
+    path = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(tiny_model("llama", num_hidden_layers=NUM_LAYERS, vocab_size=WORDS), path)
+    return make_words(path, WORDS), [random_prompt(20 + i, seed=i) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def trained(served: tuple[Path, list[list[int]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head that has seen a hundred times what the model says."""
+    head = random_head(ids=torch.arange(WORDS), vocab_size=WORDS)
+    model = AutoModelForCausalLM.from_pretrained(served[0], attn_implementation="eager").eval()
+    optimizer, inputs = torch.optim.Adam(head.parameters(), 3e-3), []
+    for prompt in served[1]:
+        ids = torch.tensor([prompt])
+        (text,) = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+        with torch.no_grad():
+            states = model(text[None, :-2], output_hidden_states=True).hidden_states
+            inputs.append((torch.cat([states[i][0] for i in head.aux], -1), text, len(prompt) - 2))
+    for _ in range(100):
+        for states, text, first in inputs:
+            x = head(head.fc(states), model.get_input_embeddings()(text[1:-1]).detach())
+            loss = nn.functional.cross_entropy(head.logits(x)[first:], text[first + 2 :])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return head.save(tmp_path_factory.mktemp("trained") / "head", vocab_size=WORDS)
+
+
+def said(
+    path: Path, prompts: list[list[int]], params: list[SamplingParams], **options: Any
+) -> tuple[list[list[int]], float]:
+    """Twice the same, the second time with all in the cache; and the share of drafted tokens that were right."""
+    told = list[list[int]]()
+    with LLM(str(path), device="cpu", dtype="float32", max_seq_len=128, **options) as llm:
+        for _ in range(2):
+            told += [list(output.token_ids) for output in llm.generate(prompts, params, progress=False)]
+        counts = llm.scheduler.planner.speculation
+        return told, counts.num_right["eagle"] / max(1, counts.num_drafted["eagle"])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "retraction": {"num_pages": 16, "page_size": 8},
+    "small chunks, no cache": {"max_prefill_length": 7, "cache_type": "naive"},
+    "tensor parallel": {"tensor_parallel_size": 2},
+    "long drafts": {"speculate_tokens": 7, "page_size": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ["trained", "random"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_neither_schedules_nor_ranks_nor_rules_see_it(
+    served: tuple[Path, list[list[int]]], trained: Path, kind: str, options: str, tmp_path: Path
+) -> None:
+    some = torch.arange(3, WORDS, 2)
+    head = trained if kind == "trained" else random_head(ids=some, vocab_size=WORDS).save(tmp_path / "head")
+    params = [
+        SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
+        SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, frequency_penalty=0.3),
+        SamplingParams(max_tokens=40, temperature=0.7, seed=3),
+        SamplingParams(max_tokens=40, temperature=0.0, grammar=Grammar("regex", "([a-z]{3} ){4}")),
+    ]
+    expected = said(*served, params)[0]
+    told, share = said(*served, params, draft_model=str(head), **OPTIONS[options])
+    assert told == expected
+    assert share > 0.3 or kind == "random"
+
+
+@pytest.mark.parametrize("max_batch", [0, 64])
+def test_it_tells_the_same_without_the_host(max_batch: int, graphs: list[Graphs], tmp_path: Path) -> None:
+    """In the graphs of a GPU's engine."""
+    path, head = target("qwen3"), random_head().save(tmp_path / "head")
+    outputs, drafts = generate(path, "eagle", create=Engine, draft_model=head, cuda_graph_max_bs=max_batch)
+    expected = generate(path, "eagle", draft_model=head)
+    assert outputs == expected[0] == generate(path, "off")[0]
+    assert drafts == expected[1] and len(drafts) > 5
+    assert bool(graphs[-1].replayed) == (max_batch > 0)
