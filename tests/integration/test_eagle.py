@@ -212,7 +212,9 @@ def test_what_is_missing_is_named_before_weights_are_loaded(name: str, tmp_path:
     head = random_head().save(tmp_path / "head", drop=[name])
     monkeypatch.setattr("minisgl.models.checkpoint._put", Mock(side_effect=AssertionError("a weight is loaded")))
     ours = name.replace("midlayer.", "model.layers.0.").replace("norm.", "model.norm.", name == "norm.")
-    with pytest.raises(ConfigError, match=rf"{head}' do not fit its configuration; missing: eagle\.{re.escape(ours)}"):
+    with pytest.raises(
+        ConfigError, match=rf"'{head} and .* do not fit its configuration; missing: eagle\.{re.escape(ours)}"
+    ):
         generate(target("llama"), "eagle", draft_model=head)
 
 
@@ -286,7 +288,7 @@ def test_neither_schedules_nor_ranks_nor_rules_see_it(
     expected = said(*served, params)[0]
     told, share = said(*served, params, draft_model=str(head), **OPTIONS[options])
     assert told == expected
-    assert share > 0.3 or kind == "random"
+    assert share > 0.1 or kind == "random"
 
 
 @pytest.mark.parametrize("max_batch", [0, 64])

@@ -50,11 +50,8 @@ def read_eagle(path: Path, model: ModelConfig) -> ModelConfig | None:
         return None
     nested = f.child("transformer_layer_config").data  # in the form of vLLM's tools
     f = Fields({**f.data, **nested}, f.source)
-    for key, wanted in {
-        "hidden_size": model.hidden_size,
-        "vocab_size": model.vocab_size,
-        "num_hidden_layers": 1,
-    }.items():
+    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_hidden_layers": 1}
+    for key, wanted in sizes.items():
         if f.integer(key, wanted) != wanted:
             raise f.wrong(key, f"{wanted} in a head for this model")
     if model.architecture not in _TARGETS:
@@ -66,7 +63,7 @@ def read_eagle(path: Path, model: ModelConfig) -> ModelConfig | None:
     aux = f.list_of(int, _AUX) or [i + 1 for i in f.child("eagle_config").list_of(int, _AUX)] or [2, num // 2, num - 3]
     if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num:
         raise ConfigError(f"{f.source}: a head that reads behind layers {aux} of {num}")
-    has_rope, layer = f.data.keys() & {"rope_theta", "rope_parameters", "rope_scaling"}, head.layers[0]
+    has_rope, layer = any(map(f.data.get, ("rope_theta", "rope_parameters", "rope_scaling"))), head.layers[0]
     attention = replace(layer.attention, rope_index=len(model.ropes) if has_rope else 0)
     layer = replace(layer, attention=attention, norms=replace(layer.norms, before_attention=""))
     before = f.boolean("norm_before_residual", bool(nested))

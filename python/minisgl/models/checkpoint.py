@@ -128,7 +128,7 @@ class Checkpoint:
 
     def __init__(self, model_dir: str | Path, model: ModelConfig | None = None) -> None:
         head = model.second[0] if model and model.mtp and model.second else None  # whose names all get a prefix
-        self._source = f"{model_dir} and {head}" if head else str(model_dir)
+        self._source = f"{head} and {model_dir}" if head else str(model_dir)
         self._stored: dict[str, Stored] = {}
         self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
         of_head = [Shard(path) for path in weight_files(Path(head))] if head else []

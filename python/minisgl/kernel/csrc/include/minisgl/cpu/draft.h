@@ -1,4 +1,4 @@
-// Drafts by a head for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2; models/mtp.py): a decoder layer
+// Drafts by a head for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2; models/heads.py): a decoder layer
 // that is fed with the model's result of each token and the embedding of the one after it, and says which comes next. With its
 // own result and the token that it has said, it goes on.
 #pragma once
