@@ -74,8 +74,8 @@ class DecoderModel:
         self.score = env.vector(1, config.hidden_size) if classifies else None
 
     def hidden(self, input_ids: Tensor, step: StepContext, aux: list[Tensor] | None = None) -> Tensor:
-        """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]. aux: gets what
-        it is after those that a head reads."""
+        """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]. aux: gets
+        what it is after those that a head reads."""
         x = self.embed_tokens.forward(input_ids)
         if self.config.embedding_scale != 1:
             x *= self.config.embedding_scale
