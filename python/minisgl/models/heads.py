@@ -66,8 +66,8 @@ class MTPHead:
         """All that is to be filled."""
         fc, layer, *names = self._names
         norms = [whole(f"{n}.weight", x, self._config.norm_offset) for n, x in zip(names, self._norms, strict=True)]
-        yield Part([*self.layer.weights(layer)], self.layer.pack)
         yield Part([*self.fc.weights(fc), *norms], self._pack)
+        yield Part([*self.layer.weights(layer)], self.layer.pack)
 
     def _pack(self) -> None:
         """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 8."""
