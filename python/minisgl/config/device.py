@@ -212,8 +212,7 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
     if wanted.model.mtp and decode in ("fi", "sdpa"):  # which need the host before each token
-        flag = "--draft-model" if wanted.model.second else "--speculate mtp"
-        raise ConfigError(f"{flag}: not with the attention of {decode}; choose another --attn")
+        raise ConfigError(f"heads that guess tokens: not with the attention of {decode}; choose another --attn")
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
     if moe_backend == "triton" and "triton" not in machine.packages:
         raise ConfigError("--moe-backend triton: needs a package: pip install triton")

@@ -26,13 +26,13 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model ", "--draft-model ")) from None
     assert told.second is not None
-    (_, draft), is_head, heads = told.second, told.mtp is not None, told.layers[0].attention.cache
+    (_, draft), is_head = told.second, told.mtp is not None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
     is_same = is_head or (draft.vocab_size == model.vocab_size and (None in (words, others) or words == others))
-    is_alike = told.mtp and (draft.num_qo_heads, told.mtp.attention.cache) == (model.num_qo_heads, heads)
+    caches = told.cached_layers[-1].attention.cache, told.layers[0].attention.cache
+    is_alike = is_head and draft.num_qo_heads == model.num_qo_heads and caches[0] == caches[1]
     problems = {
-        "not on GPUs so far; choose --speculate ngram or mtp, or --device cpu": device == "cuda" and not is_head,
-        "on GPUs its attention must have the model's heads": device == "cuda" and not is_alike,
+        "on GPUs only an EAGLE-3 head with as many attention heads as the model": device == "cuda" and not is_alike,
         f"not with --speculate {args.speculate}": args.speculate != "off",
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),

@@ -199,14 +199,12 @@ class CapturedSteps(StepRunner):
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
-        # No answer at all would mean that the head has failed.
-        nothing = {i: list[int]() for i in range(len(plan.reqs))} if asks else {}
-        return launched._replace(drafts=nothing if told is None else told[: len(plan.reqs)])
+        return launched if told is None else launched._replace(drafts=told[: len(plan.reqs)])
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
         prompts = self.tables.host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
-        return (plan.reqs if self._belong else one_by_one(plan.reqs) or ()) if prompts is None else ()
+        return (plan.reqs if self._belong else one_by_one(plan.reqs)) if prompts is None else ()
 
     def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
         """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the

@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner, Told
 from minisgl.engine.tables import Batch, StepTensors
 from minisgl.kernel.cpu import CpuOps
-from minisgl.layers.rope import AngleTables
-from minisgl.models.heads import MTPHead
+from minisgl.layers.base import CpuSpec
+from minisgl.models.heads import Head
 
 Tensor = torch.Tensor
 
@@ -25,7 +24,7 @@ Tensor = torch.Tensor
 class SecondModel:
     """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
 
-    reads = ""
+    skips_last = False
 
     def __init__(self, shard: ModelShard) -> None:
         self._shard, self._kv = shard, shard.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
@@ -39,7 +38,7 @@ class SecondModel:
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
         return self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor, of_model: bool = False) -> Tensor:  # noqa: ARG002
         return x
 
 
@@ -47,7 +46,7 @@ class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
     def __init__(
-        self, head: MTPHead | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
+        self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
     ) -> None:
         """layers: with the cache, the tables and the operations that the steps have. known: numbers of a step as far as
         attention reads the host's; what can be captured reads the device's."""
@@ -55,28 +54,24 @@ class HeadDrafter:
 
     def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
         """Of a step that is not captured."""
-        most = max(share.num_drafts for share in plan.reqs)
-        return {} if (told := self.tell(batch, self._layers.context(batch), computed, ids, most)) is None else told
+        return self.tell(batch, self._layers.context(batch), computed, ids, max(req.num_drafts for req in plan.reqs))
 
-    def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, most: int) -> Tensor | None:
+    def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
-        are of use. most: 0: there are none: the head only reads the step's tokens, so that its cache is as long as the
-        model's. What it has of tokens that are not kept, it overwrites as the model does."""
-        tensors, token_ids, reads = batch.tensors, self._steps.tables.token_ids, self._head.reads
+        are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's. What it
+        has of tokens that are not kept, it overwrites as the model does."""
+        tensors, token_ids, skips_last = batch.tensors, self._steps.tables.token_ids, self._head.skips_last
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
-        everything = torch.arange(len(following), device=ids.device)
-        hidden = self._steps.shard.model.normed(computed.hidden(everything)) if reads == "hidden" else everything
-        if reads == "aux" and computed.aux is not None:
-            hidden = computed.aux()
-        x = self._head.forward(following if reads else context.input_ids, hidden, context)
+        hidden = self._head.hidden(computed.hidden(torch.arange(len(following), device=ids.device)), of_model=True)
+        x = self._head.forward(following if skips_last else context.input_ids, hidden, context)
         if not most:
-            return None
+            return ids.new_empty(len(tensors.rows), 0)
         assert computed.input_ids is not None
         last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
         x, position, token = x[last], tensors.positions[last], following[last]
         for num_told in range(most):
-            if num_told or not reads:
-                one = self._one_each(batch, position + num_told + (not reads), num_told)
+            if num_told or not skips_last:
+                one = self._one_each(batch, position + num_told + (not skips_last), num_told)
                 context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
                 x = self._head.forward(token, self._head.hidden(x), context)
             told.append(self._head.choose(x))
@@ -99,25 +94,18 @@ class HeadDrafter:
 class WholeDrafter:
     """The same in one call of the CPU's kernels, beside a model that they compute in one call."""
 
-    def __init__(self, head: MTPHead, steps: StepRunner, ops: CpuOps, model: int) -> None:
-        """model: of the kernels; head: one that has a `cpu_spec`."""
-        shard, spec, self._module = steps.shard, head.cpu_spec(), ops.module
-        assert spec is not None, "the head's layer is one that the kernels cannot compute"
-        (embedding, lm_head, both), norms = (handle for handle, _ in spec.matrices), spec.norms
-        self._steps, self._backend, self._keep = steps, CpuBackend(ops), (head, ops)
-        numbers = shard.config.model.rms_norm_eps, 1.0, embedding, lm_head, norms[2]
-        own: int = self._module.create_model(ops.workers, *numbers)
-        self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, own))
-        spec.build(self._module, own, shard.config.model.num_layers, steps.kv)
-        self._handle: int = self._module.create_draft_head(ops.workers, model, own, both, *norms[:2])
-        for destroy, handle in ((self._module.destroy_model, own), (self._module.destroy_draft_head, self._handle)):
-            weakref.finalize(self, destroy, handle)  # the last one made is called first
+    def __init__(self, head: CpuSpec, steps: StepRunner, ops: CpuOps, model: int) -> None:
+        """model: of the kernels."""
+        self._steps, self._backend, self._module, self._keep = steps, CpuBackend(ops), ops.module, (head, ops)
+        self._handle: int = self._module.create_draft_head(model, head.matrices[0][0], *head.norms)
+        weakref.finalize(self, self._module.destroy_draft_head, self._handle)
+        layer: int = self._module.draft_layer(self._handle)
+        head.build(self._module, layer, steps.shard.config.model.num_layers, steps.kv)
 
     def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
-        most = int(batch.index.num_drafts.max())
-        self._angles.reach(int(batch.index.seq_lens.max()) + most)
-        told, step = torch.empty((len(plan.reqs), most), dtype=torch.int32), self._backend.prepare(batch.attention)
+        told = torch.empty((len(plan.reqs), int(batch.index.num_drafts.max())), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
+        step = self._backend.prepare(batch.attention)
         self._module.draft(self._handle, self._steps.tables.token_ids, *step, *sampled, told)
         return told
 
@@ -125,11 +113,11 @@ class WholeDrafter:
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
     """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
     shard, config = steps.shard, steps.shard.config
-    head: MTPHead | SecondModel | None = shard.head
-    if isinstance(head, MTPHead) and ops is not None and model and head.cpu_spec() is not None:
-        steps.propose = WholeDrafter(head, steps, ops, model).propose
+    head: Head | SecondModel | None = shard.head
+    if ops is not None and model and shard.head is not None and (spec := shard.head.cpu_spec()) is not None:
+        steps.propose = WholeDrafter(spec, steps, ops, model).propose
         return
-    if config.model.second is not None and head is None:
+    if head is None and config.model.second is not None:
         config = replace(config, model_path=config.model.second[0], model=config.model.second[1])
         head = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
     if head is not None:

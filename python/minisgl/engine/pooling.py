@@ -23,7 +23,6 @@ class Computed(NamedTuple):
     logits: Callable[[Tensor | None], Tensor]
     hidden: Callable[[Tensor], Tensor]
     input_ids: Tensor | None = None  # of all tokens
-    aux: Callable[[], Tensor] | None = None  # of all, side by side behind each layer that a head reads
 
 
 class PooledRows:

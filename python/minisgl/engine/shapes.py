@@ -51,14 +51,11 @@ def fit(
     if not reqs or any(req.num_new != req.num_samples for req in reqs):
         return None
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
-    for shape in shapes[begin:]:
-        if (padding := shape.padding(reqs, row)) is not None:
-            return shape, padding
-    return None
+    found = ((shape, padding) for shape in shapes[begin:] if (padding := shape.padding(reqs, row)) is not None)
+    return next(found, None)
 
 
-def one_by_one(reqs: Sequence[ScheduledReq]) -> tuple[ScheduledReq, ...] | None:
-    """A request for each token, where all of them sample; else None."""
-    if any(req.num_new != req.num_samples for req in reqs):
-        return None
-    return tuple(ScheduledReq(req.row, req.start + i, 1, 1) for req in reqs for i in range(req.num_new))
+def one_by_one(reqs: Sequence[ScheduledReq]) -> tuple[ScheduledReq, ...]:
+    """A request for each token, where all of them sample; else none."""
+    can = all(req.num_new == req.num_samples for req in reqs)
+    return tuple(ScheduledReq(req.row, req.start + i, 1, 1) for req in reqs for i in range(req.num_new * can))

@@ -17,7 +17,7 @@ from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import rotations
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
-from minisgl.models.heads import create_head
+from minisgl.models.heads import Head
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ModelShard:
             weight_format = create_format(config, device, header := checkpoint.header() if checkpoint else {})
             env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
-            self.head = create_head(env, self.model, header)
+            self.head = None if config.model.mtp is None else Head(env, self.model, header)
             parts = chain(self.model.parts(), self.head.parts() if self.head else ())
             if checkpoint:
                 load_weights(parts, checkpoint)

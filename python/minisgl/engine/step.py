@@ -79,13 +79,12 @@ class LayerByLayer:
 
     def __call__(self, batch: Batch, metadata: Sequence[object] | None = None) -> Computed:
         """metadata: what the backend has prepared for the step; None: it is to do so now."""
-        context, aux = self.context(batch, metadata), list[Tensor]()
-        hidden = self._model.hidden(context.input_ids, context, aux)
+        context = self.context(batch, metadata)
+        hidden = self._model.hidden(context.input_ids, context)
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
             context.input_ids,
-            lambda: torch.cat(aux, -1),
         )
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:

@@ -19,8 +19,7 @@ class Attention(Layer):
 
     name = "self_attn"
 
-    def __init__(self, env: LayerEnv, config: ModelConfig, layer: int, width: int = 1) -> None:
-        """width: of what is projected, in streams."""
+    def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
         assert isinstance(spec.cache, PagedKV)
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
@@ -40,19 +39,19 @@ class Attention(Layer):
         heads = dict.fromkeys(["gate_proj"] if spec.gated == "heads" else [], (config.num_qo_heads, 1))
         heads["q_proj"], orders["gate_proj"] = (config.num_qo_heads, size), torch.arange(self._num_q * dim) // dim
         heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
-        self.qkv_proj = ColumnLinear(env, width * hidden, heads, "attention heads", config.qkv_bias, orders=orders)
+        width = hidden * (1 + bool(config.aux_layers))  # a head of EAGLE has the next token's embedding beside it
+        self.qkv_proj = ColumnLinear(env, width, heads, "attention heads", config.qkv_bias, orders=orders)
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
         self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
         self.qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
 
-    def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
-        the new stream."""
-        return self.o_proj.forward(self.mixed(x, norm, step), x, after, self._eps)
-
-    def mixed(self, x: Tensor, norm: Tensor | None, step: StepContext) -> Tensor:
-        """What the output projection is given: [num_tokens, features of this rank's heads]."""
-        qkv, gate = self.qkv_proj.project(x, norm, self._eps).view(x.shape[0], -1, self._head_dim), None
+    def forward(
+        self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext, given: Tensor | None = None
+    ) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output;
+        given: what is projected, in place of the stream → the new stream."""
+        given = x if given is None else given
+        qkv, gate = self.qkv_proj.project(given, norm, self._eps).view(x.shape[0], -1, self._head_dim), None
         if self._spec.gated:
             gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :].contiguous()
         if self._spec.value_norms:
@@ -73,7 +72,7 @@ class Attention(Layer):
         out = step.backend.forward(q, cache, self._spec, metadata, self.sinks)
         if gate is not None:
             out = out * gate.sigmoid()
-        return out.reshape(x.shape[0], -1)
+        return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
 
     def _norm_of_all(self, qkv: Tensor) -> None:
         """Root-mean-square norm, in place, of all queries' features at once, and of all keys', those of other ranks

@@ -127,15 +127,12 @@ class Checkpoint:
     """The tensors of a model directory. Raises: ConfigError naming a file that is missing or cannot be read."""
 
     def __init__(self, model_dir: str | Path, model: ModelConfig | None = None) -> None:
-        head = model.second[0] if model and model.mtp and model.second else None  # whose names all get a prefix
-        self._source = f"{head} and {model_dir}" if head else str(model_dir)
-        self._stored: dict[str, Stored] = {}
-        self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
-        of_head = [Shard(path) for path in weight_files(Path(head))] if head else []
-        self._shards += of_head
-        for shard in self._shards:
+        places = {model.second[0]: OF_HEAD} if model and model.mtp and model.second else {}  # with prefixes of names
+        self._source, self._stored = " and ".join(places := {**places, str(model_dir): ""}), dict[str, Stored]()
+        self._shards = {Shard(path): name for place, name in places.items() for path in weight_files(Path(place))}
+        for shard, prefix in self._shards.items():
             for stored in shard.stored():
-                ours = (OF_HEAD if shard in of_head else "") + our_name(stored.name)
+                ours = prefix + our_name(stored.name)
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
         for index, layer in enumerate(() if model is None else model.layers):

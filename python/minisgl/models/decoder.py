@@ -69,21 +69,20 @@ class DecoderModel:
         self.norm = env.vector(config.hidden_size)
         self.lm_head = self.embed_tokens if config.tie_word_embeddings else VocabTable(env, *table)
         pooling, self._ops = config.pooling, env.ops
-        self._aux_layers = config.second[1].aux_layers if config.second else ()
+        self.behind = dict[int, Tensor]()  # by layer, what the last step's stream was behind it: where a head reads it
         classifies = pooling is not None and pooling.kind == "score" and not pooling.label_ids
         self.score = env.vector(1, config.hidden_size) if classifies else None
 
-    def hidden(self, input_ids: Tensor, step: StepContext, aux: list[Tensor] | None = None) -> Tensor:
-        """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]. aux: gets
-        what it is after those that a head reads."""
+    def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
+        """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]."""
         x = self.embed_tokens.forward(input_ids)
         if self.config.embedding_scale != 1:
             x *= self.config.embedding_scale
         inputs = self.inputs.forward(input_ids, x) if self.inputs is not None else None
         for i, layer in enumerate(self.layers, 1):
             x = layer.forward(x, step, inputs)
-            if aux is not None and i in self._aux_layers:
-                aux.append(x.clone())
+            if i in self.behind:
+                self.behind[i] = x.clone()
         return x
 
     def pooled(self, x: Tensor, kind: str) -> Tensor:
@@ -127,6 +126,6 @@ class DecoderModel:
 
     def cpu_specs(self) -> list[CpuSpec] | None:
         """Of the embedding, each layer and the head; None if the CPU engine cannot compute one of them."""
-        layers = () if self._aux_layers else (self.embed_tokens, *self.layers, self.lm_head)
+        layers = () if self.behind else (self.embed_tokens, *self.layers, self.lm_head)
         specs = [spec for layer in layers if (spec := layer.cpu_spec()) is not None]
         return specs if len(specs) == len(layers) > 0 else None

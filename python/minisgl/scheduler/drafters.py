@@ -1,7 +1,8 @@
 """Where drafts come from: guesses of a request's next tokens, which the next step verifies."""
 
+from array import array
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -30,30 +31,19 @@ class Lookup:
     all tokens, at some gigabytes per second; there is one where the last two came before."""
 
     def __init__(self, req: Req) -> None:
-        size = len(req.prefix)
-        self._ids, self._size = np.empty(2 * len(req.tokens) + 64, np.int32), max(1, size - 1)
-        self._ids[:size] = req.prefix  # which are the first of its tokens, as an array already
-        first = req.prefix[: self._size].astype(np.int64)
-        self._pairs = dict.fromkeys((first[:-1] << 32 | first[1:]).tolist())
+        first = req.prefix[: max(1, len(req.prefix) - 1)].astype(np.int64)  # of its tokens
+        self._ids = array("i", first.astype(np.int32).tobytes())
+        self._pairs = {*(first[:-1] << 32 | first[1:]).tolist()}
         self._repeats = False  # whether the last two came before
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        ids = self._take_in(req.tokens)
+        self._ids.extend(new := req.tokens[len(self._ids) :])
+        for pair in (a << 32 | b for a, b in pairwise(self._ids[-len(new) - 1 :])):
+            self._repeats = pair in self._pairs
+            self._pairs.add(pair)
+        ids = np.frombuffer(self._ids, np.int32)
         ends, length = find_repeated(ids, ids[:-1]) if self._repeats else ((), 0)
         return ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, length - 1)].tolist() if length else ()
-
-    def _take_in(self, tokens: list[int]) -> TokenIds:
-        """All of them as an array, which has room for more."""
-        known, pairs = self._size, self._pairs
-        self._size = size = len(tokens)
-        if size > len(self._ids):
-            self._ids = np.concatenate((self._ids[:known], np.empty(size, np.int32)))
-        self._ids[known:size] = tokens[known:]
-        for i in range(known, size):
-            pair = tokens[i - 1] << 32 | tokens[i]
-            self._repeats = pair in pairs
-            pairs[pair] = None
-        return self._ids[:size]
 
 
 class Prediction:
@@ -90,28 +80,21 @@ class TreePath(Prediction):
     def __init__(self, page_size: int) -> None:
         super().__init__((), 0)
         self._page_size, self._again = page_size, 0  # so many tokens are there to be before another search
-        self._end: RadixNode | None = None  # where the text ends
-
-    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        super().propose(req, 0, 0)  # takes in what is new
-        end = self._place + num_pending + most + 1  # so many tokens may be new when it is asked again
-        while self._end and len(self._text) < end and (edge := self._child(self._end, req, self._text[:0])):
-            self._text, self._end = np.concatenate((self._text, edge.key)), edge
-        return super().propose(req, num_pending, most)
 
     def _seek(self, req: Req, place: int) -> None:  # noqa: ARG002
         """Go down from the request's handle; once for each eighth that the tokens behind it have become more."""
-        self._length, self._text, self._place, self._end = 0, self._text[:0], 0, None
+        self._length, self._text, self._place = 0, self._text[:0], 0
         if len(req.tokens) < self._again:
             return
-        length, node = 1 if self._again else MAX_MATCH, req.handle
+        length, node, behind = 1 if self._again else MAX_MATCH, req.handle, list[TokenIds]()
         rest = np.array(req.tokens[sum(len(one.key) for one in path_up(node)) :], np.int32)
         self._again = len(req.tokens) + len(rest) // 8 + 1
         while (edge := self._child(node, req, rest)) and np.array_equal(edge.key[: len(rest)], rest[: len(edge.key)]):
             if len(rest) < len(edge.key):
-                self._text, self._place, self._end, self._length = edge.key, len(rest), edge, length
-                break
+                behind.append(edge.key[len(rest) :])
             node, rest = edge, rest[len(edge.key) :]
+        if behind:
+            self._text, self._length = np.concatenate(behind), length
 
     def _child(self, node: RadixNode, req: Req, rest: TokenIds) -> RadixNode | None:
         """The one that begins with these tokens, or with the first page of them; of several the newest."""
@@ -129,12 +112,10 @@ def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:
     `MAX_MATCH`; nowhere, and 0: it has none."""
     if min(len(ids), len(text)) < MIN_MATCH:
         return (), 0
-    ends = np.flatnonzero((text[1:] == ids[-1]) & (text[:-1] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH
-    if not len(ends):
-        return (), 0
-    back = np.arange(MIN_MATCH + 1, min(MAX_MATCH, len(ids), len(text)) + 1)
-    places = ends[:, None] - back  # index -1 and below it is the end of the text
-    same = (text[places] == ids[-back]) & (places >= 0)
-    lengths = np.logical_and.accumulate(same, axis=1).sum(axis=1)
-    longest = lengths.max()
-    return ends[lengths == longest].tolist(), int(longest) + MIN_MATCH
+    ends, longest = np.flatnonzero((text[1:] == ids[-1]) & (text[:-1] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH, 0
+    for length in range(MIN_MATCH, min(MAX_MATCH, len(ids)) + 1):
+        places = ends[ends >= length]
+        if not len(places := places[text[places - length] == ids[-length]]):
+            break
+        ends, longest = places, length
+    return ends.tolist() if longest else (), longest

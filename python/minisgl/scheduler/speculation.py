@@ -145,7 +145,8 @@ class Speculation:
     def settle(
         self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
     ) -> tuple[int, ...]:
-        """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right."""
+        """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
+        remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
         num_right, holds = 0, False
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
@@ -155,7 +156,13 @@ class Speculation:
                 break
             num_right += 1
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
-        self._learn(req, num_right if holds else len(draft), num_right)
+        num_wrong, name = 0 if holds else len(draft) - num_right, self._names.get(req.uid, "")
+        self.num_drafted[name] += num_right + num_wrong
+        self.num_right[name] += num_right
+        req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
+        if (rate := self._rates.get(req.uid, -1.0)) >= 0 and name != "grammar":
+            rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
+            self._rates[req.uid] = rate * (1 - _LEARNING) if num_wrong else rate
         req.num_computed += num_right
         pages.held[share.row] = num_right * self._config.has_states
         return ids[: num_right + 1]
@@ -221,16 +228,6 @@ class Speculation:
             self._rates[req.uid] = -1.0
         self._names[req.uid] = kind
         return told[:most] if size == len(req.tokens) and not num_pending else ()
-
-    def _learn(self, req: Req, num_drafted: int, num_right: int) -> None:
-        """How a draft fared. What is prescribed is always right, and says nothing of guesses."""
-        name, rate, (right, wrong) = self._names.get(req.uid, ""), self._rates.get(req.uid, -1.0), req.drafted
-        self.num_drafted[name] += num_drafted
-        self.num_right[name] += num_right
-        req.drafted = right + num_right, wrong + num_drafted - num_right
-        if rate >= 0 and name != "grammar":
-            rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
-            self._rates[req.uid] = rate * (1 - _LEARNING) if num_right < num_drafted else rate
 
 
 def _is_plain(req: Req, least: int = 0) -> bool:

@@ -287,11 +287,12 @@ void py_hidden_rows(int64_t model, TensorView tokens, TensorView out) {
   hidden_rows(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(out));
 }
 
-int64_t py_create_draft_head(int64_t workers, int64_t model, int64_t own, int64_t both, TensorView embedding, TensorView hidden) {
-  DraftNorms norms{at<Linear>(both), data_of<float>(embedding), data_of<float>(hidden)};
-  return handle_of(create_draft_head(at<Workers>(workers), at<Model>(model), at<Model>(own), norms));
+int64_t py_create_draft_head(int64_t model, int64_t both, TensorView embedding, TensorView hidden, TensorView last) {
+  DraftNorms norms{at<Linear>(both), data_of<float>(embedding), data_of<float>(hidden), data_of<float>(last)};
+  return handle_of(create_draft_head(at<Model>(model), norms));
 }
 void py_destroy_draft_head(int64_t head) { destroy_draft_head(&at<DraftHead>(head)); }
+int64_t py_draft_layer(int64_t head) { return handle_of(draft_layer(at<DraftHead>(head))); }
 
 // token_ids: [rows, stride] int32; input_ids: [tokens] int64, of the step, drafts included; logit_tokens: [n] int64, ascending: the
 // tokens after which `ids`, [n] int32, were sampled; counts: [sequences] int64: tokens that are to be told after the last one that
@@ -347,4 +348,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hidden_rows, py_hidden_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_draft_head, py_create_draft_head);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_draft_head, py_destroy_draft_head);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_layer, py_draft_layer);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft, py_draft);

@@ -217,7 +217,7 @@ struct Step {
 // the hidden state, which have norms.
 struct DraftNorms {
   Linear both;
-  const float *embedding, *hidden;
+  const float *embedding, *hidden, *last;  // the last one is of what the LM head is given
 };
 
 // [rows, stride]: the tokens of requests.
@@ -295,9 +295,11 @@ void forward(Model& model, const Step& step);
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits);
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out);
 
-// own: the head's layer, as a model.
-DraftHead* create_draft_head(Workers& workers, Model& model, Model& own, const DraftNorms& norms);
+// The model must outlive its head.
+DraftHead* create_draft_head(const Model& model, const DraftNorms& norms);
 void destroy_draft_head(DraftHead* head);
+// The head's layer, as a model to which blocks are added.
+Model* draft_layer(DraftHead& head);
 void draft(DraftHead& head, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
            const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out);
 

@@ -10,14 +10,16 @@ namespace minisgl::cpu {
 
 class DraftHead {
  public:
-  // own: of the head's layer and last norm; both models' embedding and LM head are the same.
-  DraftHead(Workers& workers, Model& model, Model& own, const DraftNorms& norms)
-      : workers_(workers), model_(model), own_(own), norms_(norms) {}
+  DraftHead(const Model& model, const DraftNorms& norms)
+      : workers_(model.workers()), model_(model), own_(model, norms.last), norms_(norms) {}
+
+  Model& own() { return own_; }  // of the head's layer and last norm, with the model's embedding and LM head
 
   // tokens: [rows, stride], of requests, the step's samples included; sequences, page_size: of the model's last step, all of
   // whose tokens the head reads; out: [sequences, most].
   void operator()(const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
                   const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
+    own_.set_rotations(model_);
     begin(tokens, sequences, page_size, wanted);
     compute(model_.rows(), model_.norm());
     for (int64_t i = 0; !going_.empty(); ++i) {
@@ -99,7 +101,8 @@ class DraftHead {
   }
 
   Workers& workers_;
-  Model &model_, &own_;
+  const Model& model_;
+  Model own_;
   DraftNorms norms_;
   Step step_{};
   std::vector<Going> going_;

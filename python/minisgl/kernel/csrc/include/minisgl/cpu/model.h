@@ -11,7 +11,10 @@ class Model {
  public:
   Model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm)
       : workers_(workers), eps_(eps), scale_(scale), embedding_(embedding), head_(head), norm_(norm) {}
+  // One without blocks or rotations, beside another: of its embedding and LM head.
+  Model(const Model& other, const float* norm) : Model(other.workers_, other.eps_, 1.0f, other.embedding_, other.head_, norm) {}
 
+  void set_rotations(const Model& other) { rotations_ = other.rotations_; }
   void set_rotation(int64_t index, const Rotation& rotation) {
     rotations_.resize(std::max<size_t>(rotations_.size(), index + 1));
     rotations_[index] = rotation;
@@ -61,6 +64,7 @@ class Model {
   int64_t vocab() const { return head_.out; }
   const float* norm() const { return norm_; }
   float eps() const { return eps_; }
+  Workers& workers() const { return workers_; }
   void embed_rows(const int64_t* ids, int64_t count, float* out, int64_t out_stride) {
     embed(workers_, embedding_, ids, count, 0, out, out_stride);
   }
