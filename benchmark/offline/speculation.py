@@ -22,6 +22,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import describe_machine
 from minisgl.benchmark.offline import engine_options, model_options
 from minisgl.config.args import parse_args
+from minisgl.core import Req, ScheduledReq
+from minisgl.kvcache.pages import Pages
+from minisgl.scheduler.speculation import Speculation
 
 TEXT = """The keeper of the lighthouse counts the ships that pass in the night and writes each one into a long list.
 In winter there are few of them, and the list of a week fits on one page; in summer the fishermen of four villages go
@@ -132,6 +136,20 @@ def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict
     return {"streams": num, "speeds": speeds, "ratios": ratios, "drafted": drafted, "right": right}
 
 
+def toss(speculation: Speculation, share: float) -> None:
+    """Let a coin say which drafted tokens hold, to see what drafts of some quality would gain: what is generated then
+    makes no sense."""
+    coin, settle = random.Random(1), speculation.settle
+
+    def tossed(
+        req: Req, scheduled: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
+    ) -> tuple[int, ...]:
+        said = [ids[i] if coin.random() < share else ids[i] + 1 for i in range(len(draft))]
+        return settle(req, scheduled, said, ids, pages)
+
+    speculation.settle = tossed  # type: ignore[method-assign]
+
+
 def main() -> None:
     args, flags = make_parser().parse_known_args()
     options = all_options(args, flags)
@@ -140,8 +158,7 @@ def main() -> None:
         engines = {name: stack.enter_context(LLM(**options | more)) for name, more in
                    (("plain", {"speculate": "off"}), ("drafts", {}))}  # fmt: skip
         if args.accept is not None:
-            coin = random.Random(1)
-            engines["drafts"].scheduler.planner.speculation.holds = lambda *_: coin.random() < args.accept
+            toss(engines["drafts"].scheduler.planner.speculation, args.accept)
         reports = [compare(engines, args, num) for num in args.streams]
     if args.json:
         args.json.write_text(json.dumps({"runs": reports, **describe_machine()}, indent=1))

@@ -57,15 +57,14 @@ def read_eagle(path: Path, model: ModelConfig) -> ModelConfig | None:
     if model.architecture not in _TARGETS:
         raise ConfigError(f"{f.source}: a head of EAGLE for {model.architecture} (supported: {', '.join(_TARGETS)})")
     family = "Qwen3ForCausalLM" if f.text("model_type", "") == "qwen3" else "LlamaForCausalLM"
-    size = f.integer("draft_vocab_size", model.vocab_size)
-    known = {"architectures": [family], "tie_word_embeddings": True, "vocab_size": size}
-    head = parse_model_config(Fields({**f.data, **known}, f.source))
+    known = {"architectures": [family], "vocab_size": f.integer("draft_vocab_size", model.vocab_size)}
+    head = parse_model_config(Fields({**f.data, **known, "tie_word_embeddings": True}, f.source))
     aux = f.list_of(int, _AUX) or [i + 1 for i in f.child("eagle_config").list_of(int, _AUX)] or [2, num // 2, num - 3]
     if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num:
         raise ConfigError(f"{f.source}: a head that reads behind layers {aux} of {num}")
-    has_rope, layer = any(map(f.data.get, ("rope_theta", "rope_parameters", "rope_scaling"))), head.layers[0]
-    attention = replace(layer.attention, rope_index=len(model.ropes) if has_rope else 0)
-    layer = replace(layer, attention=attention, norms=replace(layer.norms, before_attention=""))
+    rope = len(model.ropes) if any(map(f.data.get, ("rope_theta", "rope_parameters", "rope_scaling"))) else 0
+    layer, norms = head.layers[0], replace(head.layers[0].norms, before_attention="")
+    layer = replace(layer, attention=replace(layer.attention, rope_index=rope), norms=norms)
     before = f.boolean("norm_before_residual", bool(nested))
     head = replace(head, layers=(), aux_layers=tuple(sorted({*aux})), norms_residual=before)
     return replace(model, second=(str(path), head), mtp=layer, ropes=(*model.ropes, *head.ropes[:1]))

@@ -6,13 +6,11 @@ from dataclasses import replace
 from minisgl.config.model import DenseMLP, LayerSpec, PagedKV
 from minisgl.utils.fields import Fields
 
-_LONGEST = {"ngram": 8, "mtp": 3, "model": 4, "eagle": 4, "off": 8}  # tokens
-
 
 def longest_draft(kind: str, asked: int | None, is_free: bool) -> int:
     """The most tokens of a request that a step may verify. kind: of drafter; asked: None, no flag says it. is_free:
     drafts need no graphs and no buffers for which others pay; then predictions are verified with "off", too."""
-    return 0 if kind == "off" and not is_free else asked or _LONGEST[kind]
+    return 0 if kind == "off" and not is_free else asked or {"mtp": 3, "model": 4, "eagle": 4}.get(kind, 8)
 
 
 def read_mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:

@@ -1,6 +1,5 @@
 """Drafts that the device makes: by the model's own head for multi-token prediction, or by a second model."""
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ import torch
 
 from minisgl.attention.base import IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
+from minisgl.config.model import ModelConfig
 from minisgl.core import StepPlan
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
@@ -21,22 +21,23 @@ from minisgl.models.heads import Head
 Tensor = torch.Tensor
 
 
-class SecondModel:
+class SecondModel(ModelShard):
     """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
 
     skips_last = False
 
-    def __init__(self, shard: ModelShard) -> None:
-        self._shard, self._kv = shard, shard.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
+    def __init__(self, first: ModelShard, path: str, model: ModelConfig) -> None:
+        super().__init__(replace(first.config, model_path=path, model=model), first.device, first.comm, first.ops)
+        self._kv = self.create_kv(self.config.num_pages + 1, self.config.num_window_pages + 1)
 
     def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:  # noqa: ARG002
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
-        ropes = [rope(step.positions) for rope in self._shard.ropes]
-        return self._shard.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
+        ropes = [rope(step.positions) for rope in self.ropes]
+        return self.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
-        return self._shard.comm.broadcast(self._shard.model.logits(x, None).argmax(-1).int())
+        return self.comm.broadcast(self.model.logits(x, None).argmax(-1).int())
 
     def hidden(self, x: Tensor, of_model: bool = False) -> Tensor:  # noqa: ARG002
         return x
@@ -91,37 +92,29 @@ class HeadDrafter:
         return replace(batch, tensors=tensors, attention=attention, logit_tokens=None)
 
 
-class WholeDrafter:
-    """The same in one call of the CPU's kernels, beside a model that they compute in one call."""
-
-    def __init__(self, head: CpuSpec, steps: StepRunner, ops: CpuOps, model: int) -> None:
-        """model: of the kernels."""
-        self._steps, self._backend, self._module, self._keep = steps, CpuBackend(ops), ops.module, (head, ops)
-        self._handle: int = self._module.create_draft_head(model, head.matrices[0][0], *head.norms)
-        weakref.finalize(self, self._module.destroy_draft_head, self._handle)
-        layer: int = self._module.draft_layer(self._handle)
-        head.build(self._module, layer, steps.shard.config.model.num_layers, steps.kv)
-
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
-        told = torch.empty((len(plan.reqs), int(batch.index.num_drafts.max())), dtype=torch.int32)
-        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
-        step = self._backend.prepare(batch.attention)
-        self._module.draft(self._handle, self._steps.tables.token_ids, *step, *sampled, told)
-        return told
-
-
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
     """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
-    shard, config = steps.shard, steps.shard.config
-    head: Head | SecondModel | None = shard.head
-    if ops is not None and model and shard.head is not None and (spec := shard.head.cpu_spec()) is not None:
-        steps.propose = WholeDrafter(spec, steps, ops, model).propose
-        return
-    if head is None and config.model.second is not None:
-        config = replace(config, model_path=config.model.second[0], model=config.model.second[1])
-        head = SecondModel(ModelShard(config, shard.device, shard.comm, shard.ops))
-    if head is not None:
+    shard, second = steps.shard, steps.shard.config.model.second
+    head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
+    if ops is not None and model and isinstance(head, Head) and (spec := head.cpu_spec()) is not None:
+        _add_whole(steps, spec, ops, model)
+    elif head is not None:
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
+
+
+def _add_whole(steps: StepRunner, head: CpuSpec, ops: CpuOps, model: int) -> None:
+    """A head that the kernels compute in one call, beside a model that they compute in one call; the model owns it."""
+    layer: int = ops.module.add_draft_head(model, head.matrices[0][0], *head.norms)
+    head.build(ops.module, layer, steps.shard.config.model.num_layers, steps.kv)
+    backend, token_ids = CpuBackend(ops), steps.tables.token_ids
+
+    def propose(plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
+        told = torch.empty((len(plan.reqs), int(batch.index.num_drafts.max())), dtype=torch.int32)
+        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
+        ops.module.draft(model, token_ids, *backend.prepare(batch.attention), *sampled, told)
+        return told
+
+    steps.propose = propose
 
 
 def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:
@@ -131,6 +124,6 @@ def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:
     samples = torch.searchsorted(tokens, tensors.cu_q.long())  # [requests + 1]: how many are before each request's
     is_last = tokens.new_zeros(num + 1, dtype=torch.bool).index_fill_(0, samples[1:], True)[1:]
     is_wrong = is_last | (ids != input_ids[(tokens + 1).clamp(max=len(input_ids) - 1)])
-    number = torch.arange(num, device=ids.device)
-    first_wrong = number.where(is_wrong, num).flip(0).cummin(0).values.flip(0)  # from each sample on
-    return tokens[first_wrong[samples[:-1].clamp(max=num - 1)].clamp(max=num - 1)]
+    ends = is_wrong.long().cumsum(0)  # how many drafts have ended, and so has this one with the next
+    first_wrong = torch.searchsorted(ends, (ends - is_wrong.long())[samples[:-1].clamp(max=num - 1)] + 1)
+    return tokens[first_wrong.clamp(max=num - 1)]

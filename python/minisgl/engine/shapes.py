@@ -25,8 +25,7 @@ class GraphShape(NamedTuple):
         num, tokens = self.num_reqs - len(reqs), self.num_tokens - sum(req.num_new for req in reqs)
         if not (0 < num <= tokens or num == tokens == 0):
             return None
-        sizes = ((tokens + i) // num for i in range(num))
-        return tuple(ScheduledReq(row, 0, size, size) for size in sizes)
+        return tuple(ScheduledReq(row, 0, size, size) for size in ((tokens + i) // num for i in range(num)))
 
 
 def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[GraphShape]:

@@ -50,8 +50,8 @@ class Attention(Layer):
     ) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output;
         given: what is projected, in place of the stream → the new stream."""
-        given = x if given is None else given
-        qkv, gate = self.qkv_proj.project(given, norm, self._eps).view(x.shape[0], -1, self._head_dim), None
+        qkv = self.qkv_proj.project(x if given is None else given, norm, self._eps)
+        qkv, gate = qkv.view(len(x), -1, self._head_dim), None
         if self._spec.gated:
             gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :].contiguous()
         if self._spec.value_norms:

@@ -23,12 +23,7 @@ class Linear(Layer):
     """
 
     def __init__(
-        self,
-        env: LayerEnv,
-        shape: Shape,
-        shards: dict[str, Shard],
-        bias: bool = False,
-        activation: str | None = None,
+        self, env: LayerEnv, shape: Shape, shards: dict[str, Shard], bias: bool = False, activation: str | None = None
     ) -> None:
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
         self.shards, self._activation = shards, activation

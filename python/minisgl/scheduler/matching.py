@@ -71,10 +71,7 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
         if matcher.is_error():
             break
         masks.append(mask)
-        num = len(masks) - 1
-        if num == len(draft) or time.thread_time() - start > seconds:
+        going_on = draft[len(masks) - 1 :][:1] if time.thread_time() - start <= seconds else ()
+        if not going_on or matcher.try_consume_tokens(list(going_on)) != 1:
             break
-        if matcher.try_consume_tokens([draft[num]]) != 1:
-            break
-    num = len(masks) - 1
-    return masks, not matcher.is_error() and (num <= 0 or matcher.rollback(num))
+    return masks, not matcher.is_error() and (len(masks) < 2 or matcher.rollback(len(masks) - 1))

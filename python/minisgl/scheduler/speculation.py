@@ -5,7 +5,6 @@ of samples that equals the draft is kept: the output is the same with and withou
 """
 
 import logging
-import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
@@ -18,6 +17,7 @@ from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
+Shares = Sequence[tuple[Req, ScheduledReq]]
 # Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
 # in which no draft would pay (so there is another try at some time).
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
@@ -35,8 +35,9 @@ class Lengths:
         self._tokens = self._plain_tokens = float(num_samples)
         self.least = row_cost * num_samples / self._cost
 
-    def best(self, rate: float, num_pending: int, most: int) -> int:
-        """The length for one request of the step, of whose drafted tokens such a share is right."""
+    def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
+        """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
+        most = min(limit for limit in limits if limit is not None)
         length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
         while length < most and chance * cost > self._row_cost * tokens:
             length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
@@ -58,8 +59,6 @@ class Speculation:
 
     num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate`, "tree" (other requests, with
     ngram), "prediction" or "grammar".
-    holds: whether a drafted token is right where this one was sampled. In its place a benchmark may put a coin, to see
-    what drafts of some quality would gain: what is generated then makes no sense.
     """
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
@@ -69,13 +68,11 @@ class Speculation:
         makers = ngram if config.speculate == "ngram" else {}  # by name; who comes first is asked first
         self._makers = makers if drafter is None else {config.speculate: lambda _: drafter}
         self._asks = config.speculate in ("mtp", "model", "eagle")  # the engine
-        self._told: dict[int, tuple[int, Sequence[int]]] = {}  # by uid: after how many tokens it says what comes next
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
         self.num_drafted, self.num_right = Counter[str](), Counter[str]()
-        self.holds: Callable[[int, int], bool] = operator.eq
 
     @property
     def is_on(self) -> bool:
@@ -117,14 +114,14 @@ class Speculation:
             some_reqs.append(req)
             some_shares.append(share)
 
-    def _wanted(self, shares: Sequence[tuple[Req, ScheduledReq]], num_samples: int) -> dict[int, int]:
+    def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
         lengths, wanted = Lengths(*self._config.step_costs, num_samples, num_samples), dict[int, int]()
         room = self._most_samples - num_samples
         for req, share in shares:
-            if share.num_samples and _is_plain(req) and req.params.grammar is None:
+            if share.num_samples and not req.num_stale and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
-                wanted[share.row] = length = lengths.best(rate, 0, min(self._longest_of(req), room))
+                wanted[share.row] = length = lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate)
                 lengths.add(rate, 0, length)
                 room -= length
         return wanted if lengths.pays else {}
@@ -140,7 +137,7 @@ class Speculation:
             self._asks = False
         for index, draft in result.drafts.items():
             if (req := reqs[index]).state is not ReqState.FINISHED:
-                self._told[req.uid] = len(req.tokens), draft
+                self._drafters.setdefault(req.uid, {})[self._config.speculate] = Prediction(draft, len(req.tokens))
 
     def settle(
         self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
@@ -151,7 +148,7 @@ class Speculation:
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
         while num_right < len(draft):
-            holds = self.holds(draft[num_right], ids[num_right])
+            holds = draft[num_right] == ids[num_right]
             if not holds or ids[num_right + 1] < -1:
                 break
             num_right += 1
@@ -169,13 +166,11 @@ class Speculation:
 
     def forget(self, uids: Collection[int]) -> None:
         """These requests have ended, or begin anew."""
-        for known in (self._forced, self._rates, self._names, self._told, self._drafters):
+        for known in (self._forced, self._rates, self._names, self._drafters):
             for uid in uids:
                 known.pop(uid, None)
 
-    def _drafts(
-        self, shares: Sequence[tuple[Req, ScheduledReq]], num_samples: int, budget: int
-    ) -> dict[int, Sequence[int]]:
+    def _drafts(self, shares: Shares, num_samples: int, budget: int) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
         lengths = Lengths(*self._config.step_costs, sum(share.num_new for _, share in shares), num_samples)
         drafts, budget = dict[int, Sequence[int]](), min(budget, self._most_samples - num_samples)
@@ -185,14 +180,16 @@ class Speculation:
         for req, share in shares:
             rate, length = self._rates.setdefault(req.uid, _FIRST_RATE), 0
             if rate > lengths.least or self._forced:  # with many requests this is all that is done for each of them
-                if not (share.num_samples and share.num_new <= most_new and _is_plain(req, req.prompt_len)):
+                # Whether what comes after the token that it samples in this step could be verified at once.
+                can = share.num_samples and share.num_new <= most_new and req.num_computed > req.prompt_len
+                if not can or req.held or req.paced or req.num_stale:
                     continue
                 num_pending = req.num_tokens - 1 - len(req.tokens)
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
-                most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
-                length = lengths.best(rate, num_pending, most)
+                most = self._config.draft_len, req.params.speculate, budget, req.max_len - req.num_tokens
+                length = lengths.best(rate, num_pending, *most)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row], budget = ids, budget - len(ids)
@@ -209,13 +206,8 @@ class Speculation:
             pages.give(req, pages.allocator.allocate(missing))
         return min(num, len(req.pages) * pages.page_size - end)
 
-    def _longest_of(self, req: Req) -> int:
-        most, wanted = self._config.draft_len, req.params.speculate
-        return most if wanted is None else min(most, wanted)
-
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
-        kind, (size, told) = self._config.speculate, self._told.pop(req.uid, (-1, ()))
         try:
             own = self._drafters.setdefault(req.uid, {})
             own |= {name: make(req) for name, make in self._makers.items() if name not in own}
@@ -226,10 +218,4 @@ class Speculation:
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
-        self._names[req.uid] = kind
-        return told[:most] if size == len(req.tokens) and not num_pending else ()
-
-
-def _is_plain(req: Req, least: int = 0) -> bool:
-    """Whether what comes after the token that it samples in this step could be verified at once, or be told."""
-    return not (req.held or req.paced or req.num_stale) and req.num_computed > least
+        return ()

@@ -158,12 +158,13 @@ void forward(Model& model, const Step& step) { model.forward(step); }
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits) { model.more_logits(tokens, count, logits); }
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out) { model.hidden_rows(tokens, count, out); }
 
-DraftHead* create_draft_head(const Model& model, const DraftNorms& norms) { return new DraftHead(model, norms); }
-void destroy_draft_head(DraftHead* head) { delete head; }
-Model* draft_layer(DraftHead& head) { return &head.own(); }
-void draft(DraftHead& head, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
+Model* add_draft_head(Model& model, const DraftNorms& norms) {
+  model.drafter = std::make_shared<DraftHead>(model, norms);
+  return &model.drafter->own();
+}
+void draft(Model& model, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
            const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
-  head(tokens, sequences, page_size, wanted, most, out);
+  (*model.drafter)(tokens, sequences, page_size, wanted, most, out);
 }
 
 }  // namespace minisgl::cpu

@@ -287,17 +287,15 @@ void py_hidden_rows(int64_t model, TensorView tokens, TensorView out) {
   hidden_rows(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(out));
 }
 
-int64_t py_create_draft_head(int64_t model, int64_t both, TensorView embedding, TensorView hidden, TensorView last) {
+int64_t py_add_draft_head(int64_t model, int64_t both, TensorView embedding, TensorView hidden, TensorView last) {
   DraftNorms norms{at<Linear>(both), data_of<float>(embedding), data_of<float>(hidden), data_of<float>(last)};
-  return handle_of(create_draft_head(at<Model>(model), norms));
+  return handle_of(add_draft_head(at<Model>(model), norms));
 }
-void py_destroy_draft_head(int64_t head) { destroy_draft_head(&at<DraftHead>(head)); }
-int64_t py_draft_layer(int64_t head) { return handle_of(draft_layer(at<DraftHead>(head))); }
 
 // token_ids: [rows, stride] int32; input_ids: [tokens] int64, of the step, drafts included; logit_tokens: [n] int64, ascending: the
 // tokens after which `ids`, [n] int32, were sampled; counts: [sequences] int64: tokens that are to be told after the last one that
 // is kept, each one before which the draft was right; out: [sequences, most] int32.
-void py_draft(int64_t head, TensorView token_ids, TensorView sequences, TensorView pages, int64_t page_size, TensorView input_ids,
+void py_draft(int64_t model, TensorView token_ids, TensorView sequences, TensorView pages, int64_t page_size, TensorView input_ids,
               TensorView logit_tokens, TensorView ids, TensorView counts, TensorView out) {
   std::vector<Sequence> all = sequences_of(sequences, pages);
   const int64_t *inputs = data_of<int64_t>(input_ids), *samples = data_of<int64_t>(logit_tokens), *count = data_of<int64_t>(counts);
@@ -313,7 +311,7 @@ void py_draft(int64_t head, TensorView token_ids, TensorView sequences, TensorVi
     drafts.push_back({int64_t(i), token - all[i].first + 1, count[i]});
   }
   TokenTable tokens{data_of<int32_t>(token_ids), token_ids.size(1)};
-  draft(at<DraftHead>(head), tokens, all, page_size, drafts, out.size(1), data_of<int32_t>(out));
+  draft(at<Model>(model), tokens, all, page_size, drafts, out.size(1), data_of<int32_t>(out));
 }
 
 }  // namespace
@@ -346,7 +344,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_mlp, py_add_mlp);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, py_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hidden_rows, py_hidden_rows);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_draft_head, py_create_draft_head);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_draft_head, py_destroy_draft_head);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_layer, py_draft_layer);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_draft_head, py_add_draft_head);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft, py_draft);

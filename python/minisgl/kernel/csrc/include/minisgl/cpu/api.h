@@ -295,12 +295,9 @@ void forward(Model& model, const Step& step);
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits);
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out);
 
-// The model must outlive its head.
-DraftHead* create_draft_head(const Model& model, const DraftNorms& norms);
-void destroy_draft_head(DraftHead* head);
-// The head's layer, as a model to which blocks are added.
-Model* draft_layer(DraftHead& head);
-void draft(DraftHead& head, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
+// Gives the model a head that drafts. The head's layer, as a model to which blocks are added.
+Model* add_draft_head(Model& model, const DraftNorms& norms);
+void draft(Model& model, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
            const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out);
 
 }  // namespace minisgl::cpu

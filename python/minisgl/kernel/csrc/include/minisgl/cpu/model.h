@@ -1,6 +1,8 @@
 // A whole step of a decoder in one call: all blocks, and the logits of the tokens that sample.
 #pragma once
 
+#include <memory>
+
 #include "conv.h"
 #include "delta.h"
 #include "ops.h"
@@ -15,6 +17,7 @@ class Model {
   Model(const Model& other, const float* norm) : Model(other.workers_, other.eps_, 1.0f, other.embedding_, other.head_, norm) {}
 
   void set_rotations(const Model& other) { rotations_ = other.rotations_; }
+  std::shared_ptr<DraftHead> drafter;  // if there is one (draft.h)
   void set_rotation(int64_t index, const Rotation& rotation) {
     rotations_.resize(std::max<size_t>(rotations_.size(), index + 1));
     rotations_[index] = rotation;
