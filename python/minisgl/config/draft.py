@@ -29,8 +29,7 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     (_, draft), is_head = told.second, told.mtp is not None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
     is_same = is_head or (draft.vocab_size == model.vocab_size and (None in (words, others) or words == others))
-    caches = told.cached_layers[-1].attention.cache, told.layers[0].attention.cache
-    is_alike = is_head and draft.num_qo_heads == model.num_qo_heads and caches[0] == caches[1]
+    is_alike = is_head and draft.num_qo_heads == model.num_qo_heads and len({*told.caches()}) == 1
     problems = {
         "on GPUs only an EAGLE-3 head with as many attention heads as the model": device == "cuda" and not is_alike,
         f"not with --speculate {args.speculate}": args.speculate != "off",

@@ -106,12 +106,11 @@ def _add_whole(steps: StepRunner, head: CpuSpec, ops: CpuOps, model: int) -> Non
     """A head that the kernels compute in one call, beside a model that they compute in one call; the model owns it."""
     layer: int = ops.module.add_draft_head(model, head.matrices[0][0], *head.norms)
     head.build(ops.module, layer, steps.shard.config.model.num_layers, steps.kv)
-    backend, token_ids = CpuBackend(ops), steps.tables.token_ids
 
     def propose(plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
         told = torch.empty((len(plan.reqs), int(batch.index.num_drafts.max())), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
-        ops.module.draft(model, token_ids, *backend.prepare(batch.attention), *sampled, told)
+        ops.module.draft(model, steps.tables.token_ids, *CpuBackend(ops).prepare(batch.attention), *sampled, told)
         return told
 
     steps.propose = propose

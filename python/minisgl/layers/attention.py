@@ -22,9 +22,9 @@ class Attention(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
         assert isinstance(spec.cache, PagedKV)
-        self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
-        self._head_dim, self._comm, self._offset = spec.cache.k_dim, env.comm, config.norm_offset
-        self._heads, dim = env.share(config.num_qo_heads, "attention heads"), spec.cache.k_dim
+        dim, width, self._offset = spec.cache.k_dim, hidden * (1 + bool(config.aux_layers)), config.norm_offset
+        self._ops, self._layer, self._spec, self._eps, self._head_dim = env.ops, layer, spec, config.rms_norm_eps, dim
+        self._heads, self._comm = env.share(config.num_qo_heads, "attention heads"), env.comm
         num_kv, size = spec.cache.heads if spec.source is None else 0, dim * (2 if spec.gated == "features" else 1)
         self._num_q, self._num_kv = len(self._heads), len(env.share(num_kv, KV_HEADS, True)) if num_kv else 0
         self._rope, self._is_wide = config.ropes[spec.rope_index], norms.of_heads == "all"
@@ -39,7 +39,6 @@ class Attention(Layer):
         heads = dict.fromkeys(["gate_proj"] if spec.gated == "heads" else [], (config.num_qo_heads, 1))
         heads["q_proj"], orders["gate_proj"] = (config.num_qo_heads, size), torch.arange(self._num_q * dim) // dim
         heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
-        width = hidden * (1 + bool(config.aux_layers))  # a head of EAGLE has the next token's embedding beside it
         self.qkv_proj = ColumnLinear(env, width, heads, "attention heads", config.qkv_bias, orders=orders)
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
         self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
@@ -49,7 +48,7 @@ class Attention(Layer):
         self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext, given: Tensor | None = None
     ) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output;
-        given: what is projected, in place of the stream → the new stream."""
+        given: what is projected, in place of the stream (twice as wide in EAGLE's heads) → the new stream."""
         qkv = self.qkv_proj.project(x if given is None else given, norm, self._eps)
         qkv, gate = qkv.view(len(x), -1, self._head_dim), None
         if self._spec.gated:

@@ -137,9 +137,8 @@ class RowLinear(Linear):
         if norm is not None:
             part = self.matrix.apply(x, self.bias if self._comm.rank == 0 else None)
             return residual.add_(self._ops.rms_norm(self._comm.all_reduce(part), norm, eps))
-        if self._comm.rank > 0:
-            return self._comm.all_reduce(self.matrix.apply(x))
-        return self._comm.all_reduce(self.matrix.apply_add(x, residual, self.bias))
+        part = self.matrix.apply(x) if self._comm.rank > 0 else self.matrix.apply_add(x, residual, self.bias)
+        return self._comm.all_reduce(part)
 
 
 class VocabTable(Linear):

@@ -100,5 +100,5 @@ class Head:
         self.fc.pack()
         matrix = self.lm_head.matrix
         if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and matrix.weight.dtype != torch.float32:
-            weight, device = matrix.weight, matrix.weight.device
-            self._narrowed = Rounded(device, device).matrix(self._ops, {"weight": weight})
+            rounded = Rounded(matrix.weight.device, matrix.weight.device)
+            self._narrowed = rounded.matrix(self._ops, {"weight": matrix.weight})

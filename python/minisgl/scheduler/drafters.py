@@ -33,8 +33,7 @@ class Lookup:
     def __init__(self, req: Req) -> None:
         first = req.prefix[: max(1, len(req.prefix) - 1)].astype(np.int64)  # of its tokens
         self._ids = array("i", first.astype(np.int32).tobytes())
-        self._pairs = {*(first[:-1] << 32 | first[1:]).tolist()}
-        self._repeats = False  # whether the last two came before
+        self._pairs, self._repeats = {*(first[:-1] << 32 | first[1:]).tolist()}, False  # whether the last two are in it
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         self._ids.extend(new := req.tokens[len(self._ids) :])

@@ -174,15 +174,14 @@ class Speculation:
         """By row; empty if they do not pay."""
         lengths = Lengths(*self._config.step_costs, sum(share.num_new for _, share in shares), num_samples)
         drafts, budget = dict[int, Sequence[int]](), min(budget, self._most_samples - num_samples)
-        most_new = 1 + self._config.draft_len
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         for req, share in shares:
             rate, length = self._rates.setdefault(req.uid, _FIRST_RATE), 0
             if rate > lengths.least or self._forced:  # with many requests this is all that is done for each of them
                 # Whether what comes after the token that it samples in this step could be verified at once.
-                can = share.num_samples and share.num_new <= most_new and req.num_computed > req.prompt_len
-                if not can or req.held or req.paced or req.num_stale:
+                can = share.num_samples and share.num_new <= 1 + self._config.draft_len
+                if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
                     continue
                 num_pending = req.num_tokens - 1 - len(req.tokens)
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
