@@ -29,9 +29,9 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     (_, draft), is_head = told.second, told.mtp is not None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
     is_same = is_head or (draft.vocab_size == model.vocab_size and (None in (words, others) or words == others))
-    is_alike = is_head and draft.num_qo_heads == model.num_qo_heads and len({*told.caches()}) == 1
+    fits = device != "cuda" or (is_head and draft.num_qo_heads == model.num_qo_heads and len({*told.caches()}) == 1)
     problems = {
-        "on GPUs only an EAGLE-3 head with as many attention heads as the model": device == "cuda" and not is_alike,
+        "on GPUs so far only EAGLE-3 heads with the model's attention heads; choose another, or --device cpu": not fits,
         f"not with --speculate {args.speculate}": args.speculate != "off",
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),
