@@ -127,9 +127,9 @@ class Checkpoint:
     """The tensors of a model directory. Raises: ConfigError naming a file that is missing or cannot be read."""
 
     def __init__(self, model_dir: str | Path, model: ModelConfig | None = None) -> None:
-        places = {model.second[0]: OF_HEAD} if model and model.mtp and model.second else {}  # with prefixes of names
-        self._source, self._stored = " and ".join(places := {**places, str(model_dir): ""}), dict[str, Stored]()
-        self._shards = {Shard(path): name for place, name in places.items() for path in weight_files(Path(place))}
+        places = ({model.second[0]: OF_HEAD} if model and model.mtp and model.second else {}) | {str(model_dir): ""}
+        self._source, self._stored = " and ".join(places), dict[str, Stored]()
+        self._shards = {Shard(path): prefix for place, prefix in places.items() for path in weight_files(Path(place))}
         for shard, prefix in self._shards.items():
             for stored in shard.stored():
                 ours = prefix + our_name(stored.name)
