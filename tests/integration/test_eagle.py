@@ -194,6 +194,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     )
     assert refused(saved("words", vocab_size=300)).endswith("vocab_size must be 256 in a head for this model, not 300")
     assert refused(saved("deep", num_hidden_layers=2)).endswith("must be 1 in a head for this model, not 2")
+    assert refused(saved("many", draft_vocab_size=300)).endswith("must be a whole number, 1 to 256, not 300")
     assert refused(saved("far", eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 8]})) == (
         where % "far" + "a head that reads behind layers [2, 9] of 8"
     )

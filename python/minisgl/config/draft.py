@@ -44,26 +44,26 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
 
 def read_eagle(path: Path, model: ModelConfig) -> ModelConfig | None:
     """A model whose last cache is that of its head, which is at `path`; None: it is no head. Raises: ConfigError."""
-    f, num = read_fields(path / "config.json"), model.num_layers
+    f, num, vocab_size = read_fields(path / "config.json"), model.num_layers, model.vocab_size
     if not any("eagle3" in name.lower() for name in f.list_of(str, "architectures")):
         return None
     nested = f.child("transformer_layer_config").data  # in the form of vLLM's tools
     f = Fields({**f.data, **nested}, f.source)
-    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_hidden_layers": 1}
+    sizes = {"hidden_size": model.hidden_size, "vocab_size": vocab_size, "num_hidden_layers": 1}
     for key, wanted in sizes.items():
         if f.integer(key, wanted) != wanted:
             raise f.wrong(key, f"{wanted} in a head for this model")
     if model.architecture not in _TARGETS:
         raise ConfigError(f"{f.source}: a head of EAGLE for {model.architecture} (supported: {', '.join(_TARGETS)})")
     family = "Qwen3ForCausalLM" if f.text("model_type", "") == "qwen3" else "LlamaForCausalLM"
-    known = {"architectures": [family], "vocab_size": f.integer("draft_vocab_size", model.vocab_size)}
+    known = {"architectures": [family], "vocab_size": f.integer("draft_vocab_size", vocab_size, most=vocab_size)}
     head = parse_model_config(Fields({**f.data, **known, "tie_word_embeddings": True}, f.source))
     aux = f.list_of(int, _AUX) or [i + 1 for i in f.child("eagle_config").list_of(int, _AUX)] or [2, num // 2, num - 3]
     if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num:
         raise ConfigError(f"{f.source}: a head that reads behind layers {aux} of {num}")
     rope = len(model.ropes) if any(map(f.data.get, ("rope_theta", "rope_parameters", "rope_scaling"))) else 0
-    layer, norms = head.layers[0], replace(head.layers[0].norms, before_attention="")
-    layer = replace(layer, attention=replace(layer.attention, rope_index=rope), norms=norms)
-    before = f.boolean("norm_before_residual", bool(nested))
+    (layer,), before = head.layers, f.boolean("norm_before_residual", bool(nested))
+    attention, norms = replace(layer.attention, rope_index=rope), replace(layer.norms, before_attention="")
+    layer = replace(layer, attention=attention, norms=norms)
     head = replace(head, layers=(), aux_layers=tuple(sorted({*aux})), norms_residual=before)
     return replace(model, second=(str(path), head), mtp=layer, ropes=(*model.ropes, *head.ropes[:1]))
