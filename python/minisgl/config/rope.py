@@ -74,8 +74,7 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
 
 def _rotary_dim(f: Fields, rope: Fields, kind: Rotary, may_be_less: bool) -> int:
     share = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0, above=0), above=0)
-    rotary_dim = int(kind.head_dim * share)
-    may_be_less |= kind.is_partial
+    rotary_dim, may_be_less = int(kind.head_dim * share), may_be_less or kind.is_partial
     if (share != 1 and not may_be_less) or share > 1 or rotary_dim < 2 or rotary_dim % 2:
         supported = f"up to 1, for an even part of {kind.head_dim} features" if may_be_less else "1"
         raise ConfigError(f"{f.source}: partial_rotary_factor {share:g} not supported (supported: {supported})")
