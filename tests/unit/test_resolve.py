@@ -395,7 +395,7 @@ def test_eight_bits_on_gpus() -> None:
     assert (narrow.quantization, narrow.kv_cache_dtype, narrow.dtype) == ("fp8", "fp8", "bfloat16")
     assert (wide.prefill_backend, wide.decode_backend) == ("fa", "cuda")
     assert (narrow.prefill_backend, narrow.decode_backend) == ("triton", "cuda")
-    assert 2 * narrow.page_bytes == wide.page_bytes
+    assert 2 * narrow.kv_bytes(1, 0) == wide.kv_bytes(1, 0)
     assert 2 * MODEL.weight_bytes("fp8") == MODEL.weight_bytes("bfloat16")
     assert gpu_tokens(narrow, GPUS.gpus) > 2 * gpu_tokens(wide, GPUS.gpus)
 
@@ -443,7 +443,7 @@ def test_what_does_not_fit_a_gpu() -> None:
 def test_pages_are_counted_in_the_type_of_the_cache() -> None:
     engine = decide(GPUS, num_pages=10_000).engine
     wide = replace(engine, kv_cache_dtype="float32")
-    assert wide.page_bytes == 2 * engine.page_bytes == MODEL.kv_bytes_per_token("float32") * engine.page_size
+    assert wide.kv_bytes(1, 0) == 2 * engine.kv_bytes(1, 0) == MODEL.kv_bytes_per_token("float32") * engine.page_size
     tokens = [gpu_tokens(replace(config, num_pages=0), GPUS.gpus) for config in (engine, wide)]
     assert tokens[0] // 2 - 16 <= tokens[1] <= tokens[0] // 2
     with pytest.raises(ConfigError, match=r"KV cache 34\.2; lower it"):

@@ -57,7 +57,7 @@ def test_times_the_tokens_in_the_same_memory(model: ModelConfig, factor: float, 
     num_pages, num_window_pages = config.pages_for(num_bytes)
     assert 0.99 * num_bytes < config.kv_bytes(num_pages, num_window_pages) <= num_bytes
     assert num_pages >= factor * plain.pages_for(num_bytes)[0]
-    assert plain.pages_for(num_bytes) == (num_bytes // plain.page_bytes, 0)
+    assert plain.pages_for(num_bytes) == (num_bytes // plain.kv_bytes(1, 0), 0)
 
 
 def most_running(config: EngineConfig, num_bytes: int, prompt_len: int) -> int:
@@ -101,7 +101,7 @@ def test_what_is_planned_fits_and_serves_one_request(
     num_pages, num_window_pages = config.pages_for(num_bytes)
     longest = config.max_seq_len // config.page_size
     assert config.kv_bytes(num_pages, num_window_pages) <= num_bytes
-    assert num_pages >= min(longest, num_bytes // engine(model, window=0).page_bytes)
+    assert num_pages >= min(longest, num_bytes // engine(model, window=0).kv_bytes(1, 0))
     alone = (config.window + min(config.max_prefill_length, config.max_seq_len)) // config.page_size + 2
     assert num_window_pages >= min(num_pages, alone)
     asked = replace(config, num_pages=longest)

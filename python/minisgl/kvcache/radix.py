@@ -12,6 +12,7 @@ it ends: `path_pages` tells which of a request's pages are the cache's.
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ TokenIds = npt.NDArray[np.int32]
 Change = tuple[list[int], TokenIds | None, int | None, bytes]
 
 
+@dataclass(slots=True, eq=False)
 class RadixNode:
     """An edge of the tree with the node at its end. `pages[i]` holds the KV of the i-th page of `key`.
 
@@ -33,16 +35,13 @@ class RadixNode:
     in ticks of the tree's own clock.
     """
 
-    __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")
-
-    def __init__(self, name: bytes, key: TokenIds, pages: list[int], parent: "RadixNode | None", stamp: int) -> None:
-        self.name = name
-        self.key = key
-        self.pages = pages
-        self.parent = parent
-        self.children: dict[bytes, RadixNode] = {}
-        self.num_locks = 0
-        self.stamp = stamp
+    name: bytes
+    key: TokenIds
+    pages: list[int]
+    parent: "RadixNode | None"
+    stamp: int
+    children: dict[bytes, "RadixNode"] = field(default_factory=dict)
+    num_locks: int = 0
 
 
 class Match(NamedTuple):
