@@ -1,11 +1,15 @@
 """The command `minisgl`, as `cli/texts/commands.yaml` has it. Imports are made when needed: help is there at once."""
 
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from minisgl.errors import ConfigError, MiniSGLError
+
+# Of the larger commands; the others are together.
+_MODULES = {"bench": "benchmark", "cluster": "cluster.commands", **{x: x for x in ("doctor", "quantize", "simulate")}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,23 +38,10 @@ def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"] and argv[1:]:
         argv = [argv[1], "--help"]
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    if name == "bench":
-        from minisgl.benchmark import main as run
-    elif name == "cluster":
-        from minisgl.cluster.commands import main as run
-    elif name == "doctor":
-        from minisgl.doctor import main as run
-    elif name == "quantize":
-        from minisgl.quantize import main as run
-    elif name == "simulate":
-        from minisgl.simulate import main as run
-    elif name in ("", "serve", "chat"):
+    if name in ("", "serve", "chat"):
         return _serve(name, words)
-    else:
-        from minisgl.cli.commands import main
-
-        return main(argv)
-    return run(words)
+    module = importlib.import_module(f"minisgl.{_MODULES.get(name, 'cli.commands')}")
+    return int(module.main(words if name in _MODULES else argv))
 
 
 def _serve(name: str, words: list[str]) -> int:
