@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--long", type=int, default=12_000)
+    parser.add_argument("--only", default="", help="loads whose names have this")
     args = parser.parse_args()
     kinds = {"dtype": "bfloat16", "kv_cache_dtype": "float16", "num_threads": 1}
     engine = config_of(DEMO_MODEL, 256, args.long + 16, 120_000, **kinds)
@@ -98,7 +99,8 @@ def main() -> None:
     }
     print(f"{describe_machine()}, {describe_commit()}; attention counts, over {span} tokens as one more, or does not\n")
     print("| | longest step, ms | median, ms | all, s | ratios of the longest | of all |\n|" + "---|" * 6)
-    for index, (name, (load, has_stream)) in enumerate(loads.items()):
+    chosen = {name: load for name, load in loads.items() if args.only in name}
+    for index, (name, (load, has_stream)) in enumerate(chosen.items()):
         found: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
         for i in range(args.rounds):
             for counts in random.sample((True, False), 2):

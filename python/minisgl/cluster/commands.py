@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from minisgl.cluster.router import POLICIES
-from minisgl.config.args import ArgumentParser, argument, integer, make_parser, parse_args
+from minisgl.config.args import ArgumentParser, argument, integer, json_object, make_parser, parse_args
 from minisgl.config.resolve import prepare
 from minisgl.errors import ConfigError
 from minisgl.processes.control import ENDING_SIGNALS, PR_SET_PDEATHSIG
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         one.add_argument("--key", default=os.environ.get("MINISGL_ADMIN_KEY", ""), help="the operator's, if any")
         if command == "scale":
             one.add_argument("replicas", type=argument(integer(1, 4096)))
-            one.add_argument("--options", type=json.loads, default={}, help="JSON: server options that change, in turn")
+            one.add_argument("--options", type=argument(json_object), default={}, help="JSON: server options to change")
     args = parser.parse_args(list(argv) or ["--help"])
     body = {"replicas": args.replicas, "options": args.options} if args.command == "scale" else {}
     path, data = ("", None) if args.command == "status" else (f"/{args.command}", json.dumps(body).encode())
