@@ -721,3 +721,17 @@ def test_a_card_with_12_gib(tmp_path: Path) -> None:
     assert 16384 <= tokens("8b", small) < 20000
     with pytest.raises(ConfigError, match=r"11\.7 of 12\.0 GiB free, the weights take 9\.4 GiB, .* no room is left"):
         tokens("14b", {})
+
+
+def test_attention_counts_by_the_operations_of_layers_on_a_cpu_only() -> None:
+    """Of Qwen3-0.6B's shape: 15.7 million weights a layer, and 4,096 products of a query with a key and a value."""
+    assert decide().scheduler.attention_tokens == (3 * 3072 + 4 * 2048 - 2048) * 1024 // (16 * 256)
+    assert decide(GPUS).scheduler.attention_tokens > 2**32
+    layers, (spec, *_) = MODEL.layers, MODEL.layers
+    near = replace(spec, attention=replace(spec.attention, window=1024))
+    windowed = replace(MODEL, layers=(spec, *[near] * (len(layers) - 1)))
+    options = {"max_seq_len": 32768, "num_pages": 4096}
+    far = decide(model=windowed, **options).scheduler.attention_tokens
+    assert 14 < far / decide(model=MODEL, **options).scheduler.attention_tokens < 16, "31 of 32 are behind the windows"
+    state = replace(spec, attention=AttentionSpec(DeltaNet(16, 32, 128, 128, 4)))
+    assert decide(model=replace(MODEL, layers=(state,) * 2)).scheduler.attention_tokens > 2**32

@@ -192,3 +192,19 @@ def test_snapshots_that_make_room_leave_windows_behind() -> None:
 def test_several_long_requests_take_turns() -> None:
     driver = Driver(replace(CONFIG, num_window_pages=16))
     driver.generate(*([i, *range(5, 100 + i)] for i in range(4)))
+
+
+def test_use_is_told_of_the_pages_that_are_scarcer() -> None:
+    """Where pages of windows are few, they are used up while most of the others are free."""
+    driver = Driver(replace(CONFIG, num_window_pages=14))
+    status = Status()
+    status.attached(driver.planner, lambda: None)
+    driver.planner.add(0, prompt(40), replace(ENDLESS, max_tokens=2))
+    driver.step()
+    pages = driver.planner.pages
+    near = 1 - pages.windows.num_free / 14
+    assert near > 1 - pages.num_free / CONFIG.num_pages > 0
+    reply = status.reply(StatsMsg(1))
+    assert reply.num_used_pages / reply.num_pages == pytest.approx(near, abs=1 / CONFIG.num_pages)
+    driver.finish()
+    assert status.reply(StatsMsg(2)).num_used_pages == 0

@@ -34,11 +34,12 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
     where both are given), and the longest sequence.
 
-    layer: of `layer_types`, each of which has its own object, where it is not "". Those that slide have
-    `rope_local_base_freq` in the older form, and no scaling.
+    layer: of `layer_types`, each of which has its own object, or what there is, where it is not "". Those that slide
+    have `rope_local_base_freq` in the older form, and no scaling.
     """
     parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
-    parameters = parameters.child(layer) if layer else parameters
+    differ = any(isinstance(value, dict) for value in parameters.data.values()) or f.data.get("rope_local_base_freq")
+    parameters = parameters.child(layer) if layer and differ else parameters
     rope = f.child("rope_scaling") if f.data.get("rope_scaling") and not slides else parameters
     if any(isinstance(value, dict) for value in rope.data.values()):
         raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
@@ -48,8 +49,7 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     if lost is not None and not is_told and f.data.get("rope_parameters"):
         logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
     name = rope.text("rope_type", rope.text("type", "default"))
-    name = kind.other_names.get(name, name)
-    if name not in ROPE_TYPES:
+    if (name := kind.other_names.get(name, name)) not in ROPE_TYPES:
         raise ConfigError(f"{f.source}: rope type {name!r} not supported (supported: {', '.join(ROPE_TYPES)})")
     original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
     if original is None or name == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
