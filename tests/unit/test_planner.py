@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 
@@ -336,19 +337,24 @@ def test_long_prompts_that_wait_cost_the_running_requests_nothing(policy: str) -
     planner.add(0, prompt(100), ENDLESS)
     for uid in range(1, 130):
         planner.add(uid, prompt(100_000, start=uid), ENDLESS)
-    seconds: list[float] = []
-    for _ in range(35):
-        begin = time.process_time()
-        planned = planner.plan()
-        seconds.append(time.process_time() - begin)
-        assert planned is not None
-        planner.retire(StepResult(planned.plan.step_id, [(1,)] * len(planned.sampling)))
+    seconds, ids = list[float](), prompt(100_000)
+    gc.disable()  # a collection walks over all that other tests have left
+    try:
+        for _ in range(35):
+            begin = time.thread_time()
+            planned = planner.plan()
+            seconds.append(time.thread_time() - begin)
+            assert planned is not None
+            planner.retire(StepResult(planned.plan.step_id, [(1,)] * len(planned.sampling)))
+        begin = time.thread_time()
+        for _ in range(5):
+            np.array(ids, np.int32)
+        one = (time.thread_time() - begin) / 5
+    finally:
+        gc.enable()
     assert len(planner.running) < 5
     assert len(planner.waiting) > 120
-    ids = prompt(100_000)
-    begin = time.process_time()
-    np.array(ids, np.int32)
-    assert sorted(seconds)[-5] < time.process_time() - begin, "a prompt that waits was converted, and lpm looks at 128"
+    assert sorted(seconds)[-5] < one, "a prompt that waits was converted, and lpm looks at 128"
 
 
 def test_a_prompt_that_is_computed_again_does_not_hold_on_to_its_cached_copy() -> None:

@@ -8,7 +8,9 @@ import pytest
 from minisgl.config.model import AttentionSpec, DenseMLP, LayerSpec, ModelConfig, PagedKV, RopeConfig
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import SamplingParams, StepResult
+from minisgl.message.messages import StatsMsg
 from minisgl.scheduler.integrity import check_integrity
+from minisgl.scheduler.observer import Status
 from minisgl.scheduler.planner import Planner
 from tests.simulator import SimulatedEngine, expected_output
 
@@ -196,15 +198,14 @@ def test_several_long_requests_take_turns() -> None:
 
 def test_use_is_told_of_the_pages_that_are_scarcer() -> None:
     """Where pages of windows are few, they are used up while most of the others are free."""
-    driver = Driver(replace(CONFIG, num_window_pages=14))
-    status = Status()
-    status.attached(driver.planner, lambda: None)
-    driver.planner.add(0, prompt(40), replace(ENDLESS, max_tokens=2))
-    driver.step()
-    pages = driver.planner.pages
+    planner, status = Planner(replace(CONFIG, num_window_pages=14)), Status()
+    status.attached(planner, lambda: None)
+    planner.add(0, list(range(16)), SamplingParams(max_tokens=2, seed=0))
+    planner.plan()
+    pages, reply = planner.pages, status.reply(StatsMsg(1))
     near = 1 - pages.windows.num_free / 14
-    assert near > 1 - pages.num_free / CONFIG.num_pages > 0
-    reply = status.reply(StatsMsg(1))
+    assert near > 2 * (1 - pages.num_free / CONFIG.num_pages) > 0
     assert reply.num_used_pages / reply.num_pages == pytest.approx(near, abs=1 / CONFIG.num_pages)
-    driver.finish()
+    planner.abort(0)
+    planner.retire(StepResult(0, [(1,)]))
     assert status.reply(StatsMsg(2)).num_used_pages == 0
