@@ -514,3 +514,15 @@ def test_sizes(tmp_path: Path) -> None:
 def test_reader_needs_no_torch() -> None:
     code = "import minisgl.config.families, minisgl.config.model, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "python"})
+
+
+def test_flat_rope_parameters_are_those_of_all_layers(tmp_path: Path) -> None:
+    """LFM3's layers have an object each for their kind, or one for all; Gemma 3's have older names besides, as ever."""
+    fields = {"architectures": ["Lfm3ForCausalLM"], "model_type": "lfm3", "head_dim": 64, "num_hidden_layers": 4}
+    fields |= {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"]}
+    flat = read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **fields)
+    assert [(rope.type, rope.theta) for rope in flat.ropes] == [("default", 5e5)] * 2
+    assert [(rope.type, rope.theta) for rope in read(tmp_path, **fields).ropes] == [
+        ("proportional", 1e6),
+        ("default", 1e4),
+    ]
