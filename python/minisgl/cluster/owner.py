@@ -82,7 +82,7 @@ class Owner:
         os.environ.update(_ENVIRON | os.environ)
         options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options |= {"_temp_dir": f"{self._folder}/ray", "object_store_memory": _OBJECT_STORE}
-        what, tries = "Ray does not start", 2  # on a busy machine it may give up after half a minute
+        what, tries = "Ray does not start", 4  # on a busy machine it may give up after half a minute
         if self._address is not None:
             what, tries, options = f"--address {self._address}", 1, {}
         while not ray.is_initialized():
