@@ -26,7 +26,7 @@ with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
     from ray.serve.config import AutoscalingContext
 
-    from minisgl.cluster.commands import reach
+    from minisgl.cluster.address import reach
     from minisgl.cluster.ingress import Ingress, merged
     from minisgl.cluster.serving import Plan, autoscaling, replica_needs, server_options
 from minisgl.cluster import app

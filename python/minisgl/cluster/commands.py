@@ -8,11 +8,11 @@ import json
 import os
 import re
 import signal
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+from minisgl.cluster.address import reach
 from minisgl.cluster.router import POLICIES
 from minisgl.config.args import ArgumentParser, argument, integer, json_object, make_parser, parse_args
 from minisgl.config.resolve import prepare
@@ -23,7 +23,6 @@ from minisgl.utils.log import setup_logging
 from minisgl.utils.process import private_folder
 
 OLDEST = (2, 60)
-_ASK_SECONDS = 5.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,17 +120,3 @@ def check_ray() -> None:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
         told = f"Ray {OLDEST[0]}.{OLDEST[1]} or newer{version and f', and this is {version}'}"
         raise ConfigError(f"minisgl cluster needs {told}: pip install 'minisgl[ray]'")
-
-
-def reach(address: str) -> None:
-    """Raises: ConnectionError unless there is a HOST:PORT where somebody speaks first, and as a server of HTTP/2 does.
-    Ray's head is one; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), integer(1, 65535)(port)), _ASK_SECONDS) as head:
-            if os.environ.get("RAY_USE_TLS") != "1" and head.recv(4)[3:] != b"\4":
-                raise ConnectionError("something else does")
-    except ValueError:
-        raise ConnectionError("expected HOST:PORT, as in 10.0.0.1:6379") from None
-    except OSError as error:
-        raise ConnectionError(f"no Ray answers there ({error.strerror or error})") from error

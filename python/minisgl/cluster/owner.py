@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from minisgl.cluster.commands import reach
+from minisgl.cluster.address import reach
 from minisgl.cluster.serving import APP, Plan, application
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import access_config

@@ -269,7 +269,7 @@ def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.Rop
         far, longest = read_rope(f, rotary(_heads(f, kinds).k_dim), longest, "full_attention")
         return (far, near), [int(kind == "sliding_attention") for kind in kinds], longest
     rope, longest = read_rope(f, rotary(_heads(f).k_dim), longest)
-    every, window = f.integer("no_rope_layer_interval", 1), family.still and f.integer("sliding_window", 0)
+    every, window = f.integer("no_rope_layer_interval", 1), f.integer("sliding_window", 0) if family.still else 0
     moved = [not (window and kind == family.still) and (every == 1 or (i + 1) % every) for i, kind in enumerate(kinds)]
     rotated = f.list_of(int, "no_rope_layers") or moved
     if len(rotated) != len(kinds):
