@@ -181,14 +181,15 @@ class Load:
 
     def __init__(self, url: str, count: int, max_tokens: int = 60, pause: float = 0.02) -> None:
         self.ends: list[str] = []
-        self.begun, self.pause, self.max_tokens = 0, pause, max_tokens
+        self.begun = self.streaming = 0  # events that have come; requests that have had one, and go on
+        self.pause, self.max_tokens = pause, max_tokens
         self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         self._stop = asyncio.Event()
         self._tasks = [asyncio.create_task(self._run(index)) for index in range(count)]
 
     async def once(self, text: str) -> str:
         """How it ended: `length`, `stop`, or an error's words."""
-        end = "without an end"
+        end, has_begun = "without an end", False
         try:
             stream = await self._client.chat.completions.create(
                 model=MODEL,
@@ -198,13 +199,15 @@ class Load:
                 extra_body={"ignore_eos": True},
             )
             async for event in stream:
-                self.begun += 1
+                self.begun, self.streaming, has_begun = self.begun + 1, self.streaming + (not has_begun), True
                 if event.choices and event.choices[0].finish_reason:
                     assert end == "without an end", "a request ended twice"
                     end = event.choices[0].finish_reason
         except openai.APIError as error:
             assert end == "without an end", "a request ended twice"
             end = f"{type(error).__name__}: {error}"
+        finally:
+            self.streaming -= has_begun
         return end
 
     async def _run(self, index: int) -> None:

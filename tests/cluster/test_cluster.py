@@ -188,9 +188,9 @@ async def test_a_replica_is_killed_under_streams(cluster: Cluster) -> None:
     """Every request ends once: those that had sent something with an error, all others well. Then there are two."""
     cluster.wait_replicas(2)
     before = cluster.get("/cluster")["requests"]
-    load = Load(cluster.url, 32, max_tokens=100)
-    while load.begun < 200:
-        await asyncio.sleep(0.02)
+    load = Load(cluster.url, 32, max_tokens=800)  # so many that replicas, which are ahead of us, are at the first ones
+    while load.streaming < 24:  # also some of the replica that has at least half of them
+        await asyncio.sleep(0.01)
     name, pid = await asyncio.to_thread(cluster.busiest)
     psutil.Process(pid).kill()
     await asyncio.sleep(1)
