@@ -1,15 +1,21 @@
 """The command `minisgl`, as `cli/texts/commands.yaml` has it. Imports are made when needed: help is there at once."""
 
-import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from minisgl.errors import ConfigError, MiniSGLError
 
-# Of the larger commands; the others are together.
-_MODULES = {"bench": "benchmark", "cluster": "cluster.commands", **{x: x for x in ("doctor", "quantize", "simulate")}}
+# Of the larger commands; the others are together. What is imported stands here: no name from outside ever is.
+_MODULES = {
+    "bench": lambda: import_module("minisgl.benchmark"),
+    "cluster": lambda: import_module("minisgl.cluster.commands"),
+    "doctor": lambda: import_module("minisgl.doctor"),
+    "quantize": lambda: import_module("minisgl.quantize"),
+    "simulate": lambda: import_module("minisgl.simulate"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +46,7 @@ def _dispatch(argv: list[str]) -> int:
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name in ("", "serve", "chat"):
         return _serve(name, words)
-    module = importlib.import_module(f"minisgl.{_MODULES.get(name, 'cli.commands')}")
+    module = _MODULES[name]() if name in _MODULES else import_module("minisgl.cli.commands")
     return int(module.main(words if name in _MODULES else argv))
 
 

@@ -38,7 +38,7 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     have `rope_local_base_freq` in the older form, and no scaling.
     """
     parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
-    differ = any(isinstance(value, dict) for value in parameters.data.values()) or f.data.get("rope_local_base_freq")
+    differ = any(isinstance(part, dict) for part in parameters.data.values()) or f.number("rope_local_base_freq", False)
     parameters = parameters.child(layer) if layer and differ else parameters
     rope = f.child("rope_scaling") if f.data.get("rope_scaling") and not slides else parameters
     if any(isinstance(value, dict) for value in rope.data.values()):
