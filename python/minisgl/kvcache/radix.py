@@ -12,7 +12,6 @@ it ends: `path_pages` tells which of a request's pages are the cache's.
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ TokenIds = npt.NDArray[np.int32]
 Change = tuple[list[int], TokenIds | None, int | None, bytes]
 
 
-@dataclass(slots=True, eq=False)
 class RadixNode:
     """An edge of the tree with the node at its end. `pages[i]` holds the KV of the i-th page of `key`.
 
@@ -35,13 +33,11 @@ class RadixNode:
     in ticks of the tree's own clock.
     """
 
-    name: bytes
-    key: TokenIds
-    pages: list[int]
-    parent: "RadixNode | None"
-    stamp: int
-    children: dict[bytes, "RadixNode"] = field(default_factory=dict)
-    num_locks: int = 0
+    __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")  # no dataclass: dumps go too deep
+
+    def __init__(self, name: bytes, key: TokenIds, pages: list[int], parent: "RadixNode | None", stamp: int) -> None:
+        self.name, self.key, self.pages, self.parent, self.stamp = name, key, pages, parent, stamp
+        self.children, self.num_locks = dict[bytes, RadixNode](), 0
 
 
 class Match(NamedTuple):
