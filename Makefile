@@ -92,7 +92,7 @@ test-faults: $(DEV)  ## Run the tests of what fails: workers, clients, memory, t
 	$(PYTEST) tests/faults tests/soak $(ARGS)
 
 test-cluster: $(DEV)  ## Run the tests of several replicas, on a real Ray
-	$(BIN)/python -m pytest tests/cluster $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/cluster $(ARGS)
 
 test-browser: $(BROWSER)  ## Run the tests of the page, in Chromium
 	$(PYTEST) tests/browser $(ARGS)

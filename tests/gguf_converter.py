@@ -29,10 +29,10 @@ ARCHITECTURES = {
     "ministral3": "mistral3",
     "olmo3": "olmo2",
     **{name: name for name in ("llama", "gemma2", "phi3", "granite", "smollm3", "glm4", "ernie4_5", "olmo2")},
-    **{name: name for name in ("seed_oss", "lfm2")},
+    **{name: name for name in ("seed_oss", "lfm2", "gemma", "granitemoe", "exaone4", "olmoe")},
 }
-ROTATED_IN_PAIRS = "llama", "granite", "smollm3", "mistral3"
-NORMS_WITH_ONE = "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next"
+ROTATED_IN_PAIRS = "llama", "granite", "granitemoe", "smollm3", "mistral3"
+NORMS_WITH_ONE = "gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next"
 
 
 def rounded(source: Path, folder: Path, kind: str) -> Path:
@@ -136,6 +136,13 @@ def parts(architecture: str, config: dict[str, Any], weights: dict[str, Tensor])
             yield f"{name}.weight", weight
         elif ".experts." in name:
             yield from experts(name, weight)
+        elif name.endswith("block_sparse_moe.input_linear.weight"):
+            stem = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
+            yield from (
+                (stem.format(part), half) for part, half in zip(("gate", "up"), weight.chunk(2, 1), strict=True)
+            )
+        elif name.endswith("block_sparse_moe.output_linear.weight"):
+            yield name.replace("block_sparse_moe.output_linear", "mlp.experts.down_proj"), weight
         else:
             yield name, weight.squeeze(1) if "conv.conv" in name else weight
 
@@ -263,7 +270,8 @@ def add_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
 
 
 def add_windows(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any]) -> None:
-    if architecture in ("gemma2", "gemma3", "gpt-oss", "phi3") or config["model_type"] == "olmo3":
+    has_types = config["model_type"] in ("olmo3", "exaone4")
+    if architecture in ("gemma2", "gemma3", "gpt-oss", "phi3") or (has_types and config["sliding_window"]):
         writer.add_sliding_window(config.get("sliding_window") or 0)
-    if config["model_type"] == "olmo3":
+    if has_types and config["sliding_window"]:
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])

@@ -37,8 +37,8 @@ PARTS = {  # folders or files, their budget in lines of Python, and what it is t
     "the command line": (("cli",), 450, 450),
     "the exercises of the course": (("learn",), 300, 300),
     "benchmark and doctor": (("benchmark", "doctor"), 1_700, 1_700),
-    "the cluster": (("cluster", "scheduler/kv_events.py"), 1_481, 950),
-    "the simulator": (("simulate",), 450, 450),
+    "the cluster": (("cluster", "scheduler/kv_events.py"), 1_476, 950),
+    "the simulator": (("simulate",), 442, 442),
 }
 CPP_PARTS = {".cu": "CUDA", ".cuh": "CUDA", ".cc": "C++", ".h": "C++"}
 LONG_FILE, MAX_FILE = 400, 500

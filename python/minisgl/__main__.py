@@ -4,8 +4,18 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from minisgl.errors import ConfigError, MiniSGLError
+
+# Of the larger commands; the others are together. What is imported stands here: no name from outside ever is.
+_MODULES = {
+    "bench": lambda: import_module("minisgl.benchmark"),
+    "cluster": lambda: import_module("minisgl.cluster.commands"),
+    "doctor": lambda: import_module("minisgl.doctor"),
+    "quantize": lambda: import_module("minisgl.quantize"),
+    "simulate": lambda: import_module("minisgl.simulate"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,23 +44,10 @@ def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"] and argv[1:]:
         argv = [argv[1], "--help"]
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    if name == "bench":
-        from minisgl.benchmark import main as run
-    elif name == "cluster":
-        from minisgl.cluster.commands import main as run
-    elif name == "doctor":
-        from minisgl.doctor import main as run
-    elif name == "quantize":
-        from minisgl.quantize import main as run
-    elif name == "simulate":
-        from minisgl.simulate import main as run
-    elif name in ("", "serve", "chat"):
+    if name in ("", "serve", "chat"):
         return _serve(name, words)
-    else:
-        from minisgl.cli.commands import main
-
-        return main(argv)
-    return run(words)
+    module = _MODULES[name]() if name in _MODULES else import_module("minisgl.cli.commands")
+    return int(module.main(words if name in _MODULES else argv))
 
 
 def _serve(name: str, words: list[str]) -> int:

@@ -166,10 +166,6 @@ class SamplingParams:
         """The parameters of the output of this number: the seeds of a request's outputs follow one another."""
         return replace(self, seed=((self.seed or 0) + index) % (MAX_SEED + 1)) if index else self
 
-    @property
-    def has_penalties(self) -> bool:
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
-
 
 def _check(valid: bool, name: str, expected: str, value: object) -> None:
     if not valid:

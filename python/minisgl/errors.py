@@ -31,9 +31,7 @@ class RequestError(MiniSGLError):
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.param = param
-        self.code = code
-        self.status = status
+        self.param, self.code, self.status = param, code, status
 
 
 def too_long(param: str, num_tokens: str, max_seq_len: int) -> RequestError:

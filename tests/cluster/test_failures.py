@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
     from ray.cluster_utils import Cluster as RayNodes
 
-from tests.cluster.conftest import MODEL, ROOT, Load, running, wait_for
+from tests.cluster.conftest import MODEL, ROOT, Cluster, Load, patiently, running, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 OTHER_NODE = "127.0.0.2"
@@ -32,6 +32,7 @@ NEIGHBOUR = """
 import sys, time, numpy, ray
 from ray import serve
 ray.init(sys.argv[1], log_to_driver=False)
+serve.start(proxy_location="Disabled")
 @serve.deployment(ray_actor_options={"num_cpus": 1})
 class Neighbour: pass
 serve.run(Neighbour.bind(), name="neighbour", route_prefix=None)
@@ -44,7 +45,7 @@ except ray.exceptions.OutOfDiskError:
 sys.stdin.readline()
 end = time.monotonic() + 200
 while len(applications := serve.status().applications) > 1 and time.monotonic() < end:
-    time.sleep(0.1)
+    time.sleep(0.5)
 print(*applications, flush=True)
 """
 
@@ -58,9 +59,9 @@ def nodes() -> Iterator[tuple[RayNodes, Any]]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", f"{ROOT / 'python'}:{ROOT}")
         head = {**small, "include_dashboard": False, "_system_config": no_spilling}
-        cluster = RayNodes(initialize_head=True, head_node_args=head)
+        cluster = patiently(lambda: RayNodes(initialize_head=True, head_node_args=head))
         try:
-            yield cluster, cluster.add_node(node_ip_address=OTHER_NODE, **small)
+            yield cluster, patiently(lambda: cluster.add_node(node_ip_address=OTHER_NODE, **small))
         finally:
             cluster.shutdown()
 
@@ -101,7 +102,7 @@ async def test_a_ray_that_is_joined(nodes: tuple[RayNodes, Any], tmp_path: Path)
     with neighbour(address) as other:
         words = refused("--address", address, "--replicas", "2")
         assert words == "--replicas 2: Ray has no room for 2 more with {'CPU': 1.0} each"
-        flags = "--replicas", "1", "--max-replicas", "2", "--address", address
+        flags = "--replicas", "1", "--max-replicas", "2", "--address", address, "--drain-timeout", "100"
         with running(tmp_path / "log", *flags) as cluster:
             again = f"--address {address}: a cluster is there already; minisgl cluster drain ends it"
             assert refused("--address", address) == again
@@ -109,13 +110,25 @@ async def test_a_ray_that_is_joined(nodes: tuple[RayNodes, Any], tmp_path: Path)
             for body in (HELLO, long):
                 answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).raise_for_status()
                 assert answer.json()["usage"]["completion_tokens"] == 4
-            load = Load(cluster.url, 4, max_tokens=20)
-            while load.begun < 50:
-                await asyncio.sleep(0.02)
-            assert set(await load.stop()) == {"length"}
-        assert cluster.process.returncode == 0, cluster.text
+            await _drained(cluster)
         with running(tmp_path / "second log", *flags) as cluster:
             (server,) = cluster.replicas().values()
             cluster.process.kill()
             wait_for(lambda: not psutil.pid_exists(server), 200)
         assert "neighbour" in other.communicate("\n")[0].splitlines()  # Ray may say there that a worker has died
+
+
+async def _drained(cluster: Cluster) -> None:
+    """By an operator, and by nobody else: what runs ends, and clients are told before connections are closed."""
+    load = Load(cluster.url, 4, max_tokens=300)
+    while load.begun < 50:
+        await asyncio.sleep(0.02)
+    with httpx.Client(base_url=cluster.url, timeout=60) as kept:
+        assert "connection" not in kept.get("/v1/models").headers
+        foreign = httpx.post(f"{cluster.url}/cluster/drain", headers={"origin": "https://evil.example"})
+        assert (foreign.status_code, cluster.get("/cluster")["draining"]) == (403, False)
+        cluster.command("drain")
+        ending = asyncio.create_task(load.stop())
+        await asyncio.to_thread(wait_for, lambda: kept.get("/v1/models").headers.get("connection") == "close", 60)
+    assert await asyncio.to_thread(cluster.process.wait, 200) == 0, cluster.text
+    assert set(await ending) == {"length"}

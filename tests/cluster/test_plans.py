@@ -26,9 +26,10 @@ with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
     from ray.serve.config import AutoscalingContext
 
+    from minisgl.cluster.address import reach
     from minisgl.cluster.ingress import Ingress, merged
-    from minisgl.cluster.owner import reach
-    from minisgl.cluster.serving import Plan, autoscaling, build, replica_needs, server_options
+    from minisgl.cluster.serving import Plan, autoscaling, replica_needs, server_options
+from minisgl.cluster import app
 from minisgl.cluster.router import KV_USE, QUEUED_TOKENS
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.runtime import AccessConfig
@@ -95,7 +96,7 @@ def test_options_that_differ_are_passed_on(tmp_path: Path) -> None:
 )
 def test_wrong_options_of_the_application(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(options)
+        app(options)
 
 
 @pytest.mark.parametrize(

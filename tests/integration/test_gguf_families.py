@@ -107,6 +107,11 @@ def test_scaling_of_layers_that_see_all(tmp_path: Path) -> None:
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 
+def test_layers_of_which_none_has_a_window_are_rotated(tmp_path: Path) -> None:
+    path, source = made("exaone4", tmp_path, sliding_window=None, layer_types=["full_attention"] * 5)
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
 @pytest.mark.parametrize(("family", "layers", "scalar"), [("gemma2", 46, 144), ("gemma3_text", 62, 168)])
 def test_scores_of_the_largest_gemma(family: str, layers: int, scalar: int, tmp_path: Path) -> None:
     """Known by the number of layers, as in llama.cpp."""

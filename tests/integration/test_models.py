@@ -90,6 +90,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 13, "layer_types": HALF, "attention_bias": True},
     ),
+    "exaone4-without-windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3-moe-mixed": (
         "qwen3_moe",
@@ -134,6 +135,7 @@ SEEING: dict[str, dict[str, Any]] = {
     "Gemma3": {"text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 11}, "mm_tokens_per_image": 4},
     "Mistral3": {"text_config": {**TEXT, "model_type": "mistral"}},
     "Ministral3": {"text_config": {**TEXT, **EXTRA["ministral3"], "model_type": "ministral3"}},
+    "Qwen3VL": {"text_config": {**TEXT, "model_type": "qwen3_vl_text"}},
     "Qwen3_5": {"text_config": {**TEXT, **EXTRA["qwen3_5_text"], "model_type": "qwen3_5_text"}},
     "Qwen3_5Moe": {"text_config": {**TEXT, **EXTRA["qwen3_5_moe_text"], "model_type": "qwen3_5_moe_text"}},
 }
@@ -196,7 +198,7 @@ def test_int8_weights_are_all_that_differs(family: str) -> None:
     path, tokens = tiny_model(family), random_prompt(50)
     model = copy.deepcopy(hf_model(path))
     for name, weight in model.named_parameters():
-        exact = "gate.weight", "router.weight", "conv1d.weight", "conv.weight", "bias"
+        exact = "gate.weight", "router.weight", "router.layer.weight", "conv1d.weight", "conv.weight", "bias"
         if weight.ndim > 1 and ("per_layer" in name or not name.endswith(exact)):
             is_turned = family == "gpt_oss" and ".experts." in name
             scale = weight.data.abs().amax(-2 if is_turned else -1, keepdim=True) / 127

@@ -233,7 +233,7 @@ def set_weight(model: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         if ".experts." not in name:
-            parameters[name].copy_(weight)
+            parameters[name.replace("self_attn.gate_proj", "self_attn.g_proj")].copy_(weight)  # LFM3's, in memory
             return
         stem, _, rest = name.partition(".experts.")
         number, part, _ = rest.split(".")
@@ -369,6 +369,14 @@ def test_hybrids(tmp_path: Path, case: str, family: str) -> None:
     if family == "qwen3_next":
         sizes |= {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
     path, model = quantized(tmp_path / "model", case, family, ("conv1d", "shared_expert_gate"), **sizes)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", [*STORED, "compressed int8"])
+def test_a_gate_of_each_head(tmp_path: Path, case: str) -> None:
+    """LFM3's gates have a row for each head, which is that of all its features where it is computed."""
+    sizes = {"head_dim": 128, "num_attention_heads": 8, "hidden_size": 256}
+    path, model = quantized(tmp_path / "model", case, "lfm3", ("conv.conv.",), **sizes)
     torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
 
 

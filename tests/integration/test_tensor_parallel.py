@@ -82,6 +82,10 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("gpt_oss"), 2),  # sinks, biases of experts
         (tiny_model("lfm2"), 2),
         (tiny_model("lfm3"), 2),  # windows, and gates of heads
+        (tiny_model("exaone4"), 2),  # some layers are not rotated
+        (tiny_model("granitemoe"), 2),  # experts whose gate and up are one stack
+        (tiny_model("olmoe"), 2),  # norms over the heads of all ranks, and experts
+        (tiny_model("granitemoehybrid"), 2),
     ]
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
     for case, (path, tp_size) in enumerate(models):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -228,3 +231,39 @@ def test_help_and_errors_import_nothing_heavy() -> None:
     env = {**os.environ, "PYTHONPATH": str(PYTHON)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.stderr.strip().splitlines()[1:] == []
+
+
+COMMAND_LINES = (
+    *("bench serve", "bench offline", "cluster", "cluster serve", "doctor", "quantize", "simulate", "serve", "chat"),
+    *("pull", "completion", "ls"),
+)
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES)
+def test_a_value_that_does_not_fit_an_option_is_told_what_is_expected(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each option of each command: argparse itself would tell only the name of a function of ours."""
+    parsers: dict[str, Callable[[str], object]] = {}
+    add = argparse.ArgumentParser.add_argument
+
+    def watched(self: argparse.ArgumentParser, *flags: str, **how: Any) -> argparse.Action:
+        if how.get("type", str) not in (str, Path):
+            parsers[flags[0]] = how["type"]
+        return add(self, *flags, **how)
+
+    monkeypatch.setattr("argparse._ActionsContainer.add_argument", watched)
+    with contextlib.suppress(SystemExit):
+        main([*words.split(), "--help"])
+    has_some = ("bench serve", "bench offline", "cluster", "cluster serve", "doctor", "simulate")
+    assert bool(parsers) == (words in has_some)
+    for flag, parse in parsers.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=r"'nope': expected \w+"):
+            pytest.fail(f"{flag} takes {parse('nope')!r}")
+
+
+def test_options_that_are_no_json_object(capfd: pytest.CaptureFixture[str]) -> None:
+    for text in ("nope", "[1]", "3"):
+        status, _, err = run(capfd, "cluster", "scale", "2", "--options", text)
+        assert status == 2
+        assert re.search(f"--options: '{re.escape(text)}': expected a JSON object", err) and err.count("\n") == 1

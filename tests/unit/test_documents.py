@@ -106,7 +106,7 @@ def test_the_planner_decides_what_memory_tuning_says(tmp_path: Path) -> None:
     for flags_cell, *told in rows:
         engine = resolve(parse_args(flags_cell.strip("`").replace("none", "").split(), {}), files, machine).engine
         weights = engine.model.weight_bytes(kept_as(engine), 1)
-        token = engine.page_bytes / engine.page_size
+        token = engine.kv_bytes(1, 0) / engine.page_size
         tokens = engine.num_pages * engine.page_size
         computed = [f"{weights / 1e9:.2f} GB", f"{token / 1e3:.0f} kB", f"{tokens:,} tokens", f"{engine.max_seq_len:,}"]
         assert told == computed, flags_cell

@@ -370,6 +370,9 @@ def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(archi
     full = {**FULL, "architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
     full |= {"full_attention_interval": 2} if "linear" in FAMILIES[architecture].kind else {}
     full |= {"vocab_size_per_layer_input": full["vocab_size"]} if "gemma4" in full["model_type"] else {}
+    full |= {"hidden_act": "gelu"} if full["model_type"] == "gemma" else {}
+    if full["model_type"] == "granitemoehybrid":
+        full |= {"num_local_experts": 0, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
     top: set[str] = set()
     inner: set[str] = set()
     by_layer = FAMILIES[architecture].ropes_by_layer
@@ -429,7 +432,8 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
     if model_type == "lfm3" and "full_attention" not in theirs:
         return  # nor does a model whose layers look for an object of their own
     theirs = theirs.get("full_attention", theirs)
-    if None in theirs.values() or None in (hf.num_key_value_heads, getattr(hf, "head_dim", 0)):
+    needed = "num_key_value_heads", "head_dim", "residual_multiplier", "num_local_experts"
+    if None in theirs.values() or None in [getattr(hf, key, 0) for key in needed]:
         return  # such a model computes nothing
     assert num_kv_heads(ours) == hf.num_key_value_heads, config
     assert ours.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads), config
@@ -442,8 +446,34 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
         assert ours.ropes[0].max_position == original, config
     moe = next((layer.mlp for layer in ours.layers if isinstance(layer.mlp, MoE)), None)
     if moe is not None and hf.num_experts is not None:
-        sums_to_1 = model_type in ("mixtral", "qwen3_5_moe_text", "gpt_oss") or hf.norm_topk_prob
-        assert (moe.num_experts, moe.sums_to_1) == (hf.num_experts, sums_to_1), config
+        sums_to_1 = model_type in ("mixtral", "qwen3_5_moe_text", "gpt_oss", "granitemoe") or hf.norm_topk_prob
+        num_experts = hf.num_local_experts if model_type == "granitemoe" else hf.num_experts
+        assert (moe.num_experts, moe.sums_to_1) == (num_experts, sums_to_1), config
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "told"),
+    [
+        ("GraniteMoeHybrid", {"layer_types": ["mamba", "attention", "mamba"]}, "layer_types mamba not supported"),
+        ("GraniteMoeHybrid", {"layer_types": None}, "layer_types mamba not supported"),  # as all are by default
+        ("GraniteMoeHybrid", {"num_local_experts": 4}, "num_local_experts must be 0, not 4"),
+        ("GraniteMoeHybrid", {"num_local_experts": None}, "num_local_experts must be 0, not None"),  # 8 by default
+        ("GraniteMoeHybrid", {"position_embedding_type": "nope"}, "position_embedding_type must be"),
+        ("GraniteMoeHybrid", {"position_embedding_type": None}, "position_embedding_type must be"),
+        ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null, not 8.0"),
+        ("Gemma", {"hidden_act": "relu"}, "hidden_act must be"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused_by_name(
+    architecture: str, changes: dict[str, Any], told: str
+) -> None:
+    dense = {"num_local_experts": 0, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
+    config = {**FULL, "architectures": [f"{architecture}ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+    config |= {} if architecture == "Gemma" else {"hidden_act": "silu"}
+    config |= dense if architecture == "GraniteMoeHybrid" else {}
+    parse_model_config(Fields(config, "config.json"))
+    with pytest.raises(ConfigError, match=told):
+        parse_model_config(Fields({**config, **changes}, "config.json"))
 
 
 @pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "vocab", "added_tokens"])
@@ -484,3 +514,15 @@ def test_sizes(tmp_path: Path) -> None:
 def test_reader_needs_no_torch() -> None:
     code = "import minisgl.config.families, minisgl.config.model, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "python"})
+
+
+def test_flat_rope_parameters_are_those_of_all_layers(tmp_path: Path) -> None:
+    """LFM3's layers have an object each for their kind, or one for all; Gemma 3's have older names besides, as ever."""
+    fields = {"architectures": ["Lfm3ForCausalLM"], "model_type": "lfm3", "head_dim": 64, "num_hidden_layers": 4}
+    fields |= {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"]}
+    flat = read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **fields)
+    assert [(rope.type, rope.theta) for rope in flat.ropes] == [("default", 5e5)] * 2
+    assert [(rope.type, rope.theta) for rope in read(tmp_path, **fields).ropes] == [
+        ("proportional", 1e6),
+        ("default", 1e4),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 
@@ -336,19 +337,24 @@ def test_long_prompts_that_wait_cost_the_running_requests_nothing(policy: str) -
     planner.add(0, prompt(100), ENDLESS)
     for uid in range(1, 130):
         planner.add(uid, prompt(100_000, start=uid), ENDLESS)
-    seconds: list[float] = []
-    for _ in range(35):
-        begin = time.process_time()
-        planned = planner.plan()
-        seconds.append(time.process_time() - begin)
-        assert planned is not None
-        planner.retire(StepResult(planned.plan.step_id, [(1,)] * len(planned.sampling)))
+    seconds, ids = list[float](), prompt(100_000)
+    gc.disable()  # a collection walks over all that other tests have left
+    try:
+        for _ in range(35):
+            begin = time.thread_time()
+            planned = planner.plan()
+            seconds.append(time.thread_time() - begin)
+            assert planned is not None
+            planner.retire(StepResult(planned.plan.step_id, [(1,)] * len(planned.sampling)))
+        begin = time.thread_time()
+        for _ in range(5):
+            np.array(ids, np.int32)
+        one = (time.thread_time() - begin) / 5
+    finally:
+        gc.enable()
     assert len(planner.running) < 5
     assert len(planner.waiting) > 120
-    ids = prompt(100_000)
-    begin = time.process_time()
-    np.array(ids, np.int32)
-    assert sorted(seconds)[-5] < time.process_time() - begin, "a prompt that waits was converted, and lpm looks at 128"
+    assert sorted(seconds)[-5] < one, "a prompt that waits was converted, and lpm looks at 128"
 
 
 def test_a_prompt_that_is_computed_again_does_not_hold_on_to_its_cached_copy() -> None:
@@ -369,3 +375,73 @@ def test_prompts_whose_log_probabilities_are_told_take_more_of_a_step() -> None:
         driver.planner.add(uid, prompt(8, start=7 * uid), replace(ENDLESS, prompt_logprobs=0))
     shares = [[req.num_new for req in plan.reqs] for plan in (driver.step() for _ in range(4)) if plan is not None]
     assert shares == [[1, 5], [1, 3, 2], [1, 1, 5], [1, 1, 1]], shares
+
+
+SPAN = 200  # tokens, whose attention takes one token as long as all else
+LONG = SchedulerConfig(
+    max_running_requests=40, max_prefill_length=64, max_seq_len=1000, num_pages=1000, page_size=4, attention_tokens=SPAN
+)
+
+
+def taken(plan: StepPlan) -> float:
+    """What a step's prompts take, in tokens without a context; each of its outputs counts as one."""
+    return sum(req.num_new * (1 + (req.num_new > 1) * req.start / SPAN) for req in plan.reqs)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_requests_with_long_cached_contexts_are_fewer_in_a_step(counts: bool) -> None:
+    driver = Driver(LONG if counts else replace(LONG, attention_tokens=CONFIG.attention_tokens))
+    shared = prompt(800)
+    driver.planner.add(0, shared, replace(ENDLESS, max_tokens=1))
+    driver.finish()
+    driver.planner.add(1, [7], replace(ENDLESS, max_tokens=100))
+    driver.step()
+    for uid in range(2, 32):
+        driver.planner.add(uid, [*shared, *prompt(8, start=uid)], replace(ENDLESS, max_tokens=1))
+    plans = [plan for plan in (driver.step() for _ in range(80)) if plan is not None]
+    assert all(plan.num_decode for plan in plans), "the stream has its token in each step"
+    assert sum(req.num_new for plan in plans for req in plan.reqs if req.start >= 800) == 30 * 8
+    assert driver.reasons.keys() == {*range(32)} - {1}
+    most = max(map(taken, plans))
+    assert most <= 64 + 1 + 800 / SPAN if counts else most > 4 * 64
+
+
+@pytest.mark.parametrize("begin", ["a prompt", "half of it cached"])
+def test_chunks_at_the_end_of_a_long_prompt_take_no_more_of_a_step_than_the_first(begin: str) -> None:
+    driver = Driver(LONG)
+    driver.planner.add(1, [7], replace(ENDLESS, max_tokens=200))
+    driver.step()
+    if begin != "a prompt":
+        driver.planner.add(2, prompt(480), replace(ENDLESS, max_tokens=1))
+        while 2 not in driver.reasons:
+            driver.step()
+    driver.planner.add(3, prompt(960), replace(ENDLESS, max_tokens=1))
+    plans = list[StepPlan]()
+    while 3 not in driver.reasons:
+        plan = driver.step()
+        assert plan is not None
+        plans.append(plan)
+    shares = [req for plan in plans for req in plan.reqs if req.row != 0 and req.num_new > 1]
+    assert max(map(taken, plans)) <= 64
+    assert min(share.num_new for share in shares[:-1]) >= 64 // (1 + 960 / SPAN) - 3, "no smaller than they need be"
+    assert driver.outputs[3] == expected_output(prompt(960), 961, ())
+
+
+def test_a_context_that_no_budget_holds_is_computed_all_the_same() -> None:
+    driver = Driver(replace(LONG, max_prefill_length=4, attention_tokens=1))
+    driver.planner.add(0, prompt(50), ENDLESS)
+    driver.finish()
+    assert driver.outputs[0] == expected_output(prompt(50), 90, ())
+
+
+def test_a_prompt_that_takes_a_step_leaves_a_token_to_each_that_began_after_it() -> None:
+    """Where a chunk ends at a snapshot of a state, others begin behind it: they have their token in each step."""
+    states = {"has_states": True, "num_snapshots": 8, "snapshot_tokens": 4, "num_pages": 64, "max_seq_len": 256}
+    driver = Driver(replace(CONFIG, max_prefill_length=12, **states))
+    driver.planner.add(0, prompt(148), replace(ENDLESS, max_tokens=1))
+    driver.planner.add(1, prompt(3, start=7), ENDLESS)
+    while 0 not in driver.reasons:
+        before = len(driver.outputs.get(1, ()))
+        driver.step()
+        assert not before or len(driver.outputs[1]) == before + 1
+    assert len(driver.outputs[1]) > 1

@@ -34,6 +34,7 @@ class PlannerMachine(RuleBasedStateMachine):
         num_tokens=st.integers(48, 160),
         rows=st.integers(1, 6),
         budget=st.sampled_from([1, 3, 7, 64]),
+        attention=st.sampled_from([1 << 40, 1 << 40, 1, 7, 50]),
         cache=st.sampled_from(["radix", "radix", "naive"]),
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         depth=st.integers(0, 2),
@@ -50,6 +51,7 @@ class PlannerMachine(RuleBasedStateMachine):
         num_tokens: int,
         rows: int,
         budget: int,
+        attention: int,
         cache: str,
         policy: str,
         depth: int,
@@ -66,6 +68,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.config = SchedulerConfig(
             max_running_requests=rows,
             max_prefill_length=budget,
+            attention_tokens=attention,
             max_seq_len=40,
             num_pages=num_pages,
             page_size=page_size,

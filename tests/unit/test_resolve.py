@@ -395,7 +395,7 @@ def test_eight_bits_on_gpus() -> None:
     assert (narrow.quantization, narrow.kv_cache_dtype, narrow.dtype) == ("fp8", "fp8", "bfloat16")
     assert (wide.prefill_backend, wide.decode_backend) == ("fa", "cuda")
     assert (narrow.prefill_backend, narrow.decode_backend) == ("triton", "cuda")
-    assert 2 * narrow.page_bytes == wide.page_bytes
+    assert 2 * narrow.kv_bytes(1, 0) == wide.kv_bytes(1, 0)
     assert 2 * MODEL.weight_bytes("fp8") == MODEL.weight_bytes("bfloat16")
     assert gpu_tokens(narrow, GPUS.gpus) > 2 * gpu_tokens(wide, GPUS.gpus)
 
@@ -443,7 +443,7 @@ def test_what_does_not_fit_a_gpu() -> None:
 def test_pages_are_counted_in_the_type_of_the_cache() -> None:
     engine = decide(GPUS, num_pages=10_000).engine
     wide = replace(engine, kv_cache_dtype="float32")
-    assert wide.page_bytes == 2 * engine.page_bytes == MODEL.kv_bytes_per_token("float32") * engine.page_size
+    assert wide.kv_bytes(1, 0) == 2 * engine.kv_bytes(1, 0) == MODEL.kv_bytes_per_token("float32") * engine.page_size
     tokens = [gpu_tokens(replace(config, num_pages=0), GPUS.gpus) for config in (engine, wide)]
     assert tokens[0] // 2 - 16 <= tokens[1] <= tokens[0] // 2
     with pytest.raises(ConfigError, match=r"KV cache 34\.2; lower it"):
@@ -721,3 +721,17 @@ def test_a_card_with_12_gib(tmp_path: Path) -> None:
     assert 16384 <= tokens("8b", small) < 20000
     with pytest.raises(ConfigError, match=r"11\.7 of 12\.0 GiB free, the weights take 9\.4 GiB, .* no room is left"):
         tokens("14b", {})
+
+
+def test_attention_counts_by_the_operations_of_layers_on_a_cpu_only() -> None:
+    """Of Qwen3-0.6B's shape: 15.7 million weights a layer, and 4,096 products of a query with a key and a value."""
+    assert decide().scheduler.attention_tokens == (3 * 3072 + 4 * 2048 - 2048) * 1024 // (16 * 256)
+    assert decide(GPUS).scheduler.attention_tokens > 2**32
+    layers, (spec, *_) = MODEL.layers, MODEL.layers
+    near = replace(spec, attention=replace(spec.attention, window=1024))
+    windowed = replace(MODEL, layers=(spec, *[near] * (len(layers) - 1)))
+    options = {"max_seq_len": 32768, "num_pages": 4096}
+    far = decide(model=windowed, **options).scheduler.attention_tokens
+    assert 14 < far / decide(model=MODEL, **options).scheduler.attention_tokens < 16, "31 of 32 are behind the windows"
+    state = replace(spec, attention=AttentionSpec(DeltaNet(16, 32, 128, 128, 4)))
+    assert decide(model=replace(MODEL, layers=(state,) * 2)).scheduler.attention_tokens > 2**32

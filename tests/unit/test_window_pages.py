@@ -8,7 +8,9 @@ import pytest
 from minisgl.config.model import AttentionSpec, DenseMLP, LayerSpec, ModelConfig, PagedKV, RopeConfig
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import SamplingParams, StepResult
+from minisgl.message.messages import StatsMsg
 from minisgl.scheduler.integrity import check_integrity
+from minisgl.scheduler.observer import Status
 from minisgl.scheduler.planner import Planner
 from tests.simulator import SimulatedEngine, expected_output
 
@@ -57,7 +59,7 @@ def test_times_the_tokens_in_the_same_memory(model: ModelConfig, factor: float, 
     num_pages, num_window_pages = config.pages_for(num_bytes)
     assert 0.99 * num_bytes < config.kv_bytes(num_pages, num_window_pages) <= num_bytes
     assert num_pages >= factor * plain.pages_for(num_bytes)[0]
-    assert plain.pages_for(num_bytes) == (num_bytes // plain.page_bytes, 0)
+    assert plain.pages_for(num_bytes) == (num_bytes // plain.kv_bytes(1, 0), 0)
 
 
 def most_running(config: EngineConfig, num_bytes: int, prompt_len: int) -> int:
@@ -101,7 +103,7 @@ def test_what_is_planned_fits_and_serves_one_request(
     num_pages, num_window_pages = config.pages_for(num_bytes)
     longest = config.max_seq_len // config.page_size
     assert config.kv_bytes(num_pages, num_window_pages) <= num_bytes
-    assert num_pages >= min(longest, num_bytes // engine(model, window=0).page_bytes)
+    assert num_pages >= min(longest, num_bytes // engine(model, window=0).kv_bytes(1, 0))
     alone = (config.window + min(config.max_prefill_length, config.max_seq_len)) // config.page_size + 2
     assert num_window_pages >= min(num_pages, alone)
     asked = replace(config, num_pages=longest)
@@ -192,3 +194,18 @@ def test_snapshots_that_make_room_leave_windows_behind() -> None:
 def test_several_long_requests_take_turns() -> None:
     driver = Driver(replace(CONFIG, num_window_pages=16))
     driver.generate(*([i, *range(5, 100 + i)] for i in range(4)))
+
+
+def test_use_is_told_of_the_pages_that_are_scarcer() -> None:
+    """Where pages of windows are few, they are used up while most of the others are free."""
+    planner, status = Planner(replace(CONFIG, num_window_pages=14)), Status()
+    status.attached(planner, lambda: None)
+    planner.add(0, list(range(16)), SamplingParams(max_tokens=2, seed=0))
+    planner.plan()
+    pages, reply = planner.pages, status.reply(StatsMsg(1))
+    near = 1 - pages.windows.num_free / 14
+    assert near > 2 * (1 - pages.num_free / CONFIG.num_pages) > 0
+    assert reply.num_used_pages / reply.num_pages == pytest.approx(near, abs=1 / CONFIG.num_pages)
+    planner.abort(0)
+    planner.retire(StepResult(0, [(1,)]))
+    assert status.reply(StatsMsg(2)).num_used_pages == 0

@@ -135,11 +135,11 @@ def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> f
     """Operations of one prompt on all ranks: products, causal attention, rules of states, and the head once."""
     queries, weights, pairs = model.num_qo_heads * model.head_dim, 0, 0.0
     for spec in (layer.attention for layer in model.layers):
+        weights += model.attention_weights(spec)
         if isinstance(spec.cache, PagedKV):
-            weights += ((2 + bool(spec.gated)) * queries + spec.cache.local_size(1)) * model.hidden_size
             seen, known = (min(n, spec.window or n) for n in (num_tokens, num_cached))
             pairs += seen * (num_tokens - seen / 2) - known * (num_cached - known / 2)
         else:
-            weights += spec.cache.num_weights(model.hidden_size, 1) + 3 * sum(map(prod, spec.cache.shapes(1)[1:]))
+            weights += 3 * sum(map(prod, spec.cache.shapes(1)[1:]))
     weights += sum(3 * layer.mlp.active_features * model.hidden_size for layer in model.layers)
     return 2 * ((num_tokens - num_cached) * weights + 2 * queries * pairs + model.vocab_size * model.hidden_size)

@@ -18,7 +18,7 @@ from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.floor import floor_of, kv_read, weights_read
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.serve import add_common_options, machine_of, natural, positive, show_progress
+from minisgl.benchmark.serve import add_common_options, machine_of, natural, positive, show_progress, temperature
 from minisgl.benchmark.shapes import SHAPES, write_shape
 from minisgl.config.args import ArgumentParser, ServerArgs, parse_args
 from minisgl.config.device import kept_as
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output-len", "--tokens", type=dataset.parse_lengths, help="output tokens, N or LOW:HIGH")
     add("--prefix-len", type=natural, help="further tokens that all prompts begin with")
     add("--vocab-size", type=positive, help="prompts are random ids below this")
-    add("--temperature", type=float)
+    add("--temperature", type=temperature)
     add("--warmup", type=natural, help="short requests before the measured ones")
     add_common_options(parser)
     return parser

@@ -24,6 +24,7 @@ from minisgl.config.args import ArgumentParser, argument, integer, parser_of
 from minisgl.errors import ConfigError
 
 natural, positive = argument(integer(0)), argument(integer(1))
+temperature = argument(parser_of("a number from 0 to 100", lambda value: 0 <= value <= 100, float))
 _rate = argument(parser_of("a number above 0, or inf", lambda value: value > 0, float))
 
 
@@ -42,10 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=positive, default=256, help="random prompts use ids below this (default: %(default)s)")
     add("--request-rate", type=_rate, default=math.inf, help="requests/s with Poisson arrivals; inf: all at once")
     add("--max-concurrency", type=positive, help="most requests in flight")
-    add("--temperature", type=float, default=0.0)
+    add("--temperature", type=temperature, default=0.0)
     add("--ignore-eos", action="store_true", help="always generate --output-len tokens")
     add("--warmup", type=natural, default=1, help="requests before the measured ones (default: %(default)s)")
-    add("--time-limit", type=float, default=3600.0, help="seconds until what is unfinished counts as failed")
+    add("--time-limit", type=_rate, default=3600.0, help="seconds until what is unfinished counts as failed")
     add_common_options(parser)
     parser.set_defaults(machine=None)
     return parser

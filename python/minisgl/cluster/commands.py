@@ -12,8 +12,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+from minisgl.cluster.address import reach
 from minisgl.cluster.router import POLICIES
-from minisgl.config.args import ArgumentParser, argument, integer, make_parser, parse_args
+from minisgl.config.args import ArgumentParser, argument, integer, json_object, make_parser, parse_args
 from minisgl.config.resolve import prepare
 from minisgl.errors import ConfigError
 from minisgl.processes.control import ENDING_SIGNALS, PR_SET_PDEATHSIG
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         one.add_argument("--key", default=os.environ.get("MINISGL_ADMIN_KEY", ""), help="the operator's, if any")
         if command == "scale":
             one.add_argument("replicas", type=argument(integer(1, 4096)))
-            one.add_argument("--options", type=json.loads, default={}, help="JSON: server options that change, in turn")
+            one.add_argument("--options", type=argument(json_object), default={}, help="JSON: server options to change")
     args = parser.parse_args(list(argv) or ["--help"])
     body = {"replicas": args.replicas, "options": args.options} if args.command == "scale" else {}
     path, data = ("", None) if args.command == "status" else (f"/{args.command}", json.dumps(body).encode())
@@ -93,6 +94,11 @@ def _serve(words: list[str]) -> int:
     if args.shell:
         raise ConfigError("--shell: a cluster has none; minisgl chat has")
     check_ray()
+    if asked.address is not None:
+        try:
+            reach(asked.address)
+        except ConnectionError as error:
+            raise ConfigError(f"--address {asked.address}: {error}") from None
     if (status := _apart()) is not None:
         return status
     os.environ["LOG_FORMAT"] = args.log_format

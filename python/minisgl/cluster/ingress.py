@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import msgspec
 import orjson
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.applications import Starlette
@@ -49,12 +47,13 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle[Any], options: Mapping[str, Any], listener: str, policy: str) -> None:
         self._replicas, self._options = replicas, options
         max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
-        self.relay = Relay(PrefixRouter(policy), max_body)
+        Relay.here = self.relay = Relay(PrefixRouter(policy), max_body)
         self._door = Admission(self.relay, _MAX_OPEN, _MAX_HELD * max_body, fair=True)
         self.asgi = Paths(self._answer, _KNOWN)
         self._owner: asyncio.StreamWriter | None = None  # it is told what operators ask for
-        work = [self._meet(), *([self._serve(listener)] if listener else [])]
-        self._tasks = [asyncio.ensure_future(one) for one in work]
+        self._tasks = [asyncio.ensure_future(self._serve(listener))] if listener else []
+        if replicas is not None:  # Ray's router, on this loop, tells of them from now on
+            replicas._init(_run_router_in_separate_loop=False)  # type: ignore[no-untyped-call]
 
     def __serve_build_asgi_app__(self) -> Starlette:  # what Ray's own proxies come to
         return Starlette(routes=[Mount("", self.asgi)])
@@ -99,14 +98,6 @@ class Ingress:
         told = [{**of, "load": relay.router.loads.get(name, 0.0)} for name, of in relay.ready.items()]
         return json_response({"replicas": told, "requests": relay.counts, "draining": relay.refusal is not None})
 
-    async def _meet(self) -> None:
-        """Have Ray's router tell us, from now on, which replicas there are."""
-        while self._replicas is not None:
-            with contextlib.suppress(RayError, RayServeException):
-                async with self._replicas.choose_replica(self.relay, _reserve=False):
-                    return
-            await asyncio.sleep(1)
-
     async def _serve(self, path: str) -> None:
         """Take the port over, and answer at it, until its owner has ended, however that was: then all else does."""
         with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as owner:
@@ -130,24 +121,19 @@ class Ingress:
 
 
 class PrefixRequestRouter(RequestRouter):
-    """Tells the relay that comes with the first request which replicas there are; what is known of prefixes is there,
-    and so is the choice."""
-
-    _relay: Relay | None = None
+    """Tells this process's relay which replicas there are; what is known of prefixes is there, and so is the choice.
+    Ray makes it of a copy of this class."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        if self._relay is not None:
-            self._relay.meet({replica.replica_id.unique_id: replica.replica_metadata for replica in replicas})
+        Relay.here.meet({replica.replica_id.unique_id: replica.replica_metadata for replica in replicas})
 
     async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,  # noqa: ARG002
     ) -> list[list[RunningReplica]]:
-        assert pending_request is not None
-        pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
-        (self._relay,) = pending_request.args
-        self._relay.meet({one.replica_id.unique_id: one.replica_metadata for one in candidate_replicas})
-        return [candidate_replicas]
+        return [candidate_replicas]  # nothing is asked for by way of Ray
 
 
 def merged(pages: Mapping[str, str]) -> str:

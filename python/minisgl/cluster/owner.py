@@ -20,8 +20,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from minisgl.cluster.address import reach
 from minisgl.cluster.serving import APP, Plan, application
-from minisgl.config.args import args_from_options, integer
+from minisgl.config.args import args_from_options
 from minisgl.config.resolve import access_config
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.processes.control import ENDING_SIGNALS
@@ -30,7 +31,6 @@ from minisgl.server.serve import announce
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
-_ASK_SECONDS = 5.0
 _LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again, or of Ray's head, or of Ray at the end
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
 _WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
@@ -82,14 +82,12 @@ class Owner:
         os.environ.update(_ENVIRON | os.environ)
         options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options |= {"_temp_dir": f"{self._folder}/ray", "object_store_memory": _OBJECT_STORE}
-        what, tries = "Ray does not start", 2  # on a busy machine it may give up after half a minute
+        what, tries = "Ray does not start", 4  # on a busy machine it may give up after half a minute
         if self._address is not None:
             what, tries, options = f"--address {self._address}", 1, {}
         while not ray.is_initialized():
             tries -= 1
             try:
-                if self._address is not None:
-                    reach(self._address)
                 ray.init(self._address or "local", logging_level=logging.ERROR, **options)
             except Exception as error:  # of any kind
                 ray.shutdown()
@@ -181,17 +179,3 @@ def _give_up(why: str) -> None:
     """Ray's own end needs its head. A Ray of ours, and else the ingress, notice that we are gone."""
     print(f"minisgl: error: {why}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def reach(address: str) -> None:
-    """Raises: ConnectionError unless there is a HOST:PORT where somebody speaks first, and as a server of HTTP/2 does.
-    Ray's head is one; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), integer(1, 65535)(port)), _ASK_SECONDS) as head:
-            if os.environ.get("RAY_USE_TLS") != "1" and head.recv(4)[3:] != b"\4":
-                raise ConnectionError("something else does")
-    except ValueError:
-        raise ConnectionError("expected HOST:PORT, as in 10.0.0.1:6379") from None
-    except OSError as error:
-        raise ConnectionError(f"no Ray answers there ({error.strerror or error})") from error

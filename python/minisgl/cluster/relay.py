@@ -9,10 +9,11 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
 import aiohttp
+import anyio
 import msgspec
 import zmq
 from multidict import CIMultiDict
@@ -107,7 +108,10 @@ class _Passing(asyncio.Protocol):
 
 class Relay:
     """Answers requests with a replica's answers. max_body: bytes that are read of a body. session: with servers;
-    counts: requests that are open, that went to a second replica, whose answers broke off; ready: the replicas."""
+    counts: requests that are open, that went to a second replica, whose answers broke off; ready: the replicas; here:
+    that of this process."""
+
+    here: ClassVar["Relay"]
 
     def __init__(self, router: PrefixRouter, max_body: int) -> None:
         self.router, self._max_body = router, max_body
@@ -328,22 +332,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 @contextlib.asynccontextmanager
 async def _while_connected(receive: Receive) -> AsyncIterator[None]:
     """The block is done until it is done, or the client is gone."""
-    task = asyncio.current_task()
-    assert task is not None
+    with anyio.CancelScope() as scope:
 
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            scope.cancel()
 
-    watcher = asyncio.ensure_future(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not watcher.done():
-            raise  # it is another's
-    finally:
-        watcher.cancel()
+        watcher = asyncio.ensure_future(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
 
 
 def _failure(path: str) -> bytes:

@@ -17,7 +17,7 @@ import minisgl
 from minisgl.cluster.ingress import Ingress
 from minisgl.cluster.replica import Replica, node_address
 from minisgl.cluster.router import POLICIES, wanted_replicas
-from minisgl.config.args import ServerArgs, args_from_options, integer
+from minisgl.config.args import ServerArgs, args_from_options
 from minisgl.errors import ConfigError
 
 APP = "minisgl"
@@ -103,9 +103,7 @@ def application(plan: Plan) -> serve.Application:
     count["request_router_config"] = {"request_router_class": "minisgl.cluster.ingress:PrefixRequestRouter"}
     replica = serve.deployment(**count, **common)(Replica)
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
-    one_loop = {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}  # for what asks the router, and the router
-    actor = {"num_cpus": 0, "resources": here, "runtime_env": one_loop}
-    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress()(Ingress))
+    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here})(serve.ingress()(Ingress))
     # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.
     replica._version, ingress._version = _version(served), _version([front, plan.listener, plan.policy])
     return ingress.bind(replica.bind(served, plan.host), front, plan.listener, plan.policy)
@@ -125,16 +123,3 @@ def _require_room(plan: Plan, resources: Mapping[str, float], seconds: float) ->
 def _version(made_of: object) -> str:
     """Replicas of the same version stay."""
     return hashlib.sha256(json.dumps([minisgl.__version__, made_of], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def build(options: Mapping[str, object]) -> serve.Application:
-    """See `minisgl.cluster.app`. Ray is there."""
-    server = {name: value for name, value in options.items() if name not in ("replicas", "max_replicas", "router")}
-    args, replicas, policy = args_from_options(server), options.get("replicas", 1), options.get("router", POLICIES[0])
-    try:
-        replicas, most = (integer(1, 4096)(number) for number in (replicas, options.get("max_replicas", replicas)))
-    except ValueError as error:
-        raise ConfigError(f"options replicas, max_replicas: expected {error}") from None
-    if policy not in POLICIES:
-        raise ConfigError(f"option router={policy}: expected one of {', '.join(POLICIES)}")
-    return application(Plan(server_options(args), replicas, max(replicas, most), policy))

@@ -89,8 +89,8 @@ def several(inner: Parser) -> Parser:
     return parse
 
 
-_object = parser_of(
-    'a JSON object such as {"max_position_embeddings": 8192}',
+json_object = parser_of(
+    'a JSON object of names and values, such as {"max_position_embeddings": 8192}',
     lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
     lambda value: json.loads(value) if isinstance(value, str) else value,
 )
@@ -140,7 +140,7 @@ class ServerArgs(ServerOptions):
     revision: str | None = _option(_text, None)
     served_model_name: str | None = _option(_text, None)
     chat_template: str | None = _option(_text, None)
-    config_override: Mapping[str, Any] | None = _option(_object, None)
+    config_override: Mapping[str, Any] | None = _option(json_object, None)
     task: str | None = _choice(TASKS, None)
     dtype: str | None = _choice(("float16", "bfloat16", "float32"), None)
     quantization: str | None = _choice(("int8", "int4", "fp8"), None)

@@ -27,6 +27,8 @@ MIN_ARCH = (8, 0)
 _PAGE_SIZE = 16  # tokens
 _PREFILL_LENGTH = {"cpu": 512, "cuda": 8192}  # tokens
 _ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking torch's second thread costs more than it computes
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # else products are far slower than float32's
+_FLOAT16 = {"avx2", "f16c"}  # our CPU kernels read it as fast as bfloat16
 _GRAPH_MAX_BS = 256  # requests
 _LOADING_THREADS = 4  # beside a GPU
 _GPU_RESERVE = GIB  # bytes: CUDA's context, libraries' workspaces, captured graphs
@@ -111,6 +113,17 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     return (0.15 + share, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
 
 
+def attention_tokens(engine: EngineConfig) -> int:
+    """`SchedulerConfig.attention_tokens`. On CPUs what operations of layers say, which take about as long in products
+    as in attention; of those whose windows slide, what they see of the longest sequence. On GPUs it is not counted."""
+    model, longest = engine.model, engine.max_seq_len
+    weights = sum(3 * layer.mlp.active_features * model.hidden_size for layer in model.layers)
+    weights += sum(model.attention_weights(layer.attention) for layer in model.layers)
+    kinds = [(layer.attention.cache, min(1, (layer.attention.window or longest) / longest)) for layer in model.layers]
+    pair = sum((cache.k_dim + cache.v_dim) * seen for cache, seen in kinds if isinstance(cache, PagedKV))
+    return int(weights / pair / model.num_qo_heads) if engine.device == "cpu" and pair else 1 << 40
+
+
 def dotted(version: tuple[int, ...]) -> str:
     """A version in words; "?" where it is not known."""
     return ".".join(map(str, version)) or "?"
@@ -160,7 +173,7 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     if args.cuda_graph_max_bs:
         raise ConfigError(f"--cuda-graph-max-bs {args.cuda_graph_max_bs}: it is for GPUs; leave it out on a CPU, or 0")
     # bfloat16 checkpoints stay so in memory; torch alone computes them well only where the processor does.
-    stays = model.dtype == "bfloat16" and (not problem or machine.has_fast_bfloat16)
+    stays = model.dtype == "bfloat16" and (not problem or _BFLOAT16 & machine.cpu_flags)
     dtype = args.dtype or ("bfloat16" if stays else "float32")
     lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
     if "fp8" in (args.quantization, args.kv_cache_dtype):
@@ -177,7 +190,7 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
         prefill_backend=attention,
         decode_backend=attention,
         num_threads=args.cpu_threads or (1 if one_thread else wanted.num_threads),
-        kv_cache_dtype=args.kv_cache_dtype or ("float16" if is_narrow and machine.has_fast_float16 else dtype),
+        kv_cache_dtype=args.kv_cache_dtype or ("float16" if is_narrow and machine.cpu_flags >= _FLOAT16 else dtype),
         cpu_kernels=not lack,
     )
     if lack:

@@ -44,6 +44,7 @@ class Family:
     ropes_by_layer: bool = False
     kind: str = "sliding_attention"
     interval: str = ""
+    still: str = ""
     eps: str = "rms_norm_eps"
     activation: str = "hidden_act"
     groups_state: bool = False
@@ -124,8 +125,9 @@ def parse_model_config(f: Fields) -> ModelConfig:
     f, family = _text_model(f, FAMILIES[architecture := _architecture(f)])
     if missing := [key for key in _REQUIRED if f.data.get(key) is None and key not in family.defaults]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
+    told = {**family.defaults, **{key: value for key, value in f.data.items() if value is not None}}
     for key, values in {**TABLE["only"], **family.only}.items():
-        if (value := f.data.get(key)) is not None and value not in values:
+        if told.get(key) is not None and told[key] not in values:
             raise f.wrong(key, " or ".join(map(json.dumps, values)))
     hidden, vocab_size = f.integer("hidden_size", 0), f.integer("vocab_size", 0)
     layers, ropes, max_position = _layers(f, family)
@@ -267,8 +269,9 @@ def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.Rop
         far, longest = read_rope(f, rotary(_heads(f, kinds).k_dim), longest, "full_attention")
         return (far, near), [int(kind == "sliding_attention") for kind in kinds], longest
     rope, longest = read_rope(f, rotary(_heads(f).k_dim), longest)
-    interval = f.integer("no_rope_layer_interval", 1)
-    rotated = f.list_of(int, "no_rope_layers") or [(i + 1) % interval or interval == 1 for i in range(len(kinds))]
+    every, window = f.integer("no_rope_layer_interval", 1), f.integer("sliding_window", 0) if family.still else 0
+    moved = [not (window and kind == family.still) and (every == 1 or (i + 1) % every) for i, kind in enumerate(kinds)]
+    rotated = f.list_of(int, "no_rope_layers") or moved
     if len(rotated) != len(kinds):
         raise f.wrong("no_rope_layers", f"as many as layers, {len(kinds)}")
     still = replace(rope, type="proportional", scaling={"partial_rotary_factor": 0.0})
@@ -277,7 +280,7 @@ def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.Rop
 
 def _inner_size(f: Fields) -> int:
     """Features of an MLP; LFM2's files name what two thirds of are meant, rounded up to a multiple."""
-    size = f.integer("block_ff_dim", f.integer("intermediate_size", 0))
+    size = f.integer("block_ff_dim", f.integer("shared_intermediate_size", f.integer("intermediate_size", 0)))
     if not f.boolean("block_auto_adjust_ff_dim", False):
         return size
     size, multiple = int(f.number("block_ffn_dim_multiplier", 1.0, above=0) * int(2 * size / 3)), "block_multiple_of"

@@ -201,17 +201,21 @@ class ModelConfig:
         """Bytes that one running request takes on one rank, whatever its length, at most: if all are float32."""
         return 4 * sum(prod(shape) for state in self.states for shape in state.shapes(tp_size, draft_len))
 
+    def attention_weights(self, spec: AttentionSpec, tp_size: int = 1) -> int:
+        """Weights of a layer's attention, or of what it has in its place, on one rank."""
+        if not isinstance(spec.cache, PagedKV):
+            return spec.cache.num_weights(self.hidden_size, tp_size)
+        queries = self.num_qo_heads * spec.cache.k_dim * (2 + bool(spec.gated)) // tp_size
+        return (queries + (spec.source is None) * spec.cache.local_size(tp_size)) * self.hidden_size
+
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of weights (also "int8", "fp8", "int4", "packed" as stored) on one rank, but for the few replicated."""
         more = self.second[1].weight_bytes("bfloat16", tp_size) if self.second else 0
         if dtype == "packed":
             return self.packed_bytes // tp_size + more
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
-        params += sum(cache.local_size(tp_size) for cache in self.caches()) * self.hidden_size
-        params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
         params += self.num_layers * self.layer_inputs * (self.vocab_size // tp_size + 3 * self.hidden_size)
         for layer in self.cached_layers:
             params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-            if isinstance(cache := (spec := layer.attention).cache, PagedKV):
-                params += self.num_qo_heads * cache.k_dim * (2 + bool(spec.gated)) * self.hidden_size // tp_size
+            params += self.attention_weights(layer.attention, tp_size)
         return int(params * {**KV_BYTES, "int4": 0.75}[dtype]) + more

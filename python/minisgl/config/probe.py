@@ -118,16 +118,6 @@ class Capabilities(Nvidia):
     cxx: str | None = None  # path of the C++ compiler
     has_compiled: bool = False  # CPU kernels in the cache
 
-    @property
-    def has_fast_bfloat16(self) -> bool:
-        """Whether the CPU multiplies bfloat16 natively; elsewhere such products are far slower than float32's."""
-        return bool(self.cpu_flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
-
-    @property
-    def has_fast_float16(self) -> bool:
-        """Whether our CPU kernels read float16 as fast as bfloat16."""
-        return {"avx2", "f16c"} <= self.cpu_flags
-
 
 def probe() -> Capabilities:
     """Look at the machine. Takes some milliseconds, a few hundred where there are GPUs."""

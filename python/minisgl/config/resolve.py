@@ -12,7 +12,7 @@ from typing import Any
 
 from minisgl.config import chat
 from minisgl.config.args import ServerArgs, ServerOptions
-from minisgl.config.device import choose_device, decide_engine, step_costs
+from minisgl.config.device import attention_tokens, choose_device, decide_engine, step_costs
 from minisgl.config.draft import with_draft
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
@@ -102,6 +102,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         vocab_size=model.vocab_size,
         overlap=not args.disable_overlap,
         step_costs=step_costs(engine),
+        attention_tokens=attention_tokens(engine),
         token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,
     )
     tools, reasoning = chat.choose_parsers(args.tool_call_parser, args.reasoning_parser, files.chat_template)

@@ -34,11 +34,12 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
     where both are given), and the longest sequence.
 
-    layer: of `layer_types`, each of which has its own object, where it is not "". Those that slide have
-    `rope_local_base_freq` in the older form, and no scaling.
+    layer: of `layer_types`, each of which has its own object, or what there is, where it is not "". Those that slide
+    have `rope_local_base_freq` in the older form, and no scaling.
     """
     parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
-    parameters = parameters.child(layer) if layer else parameters
+    differ = any(isinstance(part, dict) for part in parameters.data.values()) or f.number("rope_local_base_freq", False)
+    parameters = parameters.child(layer) if layer and differ else parameters
     rope = f.child("rope_scaling") if f.data.get("rope_scaling") and not slides else parameters
     if any(isinstance(value, dict) for value in rope.data.values()):
         raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
@@ -48,8 +49,7 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     if lost is not None and not is_told and f.data.get("rope_parameters"):
         logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
     name = rope.text("rope_type", rope.text("type", "default"))
-    name = kind.other_names.get(name, name)
-    if name not in ROPE_TYPES:
+    if (name := kind.other_names.get(name, name)) not in ROPE_TYPES:
         raise ConfigError(f"{f.source}: rope type {name!r} not supported (supported: {', '.join(ROPE_TYPES)})")
     original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
     if original is None or name == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
@@ -74,8 +74,7 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
 
 def _rotary_dim(f: Fields, rope: Fields, kind: Rotary, may_be_less: bool) -> int:
     share = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0, above=0), above=0)
-    rotary_dim = int(kind.head_dim * share)
-    may_be_less |= kind.is_partial
+    rotary_dim, may_be_less = int(kind.head_dim * share), may_be_less or kind.is_partial
     if (share != 1 and not may_be_less) or share > 1 or rotary_dim < 2 or rotary_dim % 2:
         supported = f"up to 1, for an even part of {kind.head_dim} features" if may_be_less else "1"
         raise ConfigError(f"{f.source}: partial_rotary_factor {share:g} not supported (supported: {supported})")

@@ -44,20 +44,11 @@ class EngineConfig:
     use_pynccl: bool = True
     moe_backend: str = "torch"  # "triton" | "torch"
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of KV cache that one page takes on one rank, in the layers that have it."""
-        windowed = False if self.window else None
-        return self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size, windowed) * self.page_size
-
-    @property
-    def window_page_bytes(self) -> int:
-        """Bytes of one page of those whose windows slide."""
-        per_token = self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size, True) if self.window else 0
-        return per_token * self.page_size
-
     def kv_bytes(self, num_pages: int, num_window_pages: int) -> int:
-        return num_pages * self.page_bytes + num_window_pages * self.window_page_bytes
+        """Bytes that so many pages take on one rank, with so many of layers whose windows slide."""
+        pages = {False: num_pages, True: num_window_pages} if self.window else {None: num_pages}
+        each = (self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size, windowed) for windowed in pages)
+        return self.page_size * sum(num * size for num, size in zip(pages.values(), each, strict=True))
 
     def pages_for(self, num_bytes: int) -> tuple[int, int]:
         """`num_pages` and `num_window_pages`: what the user asked for, or as many as so many bytes hold.
@@ -65,7 +56,7 @@ class EngineConfig:
         Windows of all requests, and as many for cached prefixes, have the share that one of `_TYPICAL_TOKENS` needs (or
         of two windows), or less if it is more than they take. But one request must fit, of the longest if that can be.
         """
-        each, near, size, rows = self.page_bytes, self.window_page_bytes, self.page_size, self.max_running_requests
+        each, near, size, rows = self.kv_bytes(1, 0), self.kv_bytes(0, 1), self.page_size, self.max_running_requests
         if not near:
             return self.num_pages or num_bytes // max(1, each), 0
         longest, chunk = div_ceil(self.max_seq_len, size), min(self.max_prefill_length, self.max_seq_len)
@@ -116,6 +107,7 @@ class SchedulerConfig:
     draft_len: int = 8  # tokens of a request that a step may verify, at most; 0: no drafts
     cuda_graph_max_bs: int = 0  # tokens of the largest captured step; 0: none is
     step_costs: tuple[float, float] = (0.0, 0.0)  # in steps of one token: of one more; of planning nothing meanwhile
+    attention_tokens: int = 1 << 40  # over so many a token's attention takes as long as all else that it needs
     window: int = 0  # of the layers whose windows slide, tokens; 0: there are none
     num_window_pages: int = 0  # that these have
     kv_events_endpoint: tuple[str, ...] = ()  # of ZeroMQ: for events of the prefix cache, and for those missed

@@ -54,7 +54,8 @@ class LogitRules:
         has_lists = False
         for row, _, params, prompt_len, end_ids in admissions:
             least = min(prompt_len + params.min_tokens, MAX_COUNT) if params.min_tokens else 0
-            self._until[row] = MAX_COUNT if params.has_penalties or params.logit_bias else least
+            penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1
+            self._until[row] = MAX_COUNT if any(penalties) or params.logit_bias else least
             ends = [(token, -np.inf) for token in end_ids if least]
             before, self._entries[row] = self._entries[row], np.array([*ends, *params.logit_bias], _ENTRY)
             has_lists |= len(before) + len(self._entries[row]) > 0

@@ -40,7 +40,7 @@ class Float8Format(StoredFormat):
             return WeightSlot(name, shape, tensors[key], (0, 1))
         rows, cols = (self._blocks(name, *part) for part in ((rows, num_out), (shard.span, num_in)))
         tensors[key] = torch.zeros(div_ceil(shard.local[0] + shard.padding, BLOCK), cols[1] - cols[0])
-        target = tensors[key][: rows[1] - rows[0]]
+        target = tensors[key][: div_ceil(shard.local[0], BLOCK)]  # of the rows that it has here, which may be more
         return WeightSlot(name, (div_ceil(num_out, BLOCK), div_ceil(num_in, BLOCK)), target, rows, cols)
 
     def _scale_name(self, prefix: str) -> str:

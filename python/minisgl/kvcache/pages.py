@@ -153,6 +153,12 @@ class Pages:
         """Pages to be had, cached ones that nobody uses included."""
         return self.allocator.num_free + self.cache.num_evictable
 
+    @property
+    def num_used(self) -> int:
+        """Pages that are not to be had; as great a share of them as is used of those of windows, if that is greater."""
+        num, near = len(self.allocator.flags), self.windows
+        return num - min(self.num_free, near.num_free * num // len(near.pages) if near.window else num)
+
     def missing(self, count: int, num_new: int) -> int:
         """How many pages are too few for `count`, where a request that has `num_new` of them computed at a time and
         others are to grow: those behind its window it gives back."""

@@ -33,16 +33,11 @@ class RadixNode:
     in ticks of the tree's own clock.
     """
 
-    __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")
+    __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")  # no dataclass: dumps go too deep
 
     def __init__(self, name: bytes, key: TokenIds, pages: list[int], parent: "RadixNode | None", stamp: int) -> None:
-        self.name = name
-        self.key = key
-        self.pages = pages
-        self.parent = parent
-        self.children: dict[bytes, RadixNode] = {}
-        self.num_locks = 0
-        self.stamp = stamp
+        self.name, self.key, self.pages, self.parent, self.stamp = name, key, pages, parent, stamp
+        self.children, self.num_locks = dict[bytes, RadixNode](), 0
 
 
 class Match(NamedTuple):

@@ -143,9 +143,8 @@ class SparseMLP(Layer):
     """
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
-        self._ops, self._comm, self._format, self._eps = env.ops, env.comm, env.format, eps
-        self._spec, self._hidden = spec, hidden_size
-        self._mine = env.share(spec.intermediate_size, "features of an expert")
+        self._ops, self._comm, self._format, self._eps, self._hidden = env.ops, env.comm, env.format, eps, hidden_size
+        self._spec, self._mine = spec, env.share(spec.intermediate_size, "features of an expert")
         share = len(self._mine)
         router, one = (spec.num_experts, hidden_size), (1, hidden_size)
         exact = replace(env, format=DENSE)  # what small errors would change much; on every rank

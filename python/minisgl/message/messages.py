@@ -258,7 +258,7 @@ class StatsReply(Message, frozen=True):
     num_running: int
     num_waiting: int
     num_pages: int
-    num_free_pages: int  # those of the prefix cache that nobody uses included
+    num_used_pages: int  # by requests, as `Pages.num_used`
     num_retracted: int
     num_drafted: dict[str, int]  # tokens, by who has guessed them
     num_right: dict[str, int]  # of these

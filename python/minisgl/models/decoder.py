@@ -27,7 +27,7 @@ class DecoderLayer(Layer):
         self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
         names, self._offset = config.layers[layer].norms, config.norm_offset
         self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
-        self.norms = [env.vector(hidden) if name else None for name in self._names]
+        self.norms = tuple(env.vector(hidden) if name else None for name in self._names)
         self.input = LayerInput(env, config, layer) if config.layer_inputs else None
         self.scalar = env.vector(1) if config.layer_scalars else None
 
@@ -54,8 +54,7 @@ class DecoderLayer(Layer):
         attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
         if attention is None or mlp is None or self.input is not None or self.scalar is not None:
             return None
-        norms = tuple(self.norms)
-        return CpuSpec(blocks=(replace(attention, norms=norms[:2]), replace(mlp, norms=norms[2:])))
+        return CpuSpec(blocks=(replace(attention, norms=self.norms[:2]), replace(mlp, norms=self.norms[2:])))
 
 
 class DecoderModel:

@@ -83,12 +83,12 @@ class Status(Observer):
             self._num_output,
             self._busy,
             self._num_output / max(self._busy, 1e-3),
-            100 * (1 - planner.pages.num_free / planner.config.num_pages),
+            100 * planner.pages.num_used / planner.config.num_pages,
         )
         self._logged, self._busy, self._num_done, self._num_output = now, 0.0, 0, 0
 
     def reply(self, question: StatsMsg) -> StatsReply:
         planner, num_pages = self._planner, self._planner.config.num_pages
         drafted = dict(planner.speculation.num_drafted), dict(planner.speculation.num_right)
-        counts = num_pages, planner.pages.num_free, planner.num_retracted, *drafted, self._requests, self._tokens
+        counts = num_pages, planner.pages.num_used, planner.num_retracted, *drafted, self._requests, self._tokens
         return StatsReply(question.uid, len(planner.running), len(planner.waiting), *counts)

@@ -29,16 +29,12 @@ _GROWTH_TOKENS = 64
 _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
 # A prompt's token whose log-probabilities are told takes as much of a step as so many others: logits for all words.
 _TELLING_COST = 8
+_READING = 3  # new tokens: their attention takes as long as it takes to read and widen what lies before them
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
 _SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
-
-
-def _cost(req: Req) -> int:
-    """How many tokens of a step's budget one token of the prompt takes."""
-    return _TELLING_COST if req.tells_prompt and not req.params.pooling else 1
 
 
 class Planner:
@@ -146,7 +142,7 @@ class Planner:
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
         has_pages, page_size, budget, keeps_states = True, self._page_size, step.budget, bool(self.pages.slots)
-        for req in self.running:  # a retraction takes requests off the end, never from before this one
+        for index, req in enumerate(self.running):  # a retraction takes requests off the end, none from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or num_tokens == start or req.held:
                 continue  # its last token is planned already, or its next one cannot be sampled
@@ -154,17 +150,16 @@ class Planner:
                 break
             if self.config.window:  # `_sit_out` may go back to its last known token
                 self.pages.advance(req, min(start, len(req.tokens) - 1))
-            num_new = num_tokens - start
-            cost = 1 if num_new == 1 else _cost(req)
-            if num_new * cost > budget:
-                num_new = max(1, budget // cost)
+            num_new, cost = num_tokens - start, 1
             if keeps_states:
                 self._save_state(req, start)
                 num_new = min([num_new, *(border - start for border in req.borders if border > start)])
+            if num_new > 1:  # what a token of everyone's output takes is no less if it comes a step later
+                num_new, cost = self._share(req, start, num_new, budget - (len(self.running) - index - 1))
             if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
                 has_pages = False
                 continue
-            budget -= num_new * cost
+            budget -= cost
             self._schedule(req, num_new, step)
         step.budget = budget
         return has_pages
@@ -179,8 +174,17 @@ class Planner:
                 break
             step.admit(req, self.config.eos_token_ids)
             is_whole = req.num_computed + num_new in (req.num_tokens, *req.borders[-1:])
-            step.budget = step.budget - num_new * _cost(req) if is_whole else 0
+            _, cost = self._share(req, req.num_computed, num_new, step.budget)
+            step.budget = step.budget - cost if is_whole else 0
             self._schedule(req, num_new, step)
+
+    def _share(self, req: Req, start: int, num_new: int, budget: int) -> tuple[int, int]:
+        """How many of so many tokens of a prompt, behind those before `start`, a step's budget holds, at least one; and
+        what they take of it, with their attention (docs/adr/0030-attention-in-a-step.md)."""
+        each = _TELLING_COST if req.tells_prompt and not req.params.pooling else 1
+        span = self.config.attention_tokens
+        num_new = max(1, min(num_new, ((budget + 1) * span - _READING * start - 1) // (each * span + start)))
+        return num_new, num_new * each + (num_new + _READING) * start // span
 
     def _schedule(self, req: Req, num_new: int, step: Growing) -> None:
         start = req.num_computed
@@ -297,7 +301,7 @@ class Planner:
             return 0
         pages.hold(req, match)
         num_cached = req.num_saved = len(match.pages) * self._page_size
-        num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
+        num_new, _ = self._share(req, num_cached, len(req.tokens) - num_cached, budget)
         if pages.slots and not req.tells_prompt:
             req.borders = self._borders(req, num_cached)
             num_new = min([num_new, *(border - num_cached for border in req.borders)])
@@ -334,7 +338,8 @@ class Planner:
             req.num_charged = max(req.num_charged, req.num_computed)
         req = self.running[-1]
         num_left = req.num_tokens - req.num_computed + len(self.running)
-        is_long = num_left > self.config.max_prefill_length and self.config.cache_type == "radix"
+        most, _ = self._share(req, req.num_computed, num_left, self.config.max_prefill_length)
+        is_long = num_left > most and self.config.cache_type == "radix"
         is_further = req.num_saved >= req.num_interrupted + self._page_size and not req.tells_prompt
         if is_long and is_further and self.pages.rows and self.waiting.overtakes(req.params.client):
             req.num_interrupted = req.num_saved

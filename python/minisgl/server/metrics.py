@@ -101,7 +101,7 @@ class Exposition(Collector):
         values["ended"] = {(self._model_name, reason.value): n for reason, n in self._requests.num_finished.items()}
         values["restarts"] = {(worker,): count for worker, count in self._restarts.items()}
         if (stats := self._stats) is not None:
-            usage = 1 - stats.num_free_pages / max(1, stats.num_pages)
+            usage = stats.num_used_pages / max(1, stats.num_pages)
             values |= {**msgspec.structs.asdict(stats), "usage": usage}
             for key in ("num_drafted", "num_right"):
                 values[key] = {(self._model_name, drafter): count for drafter, count in values[key].items()}

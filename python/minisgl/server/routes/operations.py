@@ -78,7 +78,7 @@ class Operations:
             "num_requests_in_flight": self._frontend.num_in_flight,
             "num_running_requests": stats.num_running,
             "num_waiting_requests": stats.num_waiting,
-            "num_pages_in_use": stats.num_pages - stats.num_free_pages,
+            "num_pages_in_use": stats.num_used_pages,
         }
         config, engine, scheduler = self._config, self._config.engine, self._config.scheduler
         settings = {
