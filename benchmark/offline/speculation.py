@@ -8,12 +8,13 @@ not, and with drafts of some quality.
 Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote: a
 text that is to be said again, greedily; fresh: the beginning of a story, sampled, another one in each round; answer:
 questions in a chat, greedily, up to where the answers end, the same ones in each round. Without `--model` it is the
-built-in model. Further flags are the engine's; `--speculate ngram` where they name none. Prints both speeds (medians),
-the ratio (median of the rounds'), and how many guessed tokens were right.
+built-in model. Further flags are the engine's; `--speculate ngram` where they name no drafter. Prints both speeds
+(medians), the ratio (median of the rounds'), and how many guessed tokens were right.
 
---shape: random weights, and prompts of random ids; with `--speculate mtp` the model has a head. --accept: a guessed
-token counts as right by a seeded coin that says yes so often, whatever was sampled. --predict: greedily, and each
-request brings the plain output as its prediction, in which one token of so many is another (0: none).
+--shape: random weights, and prompts of random ids; with `--speculate mtp` the model has a head, and of what
+`--draft-model` names no more than its config.json is read. --accept: a guessed token counts as right by a seeded coin
+that says yes so often, whatever was sampled. --predict: greedily, and each request brings the plain output as its
+prediction, in which one token of so many is another (0: none).
 """
 
 import argparse
@@ -88,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
 def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """The drafting engine's."""
     room = {"max_seq_len": 2048, "max_running_requests": max(16, 4 * max(args.streams))}  # samples of drafts
-    options = {**room, "speculate": "ngram" if args.predict is None else "off", **engine_options(parse_args(flags))}
+    given = engine_options(parse_args(flags))
+    kind = "ngram" if args.predict is None and "draft_model" not in given else "off"
+    options = {**room, "speculate": kind, **given}
     if args.shape is not None:  # several fit one device
         num_pages = max(args.streams) * (SHAPE_PROMPT + args.output_len + 64) // 16 + 256
         options = {"num_pages": num_pages, "max_prefill_length": 2048, **options}
@@ -136,16 +139,16 @@ def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict
     return {"streams": num, "speeds": speeds, "ratios": ratios, "drafted": drafted, "right": right}
 
 
-def toss(speculation: Speculation, share: float) -> None:
+def toss(speculation: Speculation, rate: float) -> None:
     """Let a coin say which drafted tokens hold, to see what drafts of some quality would gain: what is generated then
     makes no sense."""
     coin, settle = random.Random(1), speculation.settle
 
     def tossed(
-        req: Req, scheduled: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
+        req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
     ) -> tuple[int, ...]:
-        said = [ids[i] if coin.random() < share else ids[i] + 1 for i in range(len(draft))]
-        return settle(req, scheduled, said, ids, pages)
+        said = [ids[i] if coin.random() < rate else ids[i] + 1 for i in range(len(draft))]
+        return settle(req, share, said, ids, pages)
 
     speculation.settle = tossed  # type: ignore[method-assign]
 
@@ -155,8 +158,9 @@ def main() -> None:
     options = all_options(args, flags)
     with contextlib.ExitStack() as stack:
         options = stack.enter_context(model_options(args.shape, options))
-        engines = {name: stack.enter_context(LLM(**options | more)) for name, more in
-                   (("plain", {"speculate": "off"}), ("drafts", {}))}  # fmt: skip
+        plain = {name: value for name, value in options.items() if name != "draft_model"} | {"speculate": "off"}
+        kinds = {"plain": plain, "drafts": options}
+        engines = {name: stack.enter_context(LLM(**kind)) for name, kind in kinds.items()}
         if args.accept is not None:
             toss(engines["drafts"].scheduler.planner.speculation, args.accept)
         reports = [compare(engines, args, num) for num in args.streams]
