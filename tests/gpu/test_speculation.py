@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from minisgl import LLM, SamplingParams
 from minisgl.core import Req
 from minisgl.scheduler import speculation
 from tests.gpu.conftest import DEVICE
+from tests.integration.test_eagle import CASES, NUM_LAYERS, WORDS, random_head, said, served, target, train, trained
 from tests.integration.test_llm import make_prompts, with_tokenizer
 from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
-from tests.models import tiny_model
+from tests.models import random_prompt, tiny_model
+from tests.tokenizers_fixture import make_words
 
-__all__ = ["made"]
+__all__ = ["made", "served", "trained"]
 NUM_TOKENS = 40
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 PARAMS = [
@@ -94,3 +98,54 @@ def test_heads_change_nothing(family: str, options: dict[str, Any]) -> None:
     params = [dataclasses.replace(PARAMS[i % len(PARAMS)], seed=i) for i in range(len(make_prompts()))]
     expected = outputs_of(path, params, dummy_weight=True)
     assert outputs_of(path, params, dummy_weight=True, speculate="mtp", **options) == expected
+
+
+@needs_gpu
+@pytest.mark.parametrize("max_batch", [0, 32])
+@pytest.mark.parametrize("case", CASES)
+def test_an_eagle_head_tells_what_its_formula_says(case: str, max_batch: int, tmp_path: Path) -> None:
+    family, options, changes = CASES[case]
+    path, head = target(family), random_head(**options)
+    where = head.save(tmp_path / "head", **changes)
+    told, drafts = generate(path, "eagle", draft_model=where, cuda_graph_max_bs=max_batch, **ON_DEVICE)
+    assert told == generate(path, "off")[0]
+    assert len(drafts) > 5
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for tokens, draft in drafts:
+            assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("options", [{}, EAGER, FEW], ids=["captured", "eager", "few graphs"])
+@pytest.mark.parametrize("kind", ["trained", "random"])
+def test_eagle_heads_change_nothing(
+    served: tuple[Path, list[list[int]]], trained: Path, kind: str, options: dict[str, Any], tp_size: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A head of some of the tokens, too; and it is of use."""
+    some = random_head(ids=torch.arange(3, WORDS, 2), vocab_size=WORDS)
+    head = trained if kind == "trained" else some.save(tmp_path / "head")
+    params = [dataclasses.replace(PARAMS[i % len(PARAMS)], logprobs=0) for i in range(len(served[1]))]
+    expected, _ = said(*served, params, device=DEVICE)
+    told, share = said(
+        *served, params, device=DEVICE, draft_model=str(head), tensor_parallel_size=tp_size, num_pages=512, **options
+    )
+    assert told == expected
+    assert share > 0.1 or kind == "random"
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_an_eagle_head_is_right_in_16_bits(tp_size: int, tmp_path: Path) -> None:
+    """With a GPU's kernels for decode steps, heads of 64 features, and an LM head of 8 bits for drafts."""
+    source = tiny_model("llama", num_hidden_layers=NUM_LAYERS, vocab_size=WORDS, head_dim=64)
+    path = make_words(shutil.copytree(source, tmp_path / "model"), WORDS)
+    prompts = [random_prompt(20 + i, seed=i) for i in range(4)]
+    options = {"device": DEVICE, "dtype": "bfloat16", "num_pages": 512}
+    texts, _ = said(path, prompts, [GREEDY] * 4, **options)
+    head = random_head(ids=torch.arange(WORDS), vocab_size=WORDS, head_dim=64)
+    train(head, AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval(), prompts, texts[:4])
+    where = head.save(tmp_path / "head", vocab_size=WORDS)
+    told, share = said(path, prompts, [GREEDY] * 4, draft_model=str(where), tensor_parallel_size=tp_size, **options)
+    assert [len(ids) for ids in told] == [NUM_TOKENS] * 8
+    assert share > 0.1

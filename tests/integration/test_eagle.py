@@ -19,7 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from minisgl.config.args import parse_args
-from minisgl.config.resolve import prepare
+from minisgl.config.draft import with_draft
+from minisgl.config.families import read_model_config
+from minisgl.config.resolve import ModelFiles, prepare, resolve
+from minisgl.config.runtime import ServerConfig
 from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
@@ -27,6 +30,7 @@ from tests.integration.test_captured import Engine, Graphs, graphs
 from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, generate
 from tests.models import VOCAB_SIZE, random_prompt, tiny_model
 from tests.tokenizers_fixture import make_words
+from tests.unit.test_resolve import GPUS
 
 __all__ = ["graphs"]  # a fixture
 
@@ -208,6 +212,32 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         prepare(parse_args(["--model", str(good), "--device", "cpu"], {}))
 
 
+def on_gpus(draft_model: Path, *flags: str) -> ServerConfig:
+    """For the model of `target`."""
+    path = target("llama")
+    args = parse_args(["--model", str(path), "--draft-model", str(draft_model), *flags], {})
+    args, model = with_draft(args, path, read_model_config(path), "cuda")
+    return resolve(args, ModelFiles(path, model, {}), GPUS)
+
+
+def test_on_gpus_it_is_taken_where_its_layer_is_like_the_models(tmp_path: Path) -> None:
+    good = random_head().save(tmp_path / "good")
+    config = on_gpus(good)
+    assert (config.engine.device, config.engine.draft_len, config.scheduler.speculate) == ("cuda", 4, "eagle")
+    assert config.engine.decode_backend == "triton" and config.engine.cuda_graph_max_bs > 0
+    with pytest.raises(ConfigError, match=r"^heads that guess tokens: not with the attention of sdpa; choose another"):
+        on_gpus(good, "--attn", "sdpa")
+    few = {"num_attention_heads": 4}, {"num_key_value_heads": 2}, {"head_dim": 32}
+    others = [random_head(**heads).save(tmp_path / f"{i}") for i, heads in enumerate(few)]
+    for other in (*others, target("llama")):
+        with pytest.raises(ConfigError) as error:
+            on_gpus(other)
+        assert str(error.value) == (
+            f"--draft-model {other}: on GPUs so far only EAGLE-3 heads with the model's attention heads; "
+            "choose another, or --device cpu"
+        )
+
+
 @pytest.mark.parametrize("name", ["fc.", "midlayer.hidden_norm", "midlayer.self_attn.k_proj", "norm.", "lm_head"])
 def test_what_is_missing_is_named_before_weights_are_loaded(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     head = random_head().save(tmp_path / "head", drop=[name])
@@ -232,13 +262,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[in
 
 @pytest.fixture(scope="module")
 def trained(served: tuple[Path, list[list[int]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A head that has seen a hundred times what the model says."""
-    head = random_head(ids=torch.arange(WORDS), vocab_size=WORDS)
-    model = AutoModelForCausalLM.from_pretrained(served[0], attn_implementation="eager").eval()
-    optimizer, inputs = torch.optim.Adam(head.parameters(), 3e-3), []
+    """A head that has seen what the model says."""
+    model, texts = AutoModelForCausalLM.from_pretrained(served[0], attn_implementation="eager").eval(), []
     for prompt in served[1]:
         ids = torch.tensor([prompt])
         (text,) = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+        texts.append(text[len(prompt) :].tolist())
+    head = random_head(ids=torch.arange(WORDS), vocab_size=WORDS)
+    train(head, model, served[1], texts)
+    return head.save(tmp_path_factory.mktemp("trained") / "head", vocab_size=WORDS)
+
+
+def train(head: Head, model: Any, prompts: list[list[int]], texts: list[list[int]]) -> None:
+    """The head sees a hundred times what the model says after each prompt."""
+    optimizer, inputs = torch.optim.Adam(head.parameters(), 3e-3), []
+    for prompt, said in zip(prompts, texts, strict=True):
+        text = torch.tensor(prompt + said)
         with torch.no_grad():
             states = model(text[None, :-2], output_hidden_states=True).hidden_states
             inputs.append((torch.cat([states[i][0] for i in head.aux], -1), text, len(prompt) - 2))
@@ -249,15 +288,14 @@ def trained(served: tuple[Path, list[list[int]]], tmp_path_factory: pytest.TempP
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return head.save(tmp_path_factory.mktemp("trained") / "head", vocab_size=WORDS)
 
 
 def said(
     path: Path, prompts: list[list[int]], params: list[SamplingParams], **options: Any
 ) -> tuple[list[list[int]], float]:
     """Twice the same, the second time with all in the cache; and the share of drafted tokens that were right."""
-    told = list[list[int]]()
-    with LLM(str(path), device="cpu", dtype="float32", max_seq_len=128, **options) as llm:
+    told, options = list[list[int]](), {"device": "cpu", "dtype": "float32", "max_seq_len": 128, **options}
+    with LLM(str(path), **options) as llm:
         for _ in range(2):
             told += [list(output.token_ids) for output in llm.generate(prompts, params, progress=False)]
         counts = llm.scheduler.planner.speculation
