@@ -149,10 +149,10 @@ def test_few_bits_choose_some_tokens_and_all_bits_one_of_these(
     pack = heads.Head._pack
 
     def narrow(self: heads.Head) -> None:
-        """As on a GPU. Its 4 bits alone would name another token each third time."""
+        """As on a GPU."""
         pack(self)
-        assert isinstance(matrix := self.lm_head.matrix, TorchMatrix)
-        self._narrowed = self._ops.packed_matrix([Grouped.of(matrix.weight)], torch.float32)
+        assert isinstance(self.lm_head.matrix, TorchMatrix)
+        self._narrowed = self._ops.packed_matrix([Grouped.of(self.lm_head.matrix.weight)], torch.float32)
 
     monkeypatch.setattr(heads.Head, "_pack", narrow)
     told, drafts = generate(path, "mtp")
