@@ -61,9 +61,8 @@ class Matching:
 
 
 def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: float) -> tuple[list[Words], bool]:
-    """The masks of the next token, and of those after each token of a draft: as far as the grammar takes it, and until
-    they have taken so many seconds of a core. Without the first there is none. And whether the matcher is where it was;
-    if not, it is of no more use: llguidance has limits, which a draft may break."""
+    """The masks of the next token, and of those after each token of a draft: as far as the grammar takes it, for so
+    many seconds of a core. And whether the matcher is where it was: a draft may break its limits, and it is useless."""
     start, masks = time.thread_time() if draft else 0.0, list[Words]()
     while not matcher.is_error():
         mask = np.empty(num_words, np.int32)

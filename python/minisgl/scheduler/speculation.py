@@ -26,8 +26,7 @@ _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 class Lengths:
     """How long drafts are to be: what gives most tokens for the time of the whole step. Time counts in steps of few
     tokens: one row more takes `row_cost`, and a step that verifies anything `verify_cost`, since nothing is planned
-    meanwhile. Thus drafts get shorter the more requests run, and end. least: the share of right tokens up to which no
-    draft pays, nor will when others have got theirs."""
+    meanwhile. Thus drafts get shorter the more requests run. least: the share of right tokens below which none pays."""
 
     def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int) -> None:
         self._row_cost, self._verify_cost = row_cost, verify_cost
