@@ -202,8 +202,8 @@ class Scheduler:
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
         tokens = (req.uid, wire.pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
         ending = output.finish_reason, output.error, output.error_status
-        told = output.logprobs, output.prompt_logprobs
-        logprobs, of_prompt = (wire.pack_logprobs(parts) if parts else None for parts in told)
+        logprobs = wire.pack_logprobs(output.logprobs) if output.logprobs else None
+        of_prompt = wire.pack_logprobs(output.prompt_logprobs) if output.prompt_logprobs else None
         return wire.DetokenizeMsg(*tokens, *ending, logprobs, of_prompt, output.pooled, req.drafted)
 
 
