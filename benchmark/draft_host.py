@@ -3,10 +3,10 @@
     python benchmark/draft_host.py [--streams 1 8 32] [--output-len 400] [--accept 0.7] [--observed] [--profile]
 
 The scheduler, and what a GPU's engine does on the host, with the captured steps of a small hybrid that has a head, but
-replays compute nothing: they sample token 7, and the head tells drafts of three. A drafted token counts as right by a
-seeded coin. Times are of the thread (CPU time): `gap` from when a step's results can be read to when the next one
-has been launched; `rest` what else a turn of the loop takes, while the device computes: telling outputs, and text.
-Parts of the gap: `result`, `retire`, `plan`, `launch`. Prints medians in milliseconds of steps of all streams; what a
+replays compute nothing: the head tells drafts of three, and a seeded coin says which of their tokens are sampled. Times
+are of the thread (CPU time): `gap` from when a step's results can be read to when the next one's graph is launched;
+`rest` what else a turn of the loop takes, while the device computes: telling outputs, and text. Parts of the gap:
+`result`, `retire`, `plan`, `launch` (as far as that). Prints medians in milliseconds of steps of all streams; what a
 GPU's driver takes for three to five launches comes on top. --observed: with a server's observers, and without text.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import cProfile
 import gc
 import pstats
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -58,15 +57,21 @@ Seconds = dict[str, list[float]]
 
 
 class NoGraphs:
-    """In place of `DecodeGraphs`: nothing is computed."""
+    """In place of `DecodeGraphs`: nothing is computed. accept: share of right drafts; replayed: when it last was."""
+
+    accept, replayed = 0.7, 0.0
 
     def __init__(self, _: object, shapes: Sequence[GraphShape]) -> None:
+        self._coin = np.random.default_rng(1)
         self._results = {shape: (torch.full((shape.num_tokens,), TOKEN, dtype=torch.int32),
                                  torch.full((shape.num_reqs, DRAFT_LEN), TOKEN, dtype=torch.int32) if shape.is_wide
                                  else None) for shape in shapes}  # fmt: skip
 
     def replay(self, shape: GraphShape) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._results[shape]
+        NoGraphs.replayed = time.thread_time()
+        ids, told = self._results[shape]
+        ids.copy_(torch.from_numpy(TOKEN + (self._coin.random(len(ids)) > self.accept)))
+        return ids, told
 
 
 class NoBackend:
@@ -102,14 +107,13 @@ class Engine:
         tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
         backend: Any = NoBackend()
         self.steps = Steps(shard, shard.create_kv(config.num_pages + 1), tables, backend, config.cuda_graph_max_bs)
-        self.ready = self.launched = 0.0
+        self.ready = 0.0
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> Any:
         begin = time.thread_time()
         with torch.inference_mode():
             launched = self.steps.launch(plan, masks)
-        self.launched = time.thread_time()
-        self._seconds["launch"].append(self.launched - begin)
+        self._seconds["launch"].append(NoGraphs.replayed - begin)
 
         def wait(_: float | None = None) -> bool:
             self.ready = time.thread_time()
@@ -144,8 +148,7 @@ def measure(config: Any, args: argparse.Namespace, num: int) -> dict[str, float]
     engine = Engine(config.engine, seconds)
     transport, observers = LocalTransport(), list[Observer]([Status(), Recorder()] if args.observed else [])
     scheduler = Scheduler(config.scheduler, engine, transport, *observers)
-    planner, coin = scheduler.planner, random.Random(1)
-    planner.speculation.holds = lambda *_: coin.random() < args.accept
+    planner = scheduler.planner
     for name in ("retire", "plan"):
         setattr(planner, name, timed(getattr(planner, name), seconds[name]))
     detokenizer, numbers = Detokenizer(Tokenizer(config.tokenizer).codec), np.random.default_rng(0)
@@ -172,8 +175,8 @@ def measure(config: Any, args: argparse.Namespace, num: int) -> dict[str, float]
             for count, times in zip(counts, seconds.values(), strict=True):
                 del times[count:]
         else:
-            seconds["gap"].append(engine.launched - engine.ready)
-            seconds["rest"].append(end - begin - (engine.launched - engine.ready))
+            seconds["gap"].append(NoGraphs.replayed - engine.ready)
+            seconds["rest"].append(end - begin - (NoGraphs.replayed - engine.ready))
         if not planner.reqs:
             break
     gc.unfreeze()
@@ -197,6 +200,7 @@ def main() -> None:
     empty, event = torch.empty, SimpleNamespace(synchronize=lambda: None, record=lambda: None)
     torch.empty = lambda *size, pin_memory=False, **how: empty(*size, **how)  # type: ignore[assignment]  # noqa: ARG005
     torch.cuda.Event = lambda: event  # type: ignore[assignment, misc]
+    NoGraphs.accept = args.accept
     cuda.DecodeGraphs = NoGraphs  # type: ignore[assignment, misc]
     options = {"device": "cpu", "dtype": "float32", "speculate": "mtp", "max_seq_len": 1024, "page_size": 16,
                "max_running_requests": 128, "num_pages": 8192, "config_override": SHAPE}  # fmt: skip
