@@ -91,9 +91,9 @@ class Scheduler:
         self._stuck = planned is None and not self._submitted
         if planned is not None:
             masks = self._grammars.masks(planned, self._submitted)
+            self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
             for observer in self._observers:
                 observer.submitted(planned)
-            self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
         elif not self._submitted and not len(self.planner.running) and len(self.planner.waiting):
             raise IntegrityError("no request can begin, and none runs: pages are lost")
         self._send(outputs)

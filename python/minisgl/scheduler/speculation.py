@@ -44,7 +44,7 @@ class Lengths:
 
     def add(self, rate: float, num_pending: int, length: int) -> None:
         """One has a draft of this length."""
-        self._tokens += sum(rate ** (i + num_pending) for i in range(1, length + 1))
+        self._tokens += sum([rate**i for i in range(1 + num_pending, 1 + num_pending + length)])
         self._cost += self._row_cost * length
 
     @property
@@ -102,16 +102,15 @@ class Speculation:
         step.decode, step.prefill = ([], []), ([], [])
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
         for req, share in shares:
-            end, ids = share.start + share.num_new, tuple(drafts.get(share.row, ()))
-            if ids := ids[: self._room(req, end, len(ids), pages)]:
-                step.drafts.append(Draft(share.row, end, ids))
-                share = share._replace(num_new=share.num_new + len(ids), num_samples=share.num_samples + len(ids))
-            end += len(ids)
-            if (most := min(wanted.get(share.row, 0), req.max_len - end - 1)) > 0:
-                share = share._replace(num_drafts=self._room(req, end, most, pages))
-            some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
+            row, start, num_new, num_samples, num_drafts, num_held = share
+            if (ids := drafts.get(row)) and (num := self._room(req, start + num_new, len(ids), pages)):
+                step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
+                num_new, num_samples = num_new + num, num_samples + num
+            if (most := min(wanted.get(row, 0), req.max_len - start - num_new - 1)) > 0:
+                num_drafts = self._room(req, start + num_new, most, pages)
+            some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
             some_reqs.append(req)
-            some_shares.append(share)
+            some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held))
 
     def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
@@ -198,10 +197,10 @@ class Speculation:
     def _room(self, req: Req, end: int, num: int, pages: Pages) -> int:
         """How many of so many guesses behind the first `end` tokens have pages. They get new ones as long as each
         request that runs can have one more for what is no guess."""
-        missing = div_ceil(end + num, pages.page_size) - len(req.pages)
-        needed = missing + self._config.max_running_requests - len(pages.rows)
-        if missing > 0 and pages.missing(needed, needed) <= 0 and pages.make_room(missing):
-            pages.give(req, pages.allocator.allocate(missing))
+        if (missing := div_ceil(end + num, pages.page_size) - len(req.pages)) > 0:
+            needed = missing + self._config.max_running_requests - len(pages.rows)
+            if pages.missing(needed, needed) <= 0 and pages.make_room(missing):
+                pages.give(req, pages.allocator.allocate(missing))
         return min(num, len(req.pages) * pages.page_size - end)
 
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
