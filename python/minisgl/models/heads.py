@@ -66,7 +66,7 @@ class Head:
         """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
         logits = self.lm_head.logits(x, self._norms[2], self._eps, self._narrowed)
         num = 1 if self._narrowed is None else 64  # of so many parts 4 bits say which it may be, then all bits which
-        best = logits[:, : logits.shape[1] // num * num].unflatten(1, (-1, num)).argmax(1)
+        best = logits[:, : logits.shape[1] // num * num].reshape(len(x), -1, num).argmax(1)
         some = self._comm.broadcast(best * num + torch.arange(num, device=x.device))
         if num > 1:
             rows = self.lm_head.forward(some.flatten()).view(*some.shape, -1)
@@ -105,5 +105,5 @@ class Head:
         self.fc.pack()
         matrix = self.lm_head.matrix
         if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and matrix.weight.dtype != torch.float32:
-            parts = [Grouped.of(rows) for rows in matrix.weight.split(1 << 14)]
+            parts = [Grouped.of(rows) for rows in torch.split(matrix.weight, 1 << 14)]
             self._narrowed = self._ops.packed_matrix(parts, matrix.weight.dtype)
