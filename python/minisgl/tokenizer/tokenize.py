@@ -107,7 +107,7 @@ class HFTextCodec:
         """The text of ids that are all visible."""
         one_by_one = len(token_ids) == 1 or self._joins
         text = "".join([self._text_of_one(token) for token in token_ids]) if one_by_one else _PART_OF_ONE
-        return self._text(token_ids) if _PART_OF_ONE in text and len(token_ids) > 1 else text
+        return self._text(token_ids) if _PART_OF_ONE in text and len(token_ids) != 1 else text
 
     def _text(self, token_ids: Sequence[int]) -> str:
         if self._backend is not None:
