@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -167,8 +168,9 @@ def measure(config: Any, args: argparse.Namespace, num: int) -> Seconds:
         scheduler.turn()
         if profile:
             profile.disable()
-        outputs = transport.take_outputs()
-        for message in outputs if not args.observed else ():
+        outputs = [] if args.observed else transport.take_outputs()
+        for message in outputs:
+            assert isinstance(message, wire.DetokenizeMsg)
             detokenizer.detokenize(message)
         end = time.thread_time()
         is_whole = len(planner.running) == num and planner.inflight and planner.inflight[-1].plan.drafts
@@ -196,15 +198,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     empty, event = torch.empty, SimpleNamespace(synchronize=lambda: None, record=lambda: None)
-    torch.empty = lambda *size, pin_memory=False, **how: empty(*size, **how)  # type: ignore[assignment]  # noqa: ARG005
-    torch.cuda.Event = lambda: event  # type: ignore[assignment, misc]
     NoGraphs.accept = args.accept
-    cuda.DecodeGraphs = NoGraphs  # type: ignore[assignment, misc]
     options = {"device": "cpu", "dtype": "float32", "speculate": "mtp", "max_seq_len": 1024, "page_size": 16,
                "max_running_requests": 128, "num_pages": 8192, "config_override": SHAPE}  # fmt: skip
-    with model_options("qwen3.5-9b", options) as options:
+    with (
+        patch.object(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how)),  # noqa: ARG005
+        patch.object(torch.cuda, "Event", lambda: event),
+        patch.object(cuda, "DecodeGraphs", NoGraphs),
+        model_options("qwen3.5-9b", options) as options,
+    ):
         config = prepare(args_from_options(options))
-        graphs = {"draft_len": DRAFT_LEN, "cuda_graph_max_bs": 256}
+        graphs: dict[str, Any] = {"draft_len": DRAFT_LEN, "cuda_graph_max_bs": 256}
         config = replace(config, engine=replace(config.engine, **graphs),
                          scheduler=replace(config.scheduler, **graphs, step_costs=(0.004, 0.5)))  # fmt: skip
         for num in args.streams:
