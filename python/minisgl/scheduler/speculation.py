@@ -34,18 +34,19 @@ class Lengths:
         self._tokens = self._plain_tokens = float(num_samples)
         self.least = row_cost * num_samples / self._cost
 
-    def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
-        """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
-        most = min(limit for limit in limits if limit is not None)
-        length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
-        while length < most and chance * cost > self._row_cost * tokens:
-            length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
-        return length
+    def best(self, rate: float, num_pending: int, *limits: int | None) -> list[float]:
+        """A request's draft, of whose tokens such a share is right: the chance of each, as many as there should be."""
+        most, chances = min(limit for limit in limits if limit is not None), list[float]()
+        tokens, cost, chance = self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
+        while len(chances) < most and chance * cost > self._row_cost * tokens:
+            chances.append(chance)
+            tokens, cost, chance = tokens + chance, cost + self._row_cost, chance * rate
+        return chances
 
-    def add(self, rate: float, num_pending: int, length: int) -> None:
-        """One has a draft of this length."""
-        self._tokens += sum([rate**i for i in range(1 + num_pending, 1 + num_pending + length)])
-        self._cost += self._row_cost * length
+    def add(self, chances: list[float]) -> None:
+        """One has a draft of these."""
+        self._tokens += sum(chances)
+        self._cost += self._row_cost * len(chances)
 
     @property
     def pays(self) -> bool:
@@ -119,9 +120,9 @@ class Speculation:
         for req, share in shares:
             if share.num_samples and not req.num_stale and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
-                wanted[share.row] = length = lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate)
-                lengths.add(rate, 0, length)
-                room -= length
+                lengths.add(chances := lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate))
+                wanted[share.row] = len(chances)
+                room -= len(chances)
         return wanted if lengths.pays else {}
 
     def awaits(self, plan: StepPlan) -> bool:
@@ -186,9 +187,9 @@ class Speculation:
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
                 most = self._config.draft_len, req.params.speculate, budget, req.max_len - req.num_tokens
-                length = lengths.best(rate, num_pending, *most)
+                length = len(chances := lengths.best(rate, num_pending, *most))
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
-                    lengths.add(rate, num_pending, len(ids))
+                    lengths.add(chances[: len(ids)])
                     drafts[share.row], budget = ids, budget - len(ids)
             if not length and 0 <= rate < _FIRST_RATE:  # no draft would have paid: in time there is another try
                 self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
