@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,7 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
     start, masks = time.thread_time() if draft else 0.0, list[Words]()
     while not matcher.is_error():
         mask = np.empty(num_words, np.int32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        matcher.unsafe_compute_mask_ptr(addressof(c_char.from_buffer(mask)), mask.nbytes)  # a fourth of `ctypes.data`
         if matcher.is_error():
             break
         masks.append(mask)
@@ -76,5 +77,4 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
             break
         if matcher.try_consume_tokens([draft[num]]) != 1:
             break
-    num = len(masks) - 1
-    return masks, not matcher.is_error() and (num <= 0 or matcher.rollback(num))
+    return masks, not matcher.is_error() and (len(masks) < 2 or matcher.rollback(len(masks) - 1))
