@@ -185,6 +185,7 @@ async def test_a_replica_is_killed_under_streams(cluster: Cluster) -> None:
     while load.streaming < 24:  # also some of the replica that has at least half of them
         await asyncio.sleep(0.01)
     name, pid = await asyncio.to_thread(cluster.busiest)
+    load.max_tokens = 20  # of what is asked from now on
     psutil.Process(pid).kill()
     await asyncio.sleep(1)
     ends = Counter(await load.stop())
