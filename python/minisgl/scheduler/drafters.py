@@ -70,9 +70,8 @@ class Prediction:
 
 
 class TreePath(Prediction):
-    """What other requests of the namespace had behind the same tokens, as the prefix cache's tree has it: of several
-    the newest. It holds no pages, and text that is evicted meanwhile is still a guess. Where it was wrong, drafts begin
-    again with one token, so that other drafters have their turn."""
+    """What other requests of the namespace had behind the same tokens, as the prefix tree has it: of several the
+    newest. It holds no pages, and evicted text is still a guess. Where it was wrong, drafts begin with one token."""
 
     def __init__(self, page_size: int) -> None:
         super().__init__((), 0)
