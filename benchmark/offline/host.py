@@ -27,7 +27,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from features import FEATURES, make_params
+from features import FEATURES, make_params  # type: ignore[import-not-found]
 
 from minisgl import LLM
 from minisgl.benchmark import run_script

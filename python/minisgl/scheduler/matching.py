@@ -67,7 +67,7 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
     start, masks = time.thread_time() if draft else 0.0, list[Words]()
     while not matcher.is_error():
         mask = np.empty(num_words, np.int32)
-        matcher.unsafe_compute_mask_ptr(addressof(c_char.from_buffer(mask)), mask.nbytes)  # a fourth of `ctypes.data`
+        matcher.unsafe_compute_mask_ptr(addressof(c_char.from_buffer(mask.data)), mask.nbytes)
         if matcher.is_error():
             break
         masks.append(mask)

@@ -200,11 +200,10 @@ class Detokenizer:
         counts = stream.start.num_prompt_tokens, stream.num_output, stream.num_cached
         ending = finish_reason, message.error, message.error_status
         logprobs = () if packed is None else self._collect(self._logprobs(token_ids, packed, stream.hidden))
-        told = logprobs, self._prompt_logprobs(message, stream.hidden)
-        prompt_end = "" if start is None else stream.decoder.context_text
-        detokenized = 0.0 if start is None and finish_reason is None else time.time()
-        rest = prompt_end, stream.stop.found, detokenized, message.pooled, message.drafted
-        return wire.UserReply(message.uid, head, ids, *counts, *ending, *told, *rest)
+        of_prompt, prompt_end = self._prompt_logprobs(message, stream.hidden), start and stream.decoder.context_text
+        when = 0.0 if start is None and finish_reason is None else time.time()
+        told = (*counts, *ending, logprobs, of_prompt, prompt_end or "", stream.stop.found, when)
+        return wire.UserReply(message.uid, head, ids, *told, message.pooled, message.drafted)
 
     def _logprobs(
         self, token_ids: Sequence[int], packed: wire.PackedLogprobs | None, hidden: frozenset[int]
