@@ -1,14 +1,17 @@
 """Lets the tests that need no more than pytest run where its plugins are not installed, as on a GPU machine; no
 example of Hypothesis fails because the machine is busy; threads of torch do not spin while they wait, on cores that
 other tests want; long tests come first (`order.py`); and what was skipped is told by its reason at the end, and is a
-failure where REQUIRE_ALL is set and a machine without a GPU could run it."""
+failure where REQUIRE_ALL is set and a machine without a GPU could run it. Files that only a GPU runs are not even
+collected without one, unless they are asked for by name: that is told, too."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,21 @@ LACKING = re.compile(r"\bGPUs?\b|CUDA device|Hopper|needs node")
 ABSENT = [plugin for plugin in PLUGIN_OPTIONS if importlib.util.find_spec(plugin) is None]
 
 
+ONLY_GPU = re.compile(r"^pytestmark = (\[\s*pytest\.mark\.gpu\b|MARKS$)", re.MULTILINE)
+HAS_GPU = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
+INSTEAD = "MINISGL_TEST_DEVICE", "TRITON_INTERPRET"  # of a GPU
+
+
+def is_left_out(file: Path) -> bool:
+    if HAS_GPU or any(map(os.environ.get, INSTEAD)) or not file.match("test_*.py"):
+        return False
+    return file.parent.name == "gpu" or ONLY_GPU.search(file.read_text()) is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return is_left_out(collection_path) or None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     for plugin in ABSENT:
         for name in PLUGIN_OPTIONS[plugin]:
@@ -37,6 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for plugin in ABSENT:
         config.addinivalue_line("markers", f"{plugin.removeprefix('pytest_')}: of {plugin}, which is not installed")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # no collection of garbage walks over what imports have made, and over all tests
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,8 +91,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skips = skips_of(terminalreporter.config)
-    if skips:
+    folders = [folder for name in terminalreporter.config.args if (folder := Path(name)).is_dir()]
+    files = [file for folder in folders for file in folder.rglob("test_*.py") if is_left_out(file)]
+    if skips or files:
         terminalreporter.section("skipped")
+    if files:
+        count = sum(len(re.findall(r"^def test_", file.read_text(), re.MULTILINE)) for file in files)
+        terminalreporter.write_line(f"{count:5} functions in {len(files)} files for GPUs alone: not collected here")
     for reason, count in skips.most_common():
         failed = os.environ.get("REQUIRE_ALL") and not LACKING.search(reason)
         terminalreporter.write_line(f"{count:5} {reason}" + " - a failure here: REQUIRE_ALL" * bool(failed))

@@ -70,8 +70,9 @@ def tokens_per_second(llm: LLM, prompts: list[list[int]], params: list[SamplingP
     start = time.perf_counter()
     outputs = llm.generate(prompts, params)
     duration = time.perf_counter() - start
-    lengths = {len(output.token_ids) for output in outputs}
-    assert lengths == {params[0].max_tokens}, f"streams of other lengths: {sorted(lengths)}"
+    for output, one in zip(outputs, params, strict=True):
+        if (length := len(output.token_ids)) != one.max_tokens:
+            raise RuntimeError(f"a stream of {length} tokens: {output.finish_reason}, {one}: …{output.text[-200:]!r}")
     each = [len(output.token_ids) / output.metrics.total_time for output in outputs]
     even, odd = (statistics.mean(each[i::2] or each) for i in (0, 1))
     return len(prompts) * len(outputs[0].token_ids) / duration, even, odd

@@ -385,4 +385,4 @@ class ReqOutput(NamedTuple):
         """The output, which the step's samples from this number on are, with what it is to report."""
         told, samples = result.logprobs or {}, range(sample, sample + len(self.token_ids))
         prompt, self.req.prompt_logprobs = self.req.prompt_logprobs, []
-        return self._replace(logprobs=tuple(told[i] for i in samples if i in told), prompt_logprobs=prompt)
+        return ReqOutput(*self[:6], tuple([told[i] for i in samples if i in told]), prompt, self.pooled)

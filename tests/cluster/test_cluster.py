@@ -124,28 +124,21 @@ async def _prompts(client: httpx.AsyncClient) -> Counter[str]:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One that is scaled, and routes at random."""
-    flags = "--replicas", "1", "--max-replicas", "3", "--router", "random", "--drain-timeout", "100"
+    flags = "--replicas", "1", "--max-replicas", "2", "--router", "random", "--drain-timeout", "100"
     with running(tmp_path_factory.mktemp("other") / "log", *flags) as one:
         yield one
 
 
 async def test_scaled_under_load(other: Cluster) -> None:
-    """1 to 3 to 2 replicas: no request fails."""
+    """1 to 2 replicas: no request fails. Back to 1: `test_renewed_under_load`."""
     other.wait_replicas(1)
     load = Load(other.url, 6, max_tokens=20, pause=1.0)
-    other.command("scale", "3")
-    await asyncio.to_thread(other.wait_replicas, 3, frozenset(), 300)
-    await _scaled_down(other, load, 2)
-    assert set(await load.stop()) == {"length"}
-
-
-async def _scaled_down(other: Cluster, load: Load, count: int) -> None:
-    """While replicas have something to do at any time, for longer than Ray waits before it ends them."""
-    load.pause, load.max_tokens, begun = 0.0, 400, load.begun
+    other.command("scale", "2")
+    await asyncio.to_thread(other.wait_replicas, 2, frozenset(), 300)
+    load.pause, begun = 0.0, load.begun
     while load.begun < begun + 300:
         await asyncio.sleep(0.02)
-    other.command("scale", str(count))
-    await asyncio.to_thread(other.wait_replicas, count, frozenset(), 300)
+    assert set(await load.stop()) == {"length"}
 
 
 async def test_prefix_routing_beside_random(cluster: Cluster, other: Cluster) -> None:
@@ -192,6 +185,7 @@ async def test_a_replica_is_killed_under_streams(cluster: Cluster) -> None:
     while load.streaming < 24:  # also some of the replica that has at least half of them
         await asyncio.sleep(0.01)
     name, pid = await asyncio.to_thread(cluster.busiest)
+    load.max_tokens = 20  # of what is asked from now on
     psutil.Process(pid).kill()
     await asyncio.sleep(1)
     ends = Counter(await load.stop())
@@ -249,8 +243,11 @@ async def test_the_router_is_killed(cluster: Cluster) -> None:
 async def test_renewed_under_load(other: Cluster) -> None:
     """To 1 replica, and that with other options: no request fails. Then the command is killed, which is the worst end:
     nothing is left behind."""
-    load = Load(other.url, 6, max_tokens=20)
-    await _scaled_down(other, load, 1)
+    load = Load(other.url, 6, max_tokens=400, pause=0.0)
+    while load.begun < 300:  # they have something to do at any time, for longer than Ray waits before it ends one
+        await asyncio.sleep(0.02)
+    other.command("scale", "1")
+    await asyncio.to_thread(other.wait_replicas, 1, frozenset(), 300)
     old = set(other.replicas())
     other.command("scale", "1", "--options", '{"max_running_requests": 64}')
     await asyncio.to_thread(other.wait_replicas, 1, old, 300)

@@ -215,7 +215,7 @@ class Scripted:
             return list(stream), stream.get_final_completion()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
     directory = tmp_path_factory.mktemp("tools")
     path = make_byte_level(directory / "model", template=TEMPLATE)

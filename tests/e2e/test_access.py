@@ -18,6 +18,7 @@ import pytest
 
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.errors import ConfigError
+from minisgl.server.launch import serve
 from tests.e2e.conftest import Server, fake, real
 from tests.waiting import poll
 
@@ -299,6 +300,7 @@ def test_tls(start: Callable[..., Server], model_path: Path, certificate: tuple[
 def test_bad_certificates_are_refused_before_the_model_is_loaded(
     start: Callable[..., Server], tmp_path: Path, certificate: tuple[Path, Path]
 ) -> None:
+    """The last one also by the command: each process more would import all of it once more."""
     cert, key = certificate
     junk = tmp_path / "junk.pem"
     junk.write_text("no certificate")
@@ -313,7 +315,10 @@ def test_bad_certificates_are_refused_before_the_model_is_loaded(
         (["--ssl-certfile", cert, "--ssl-keyfile", locked], "without a password"),
         (["--ssl-certfile", cert], "--ssl-certfile"),
     ):
-        server = start(real(tmp_path / "no-model", *map(str, flags)), wait=False)
-        assert server.wait_exit() == 2
-        assert message in server.output()
-        assert server.output().count("\n") == 1
+        command = real(tmp_path / "no-model", *map(str, flags))
+        with pytest.raises(ConfigError) as refused:
+            serve(parse_args(command[2:], {}))
+        assert message in str(refused.value) and "\n" not in str(refused.value)
+    server = start(command, wait=False)
+    assert server.wait_exit() == 2
+    assert server.output() == f"minisgl: error: {refused.value}\n"

@@ -3,6 +3,7 @@ languages say the same."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from minisgl.learn import serving
 from minisgl.learn.__main__ import CHECKS, check_lesson
 from tests.e2e.conftest import PYTHONPATH, ROOT
 from tools import lessons
@@ -144,6 +146,17 @@ def test_what_a_lesson_shows_is_what_happens(path: Path, tmp_path: Path, unused_
                 assert pattern(after.text.splitlines()).fullmatch(done.stdout), done.stdout
 
 
+@pytest.fixture
+def one_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a lesson's check starts, for all answers to it."""
+    original = serving.serving
+    with ExitStack() as stack:
+        start = functools.cache(lambda *flags: stack.enter_context(original(*flags)))
+        monkeypatch.setattr(serving, "serving", lambda *flags: nullcontext(start(*flags)))
+        yield
+
+
+@pytest.mark.usefixtures("one_server")
 @pytest.mark.parametrize("number", CHECKS)
 def test_each_exercise_can_be_solved_and_failed(number: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert check_lesson(number, LEARN / "solutions" / f"lesson{number:02}.py") == 0

@@ -96,8 +96,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list[list[int]], schedule: str) -> None:
     num = 8 if "tensor parallel" in schedule else 16  # ranks wait for each other in each step
+    is_dear = schedule == "tensor parallel, chunks of 20, retraction"  # and with two ranks another is asked again, too
     with LLM(str(model), **SCHEDULES[schedule]) as llm:
-        for _ in range(2):  # the second time, prompts and outputs are in the cache
+        for _ in range(1 if is_dear else 2):  # the second time, prompts and outputs are in the cache
             outputs = llm.generate(make_prompts()[:num], GREEDY)
             assert [output.token_ids for output in outputs] == expected[:num]
         assert llm.scheduler.planner.pages.num_free == llm.config.engine.num_pages

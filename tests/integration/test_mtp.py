@@ -26,7 +26,10 @@ from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams, StepResult
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
+from minisgl.kernel.ops import TorchMatrix
+from minisgl.kernel.packed import Grouped
 from minisgl.llm import LLM
+from minisgl.models import heads
 from minisgl.scheduler.planner import Planner
 from tests.driver import CPU_KERNELS, engine_config
 from tests.models import random_prompt, tiny_model
@@ -137,6 +140,26 @@ def test_drafts_are_the_heads_and_change_nothing(made: tuple[Path, Any, Head], s
         for tokens, draft in drafts:
             assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
     assert max(len(draft) for _, draft in drafts) == NUM_DRAFTS
+
+
+def test_few_bits_choose_some_tokens_and_all_bits_one_of_these(
+    made: tuple[Path, Any, Head], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model, head = made
+    pack = heads.Head._pack
+
+    def narrow(self: heads.Head) -> None:
+        """As on a GPU."""
+        pack(self)
+        assert isinstance(self.lm_head.matrix, TorchMatrix)
+        self._narrowed = self._ops.packed_matrix([Grouped.of(self.lm_head.matrix.weight)], torch.float32)
+
+    monkeypatch.setattr(heads.Head, "_pack", narrow)
+    told, drafts = generate(path, "mtp")
+    assert told == generate(path, "off")[0]
+    right = [head.drafts(model, tokens, len(draft)) == draft for tokens, draft in drafts]
+    assert len(right) > 5
+    assert sum(right) > 0.9 * len(right)
 
 
 def test_a_head_that_fails_costs_drafts_only(made: tuple[Path, Any, Head], caplog: pytest.LogCaptureFixture) -> None:

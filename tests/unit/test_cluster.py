@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
 
+from minisgl.cluster import commands
 from minisgl.cluster.commands import main
 from minisgl.cluster.relay import read_request
 from minisgl.errors import ConfigError
@@ -109,3 +111,12 @@ def test_without_ray_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs Ray 2\.60 or newer: pip install 'minisgl\[ray\]'"):
         main(["serve"])
+
+
+def test_ray_without_what_its_serve_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_apart", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    monkeypatch.delattr("ray.serve", raising=False)
+    monkeypatch.delitem(sys.modules, "minisgl.cluster.owner", raising=False)
+    with pytest.raises(ConfigError, match=r"^Ray Serve cannot be imported \(.*\): pip install 'minisgl\[ray\]'$"):
+        main(["serve", "--port", "0"])

@@ -437,15 +437,25 @@ def test_the_compiler_imports_nothing_from_where_it_is_started(tmp_path: Path, m
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("count", [1, MAX_CHOICES])
-def test_stated_maxima(store: GrammarStore, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def _choices(count: int) -> str:
+    room = MAX_TEXT // count - len('"", ')
+    return json.dumps([f"{index:0{room}}" for index in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("choice", _choices(1)),
+        ("choice", _choices(MAX_CHOICES)),
+        ("json", '{"items":' * 20_000 + "{}" + "}" * 20_000),
+        ("regex", "(" + "a?" * (MAX_TEXT // 2 - 1) + ")"),
+        ("regex", "x" * MAX_TEXT),
+    ],
+    ids=["one choice", "choices", "nesting", "optional", "text"],
+)
+def test_stated_maxima(store: GrammarStore, kind: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is as large as may be is served, or is a 400."""
     monkeypatch.setattr("minisgl.grammar.store.TRIAL_SECONDS", 200.0)  # by a clock that other work makes fast
-    room = MAX_TEXT // count - len('"", ')
-    longest = json.dumps([f"{index:0{room}}" for index in range(count)])
-    assert len(longest) <= MAX_TEXT
-    nested = '{"items":' * 20_000 + "{}" + "}" * 20_000
-    regex = "(" + "a?" * (MAX_TEXT // 2 - 1) + ")"
-    for kind, text in (("choice", longest), ("json", nested), ("regex", regex), ("regex", "x" * MAX_TEXT)):
-        error = store.request(Grammar(kind, text, param="here")).exception()
-        assert error is None or (isinstance(error, RequestError) and error.status == 400), (kind, error)
+    assert len(text) <= MAX_TEXT
+    error = store.request(Grammar(kind, text, param="here")).exception()
+    assert error is None or (isinstance(error, RequestError) and error.status == 400), error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +16,7 @@ from minisgl.message.messages import (
     DetokenizeMsg,
     StreamStart,
     TextPrompt,
+    TokenLogprob,
     UserReply,
     pack_ids,
     pack_logprobs,
@@ -20,7 +25,7 @@ from minisgl.message.messages import (
 from minisgl.server.answers.openai import CompletionRenderer, chat_logprobs
 from minisgl.server.answers.renderer import Assembler
 from minisgl.server.bodies.chat import GenerationRequest
-from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.detokenize import Detokenizer, LateLogprobs
 from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.tokenizers_fixture import make_byte_level, make_sentencepiece
 
@@ -38,6 +43,14 @@ def test_bytes_of_tokens_add_up_to_the_text(codecs: list[HFTextCodec], text: str
     assert b"".join(map(byte_level.token_bytes, ids)) == text.encode()
     ids = sentencepiece.encode(text, special=False)
     assert b"".join(map(sentencepiece.token_bytes, ids)) == b" " + text.encode()
+
+
+@given(data=st.data())
+def test_a_text_is_what_the_tokenizer_makes_of_it(codecs: list[HFTextCodec], data: st.DataObject) -> None:
+    """Whatever the tokens are: parts of characters, bytes that are none, special ones."""
+    for codec in codecs:
+        ids = data.draw(st.lists(st.integers(0, codec.vocab_size - 1), max_size=6))
+        assert codec.text(ids) == codec.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def test_special_and_unknown_tokens_have_bytes_too(codecs: list[HFTextCodec]) -> None:
@@ -121,3 +134,26 @@ def test_stop_strings_before_min_tokens_are_text(codecs: list[HFTextCodec]) -> N
             reply, _ = detokenizer.detokenize(message)
             text += reply.text if reply is not None else ""
         assert text == "bxby"
+
+
+def test_log_probabilities_that_are_made_late_are_the_same(codecs: list[HFTextCodec]) -> None:
+    """They are a list to whoever reads, copies or pickles them, and nothing is made before."""
+    asked = list[int]()
+    codec = codecs[0]
+    ids = codec.encode("abc", special=False)
+    message = DetokenizeMsg(
+        1, pack_ids(ids), start=StreamStart(1, (), b""), logprobs=pack_logprobs([logprobs_of(3, 2)])
+    )
+    (whole, _), (late, _) = (Detokenizer(codec, kind).detokenize(message) for kind in (tuple, LateLogprobs))
+    assert whole is not None and late is not None and len(whole.logprobs) == 3
+    for copied in (copy.copy(late.logprobs), late.logprobs, pickle.loads(pickle.dumps(late.logprobs))):
+        assert copied == list(whole.logprobs) and copied[1] == whole.logprobs[1] and len(copied) == 3
+
+    def made() -> Iterator[TokenLogprob]:
+        for one in whole.logprobs:
+            asked.append(one.token_id)
+            yield one
+
+    unread = LateLogprobs(made())
+    assert not asked
+    assert unread[0] == whole.logprobs[0] and asked == ids

@@ -22,7 +22,8 @@ from minisgl.message.messages import (
     unpack_ids,
 )
 from minisgl.message.sockets import PushSocket, ipc_endpoints
-from minisgl.scheduler.observer import Status
+from minisgl.scheduler.observer import Observer, Status
+from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
@@ -105,6 +106,17 @@ def test_with_overlap_the_next_step_is_submitted_before_the_last_result_is_taken
         transport.put([user(0, [1])])
         run(Scheduler(config, engine, transport), transport)
         assert engine.log[: len(expected)] == expected
+
+
+def test_a_device_does_not_wait_for_who_watches() -> None:
+    class Watcher(Observer):
+        def submitted(self, planned: Planned) -> None:
+            engine.log.append(f"told {planned.plan.step_id}")
+
+    engine, transport = Recorder(CONFIG), LocalTransport()
+    transport.put([user(0, [1])])
+    run(Scheduler(CONFIG, engine, transport, Watcher()), transport)
+    assert engine.log[:4] == ["submit 0", "told 0", "submit 1", "told 1"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -182,6 +183,22 @@ def test_a_matcher_has_seen_all_tokens_before_each_mask(overlap: bool) -> None:
     assert loop.engine.words == [0, 1, 2, 3, 4, 5]
     assert loop.matcher.seen == loop.ids(1)[:5]
     assert loop.engine.num_steps == 6, "the two requests shared every step"
+
+
+def test_cheap_masks_wait_for_one_of_their_grammar_that_a_thread_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would all sit out, be computed by that thread too, and make the next ones sit out."""
+    monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 60.0)  # however busy the machine is
+    loop = Loop()
+    loop.compiled()
+    for uid in range(3):
+        loop.put(uid, [uid, 1, 2])
+    loop.turn(3)
+    lock = loop.store.future.result().lock
+    lock.acquire()
+    threading.Timer(0.05, lock.release).start()
+    loop.turn_until_idle()
+    assert loop.engine.num_steps == 6, "somebody sat out"
+    assert [loop.ids(uid) for uid in range(3)] == [expected_output([uid, 1, 2], 9, ()) for uid in range(3)]
 
 
 def test_a_request_waits_for_its_grammar_and_others_do_not() -> None:

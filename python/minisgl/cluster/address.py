@@ -5,15 +5,13 @@ import socket
 
 from minisgl.config.args import integer
 
-_ASK_SECONDS = 5.0
-
 
 def reach(address: str) -> None:
     """Raises: ConnectionError unless there is a HOST:PORT where somebody speaks first, and as a server of HTTP/2 does.
     Ray's head is one; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), integer(1, 65535)(port)), _ASK_SECONDS) as head:
+        with socket.create_connection((host.strip("[]"), integer(1, 65535)(port)), timeout=5.0) as head:
             if os.environ.get("RAY_USE_TLS") != "1" and head.recv(4)[3:] != b"\4":
                 raise ConnectionError("something else does")
     except ValueError:

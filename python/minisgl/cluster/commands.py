@@ -106,9 +106,11 @@ def _serve(words: list[str]) -> int:
     with contextlib.closing(bind_port(args.host, args.port)) as listener:
         if asked.address is None:
             prepare(args)  # what is wrong with it is told before anything is started
-        from minisgl.cluster.owner import Owner
-        from minisgl.cluster.serving import Plan, server_options
-
+        try:
+            from minisgl.cluster.owner import Owner
+            from minisgl.cluster.serving import Plan, server_options
+        except (ImportError, RuntimeError) as error:  # what it needs is not there, or of another version
+            raise ConfigError(f"Ray Serve cannot be imported ({error}): pip install 'minisgl[ray]'") from error
         plan = Plan(server_options(args), asked.replicas, max(asked.replicas, asked.max_replicas or 1), asked.router)
         with private_folder() as folder:
             return Owner(plan, listener, folder, asked.address).run()

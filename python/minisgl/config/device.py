@@ -107,7 +107,7 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     if engine.device == "cuda" and any(isinstance(kind, ShortConv) for kind in engine.model.states):
         return 0.06, 1.0
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
-    told = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size / engine.tp_size  # in 8 bits
+    told = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size * 0.56 / engine.tp_size  # in 4 bits
     told *= engine.draft_len if model.mtp else 0
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
     return (0.15 + share, 0.03) if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))

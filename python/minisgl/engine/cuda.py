@@ -180,7 +180,7 @@ class CapturedSteps(StepRunner):
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
-        self._ends = torch.empty_like(self._counting)
+        self._ends, self._batches = torch.empty_like(self._counting), dict[GraphShape, Batch]()  # captured ones
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
@@ -195,7 +195,7 @@ class CapturedSteps(StepRunner):
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
         self.tables.send(plan, index)
-        self._prepare(self._batch(index, shape))
+        self._prepare(self._batch(index, shape) if self._backend.plans_captured else self._batches[shape])
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
@@ -238,6 +238,7 @@ class CapturedSteps(StepRunner):
         index = StepIndex.of(shape.padding((), self.tables.padding_row) or ())
         self.tables.send(_NO_STEP, index)
         batch, teller, most = self._batch(index, shape), self._teller, self.shard.config.draft_len * shape.is_wide
+        self._batches[shape] = batch
         metadata = self._prepare(batch, captures=True)
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:

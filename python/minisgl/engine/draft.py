@@ -59,8 +59,7 @@ class HeadDrafter:
 
     def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
-        are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's. What it
-        has of tokens that are not kept, it overwrites as the model does."""
+        are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's."""
         tensors, token_ids, skips_last = batch.tensors, self._steps.tables.token_ids, self._head.skips_last
         following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         hidden = self._head.hidden(computed.hidden(torch.arange(len(following), device=ids.device)), of_model=True)

@@ -45,12 +45,13 @@ class Launched(NamedTuple):
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
         logprobs, prompts = (told and told.result() for told in (self.logprobs, self.prompt_logprobs))
-        token_ids: list[tuple[int, ...]] = list(zip(ids := self.ids.tolist()))
-        if plan.drafts:  # else, each request samples one
-            left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]
-            token_ids = [tuple(islice(left, count)) for count in counts]
-        told = dict(enumerate(self.drafts.tolist())) if isinstance(self.drafts, Tensor) else self.drafts
-        drafts = {i: told[i][: plan.reqs[i].num_drafts] for i in told if plan.reqs[i].num_drafts}
+        left = iter(self.ids.tolist())
+        if plan.drafts:
+            token_ids = [tuple(islice(left, share.num_samples)) for share in plan.reqs if share.num_samples]
+        else:  # each request samples one
+            token_ids = [*zip(left)]
+        told = enumerate(self.drafts.tolist()) if isinstance(self.drafts, Tensor) else self.drafts.items()
+        drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].num_drafts)}
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
 

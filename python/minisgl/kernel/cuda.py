@@ -110,7 +110,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         is_small = self._arch == (9, 0) and sum(math.prod(part.shape) for part in parts) <= PACKED_WEIGHTS
         if dtype == torch.float32 or is_small:
             return super().packed_matrix(parts, dtype, activation)
-        if (codes := packed_gemm.codes_of(parts)) is not None and codes.has_kernels:
+        if (codes := packed_gemm.codes_of(parts)) is not None:
             return packed_gemm.PackedMatrix(self, self._arch, codes, dtype, activation)
         floats = [part for part in parts if isinstance(part, Float8)]
         if len(floats) == len(parts) and (weight := float8.merge(floats)) is not None:

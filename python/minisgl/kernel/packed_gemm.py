@@ -49,19 +49,15 @@ class Codes:
         num_in = 2 * self.codes.shape[1]
         return num_in, num_in // self.scales.shape[1], self.has_minima
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether kernels take it."""
-        num_in, group, _ = self.kind
-        return num_in % 32 == 0 and group in (*GROUPS, num_in) and len(self.codes) % 16 == 0
-
 
 def codes_of(parts: Sequence[Packed]) -> Codes | None:
-    """The parts as one, the first one's rows first; None: they are not of 4 bits, or not alike."""
+    """The parts as one, the first one's rows first; None: not of 4 bits, not alike, or no kernel takes them."""
     found = [known for part in parts if (known := codes_of_part(part)) is not None]
     if len(found) < len(parts) or any(part.kind != found[0].kind for part in found):
         return None
-    columns = found[0].columns
+    (num_in, group, _), columns = found[0].kind, found[0].columns
+    if num_in % 32 or group not in (*GROUPS, num_in) or sum(len(part.codes) for part in found) % 16:
+        return None
     for order in (part.columns for part in found):
         if order is not columns and (order is None or columns is None or not torch.equal(order, columns)):
             return None

@@ -22,7 +22,7 @@ from minisgl.processes.control import Launcher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import load_rank, rank_specs
 from minisgl.scheduler.transport import LocalTransport, RankFanout
-from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.detokenize import Detokenizer, LateLogprobs
 from minisgl.tokenizer.pooling import pair_prompt, score_of, served, text_prompt, vector_of
 from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.process import held_interrupts, private_folder
@@ -58,7 +58,7 @@ class RequestOutput:
     cached_tokens: int
     metrics: RequestMetrics
     error: str | None = None
-    logprobs: list[wire.TokenLogprob] = field(default_factory=list)
+    logprobs: Sequence[wire.TokenLogprob] = ()
     prompt_logprobs: list[wire.TokenLogprob] = field(default_factory=list)
     pooled: bytes = b""  # what `embed` and `score` are made of
 
@@ -90,18 +90,12 @@ class Pending:
         """All of it, when it has ended."""
         last = self.replies[-1]
         assert last.finish_reason is not None
-        return RequestOutput(
-            text="".join(reply.text for reply in self.replies),
-            token_ids=[token_id for reply in self.replies for token_id in wire.unpack_ids(reply.token_ids)],
-            finish_reason=last.finish_reason,
-            prompt_token_ids=self.prompt_ids,
-            cached_tokens=last.num_cached_tokens,
-            metrics=RequestMetrics(self.first_token - self.submitted, self.ended - self.submitted),
-            error=last.error,
-            logprobs=[token for reply in self.replies for token in reply.logprobs],
-            prompt_logprobs=[token for reply in self.replies for token in reply.prompt_logprobs],
-            pooled=last.pooled,
-        )
+        metrics = RequestMetrics(self.first_token - self.submitted, self.ended - self.submitted)
+        token_ids = wire.unpack_ids(b"".join([reply.token_ids for reply in self.replies]))
+        known = token_ids, last.finish_reason, self.prompt_ids, last.num_cached_tokens, metrics, last.error
+        logprobs = LateLogprobs(token for reply in self.replies for token in reply.logprobs)
+        of_prompt = [token for reply in self.replies for token in reply.prompt_logprobs]
+        return RequestOutput("".join([reply.text for reply in self.replies]), *known, logprobs, of_prompt, last.pooled)
 
 
 class LLM(AbstractContextManager["LLM"]):
@@ -126,7 +120,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.endpoints = ipc_endpoints(self._closers.enter_context(private_folder()), tp_size=engine.tp_size)
         try:
             self.tokenizer = Tokenizer(self.config.tokenizer)
-            self._detokenizer = Detokenizer(self.tokenizer.codec)
+            self._detokenizer = Detokenizer(self.tokenizer.codec, LateLogprobs)
             self._supervisor = Supervisor(Launcher(), rank_specs(engine, scheduler, self.endpoints, first=1))
             self._closers.callback(self._supervisor.stop)
             self._supervisor.start()  # they meet rank 0 when its engine starts

@@ -152,14 +152,14 @@ LEAST = -9999.0  # for what is less, or no number: JSON has no infinities, and t
 
 
 class PackedLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """`TokenLogprobs` as little-endian bytes."""
+    """`TokenLogprobs` as bytes, of this machine's order."""
 
     chosen: bytes  # [n] float32
     top_ids: bytes  # [n, k] int32
     top: bytes  # [n, k] float32
 
 
-class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One of the most probable tokens at a position. `token`: the bytes that it stands for."""
 
     token_id: int
@@ -179,8 +179,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:
     """One record of all parts, one after the other."""
-    kinds = zip(("<f4", "<i4", "<f4"), zip(*parts, strict=True), strict=True)
-    return PackedLogprobs(*(b"".join(a.astype(kind, copy=False).tobytes() for a in arrays) for kind, arrays in kinds))
+    return PackedLogprobs(*[b"".join([array.tobytes() for array in arrays]) for arrays in zip(*parts, strict=True)])
 
 
 def unpack_logprobs(packed: PackedLogprobs) -> list[tuple[float, list[tuple[int, float]]]]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from minisgl.attention.base import StepContext
-from minisgl.formats.base import DENSE, Header, Rounded, Shard
+from minisgl.formats.base import DENSE, Header, Shard
 from minisgl.kernel.ops import Matrix, TorchMatrix
+from minisgl.kernel.packed import Grouped
 from minisgl.layers.attention import Attention
 from minisgl.layers.base import CpuSpec, LayerEnv, Part, Tensor, whole
 from minisgl.layers.linear import Linear, VocabTable
@@ -21,17 +22,14 @@ _MTP = "mtp.fc.", "mtp.layers.0.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm
 
 class Head:
     """One decoder layer that says which token follows the next one. Fed with its own result instead of the model's, it
-    goes on. Its keys and values are those of the layer after the model's last one; embedding and LM head are the
-    model's, unless it has some. What it is never changes what is sampled.
+    goes on. It has keys and values like a layer after the model's last one; embedding and LM head may be the model's.
 
     For multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2), as Qwen3-Next's and Qwen3.5's checkpoints
     have one, `fc` makes its stream of the model's result for a token and the token after it. EAGLE's (EAGLE-3, arXiv
     2503.01840, section 3) makes it of what some of the model's layers say; the token after it stands beside that in
-    attention alone. It may know some of the model's tokens only (`d2t`).
-    skips_last: in the place of a token it reads the one after it.
-    """
+    attention alone. It may know some of the model's tokens only (`d2t`)."""
 
-    skips_last = True
+    skips_last = True  # in the place of a token it reads the one after it
 
     def __init__(self, env: LayerEnv, model: DecoderModel, stored: Mapping[str, Header]) -> None:
         """stored: the tensors of the checkpoint."""
@@ -67,7 +65,14 @@ class Head:
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
         logits = self.lm_head.logits(x, self._norms[2], self._eps, self._narrowed)
-        ids = self._comm.broadcast(logits.argmax(-1).int())
+        num = 1 if self._narrowed is None else 64  # of so many parts 4 bits say which it may be, then all bits which
+        best = logits[:, : logits.shape[1] // num * num].reshape(len(x), -1, num).argmax(1)
+        some = self._comm.broadcast(best * num + torch.arange(num, device=x.device))
+        if num > 1:
+            rows = self.lm_head.forward(some.flatten()).view(*some.shape, -1)
+            exact = rows @ self._ops.rms_norm(x, self._norms[2], self._eps)[..., None]
+            some = some.gather(1, exact.argmax(1))
+        ids = some[:, 0].int()
         last = self._model.config.vocab_size - 1
         return (ids + self._moves[ids.long()].int()).clamp_(0, last) if self._is_narrow else ids
 
@@ -96,9 +101,9 @@ class Head:
         yield Part([*self.layer.weights(layer)], self.layer.pack)
 
     def _pack(self) -> None:
-        """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 8."""
+        """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 4."""
         self.fc.pack()
         matrix = self.lm_head.matrix
         if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and matrix.weight.dtype != torch.float32:
-            rounded = Rounded(matrix.weight.device, matrix.weight.device)
-            self._narrowed = rounded.matrix(self._ops, {"weight": matrix.weight})
+            parts = [Grouped.of(rows) for rows in torch.split(matrix.weight, 1 << 14)]
+            self._narrowed = self._ops.packed_matrix(parts, matrix.weight.dtype)

@@ -27,8 +27,7 @@ class Drafter(Protocol):
 
 class Lookup:
     """What followed a request's last tokens when they came before ("prompt lookup"): of the places where most of them
-    did, the last. A draft is shorter than what came again: a few tokens say little of the next ones. A search looks at
-    all tokens, at some gigabytes per second; there is one where the last two came before."""
+    did, the last. A draft is shorter than what came again. All tokens are searched where the last two came before."""
 
     def __init__(self, req: Req) -> None:
         first = req.prefix[: max(1, len(req.prefix) - 1)].astype(np.int64)  # of its tokens
@@ -47,8 +46,7 @@ class Lookup:
 
 class Prediction:
     """What a client expects of a request (OpenAI's `prediction`). Where the output follows it, its next tokens are the
-    draft. It is expected to begin with it; after a difference, the place is looked for from which the last tokens come:
-    where most of them do, and the next one behind the last place."""
+    draft. After a difference, the place is looked for where most of the last tokens are, next behind the last place."""
 
     def __init__(self, text: Sequence[int], num_seen: int) -> None:
         """num_seen: of a request's tokens so many come before the text."""
@@ -72,9 +70,8 @@ class Prediction:
 
 
 class TreePath(Prediction):
-    """What other requests of the namespace had behind the same tokens, as the prefix cache's tree has it: of several
-    the newest. It holds no pages, and text that is evicted meanwhile is still a guess. Where it was wrong, drafts begin
-    again with one token, so that other drafters have their turn."""
+    """What other requests of the namespace had behind the same tokens, as the prefix tree has it: of several the
+    newest. It holds no pages, and evicted text is still a guess. Where it was wrong, drafts begin with one token."""
 
     def __init__(self, page_size: int) -> None:
         super().__init__((), 0)

@@ -174,7 +174,7 @@ class Grammars:
                 words[index][0] = output.ready[1]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif not output.grammar.lock.locked() and (
+            elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
                 is_alone or output.error is not None or output.cost + time.thread_time() - start <= self._most(output)
             ):
                 words[index] = self._mask(row, ids)

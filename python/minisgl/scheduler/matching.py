@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,17 +62,16 @@ class Matching:
 
 
 def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: float) -> tuple[list[Words], bool]:
-    """The masks of the next token, and of those after each token of a draft: as far as the grammar takes it, and until
-    they have taken so many seconds of a core. Without the first there is none. And whether the matcher is where it was;
-    if not, it is of no more use: llguidance has limits, which a draft may break."""
+    """The masks of the next token, and of those after each token of a draft: as far as the grammar takes it, for so
+    many seconds of a core. And whether the matcher is where it was: a draft may break its limits, and it is useless."""
     start, masks = time.thread_time() if draft else 0.0, list[Words]()
     while not matcher.is_error():
         mask = np.empty(num_words, np.int32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        matcher.unsafe_compute_mask_ptr(addressof(c_char.from_buffer(mask)), mask.nbytes)  # a fourth of `ctypes.data`
         if matcher.is_error():
             break
         masks.append(mask)
-        going_on = draft[len(masks) - 1 :][:1] if time.thread_time() - start <= seconds else ()
+        going_on = draft[len(masks) - 1 :][:1] if draft and time.thread_time() - start <= seconds else ()
         if not going_on or matcher.try_consume_tokens(list(going_on)) != 1:
             break
     return masks, not matcher.is_error() and (len(masks) < 2 or matcher.rollback(len(masks) - 1))

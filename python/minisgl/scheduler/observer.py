@@ -23,7 +23,7 @@ class Observer:
         """There is work again, after a pause."""
 
     def submitted(self, planned: Planned) -> None:
-        """A step is handed to the engine."""
+        """A step was handed to the engine, which may compute it meanwhile."""
 
     def retired(self, plan: StepPlan, seconds: float) -> None:
         """A step has run. seconds: that were spent waiting for it."""

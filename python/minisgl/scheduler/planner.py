@@ -153,7 +153,8 @@ class Planner:
             num_new, cost = num_tokens - start, 1
             if keeps_states:
                 self._save_state(req, start)
-                num_new = min([num_new, *(border - start for border in req.borders if border > start)])
+                if req.borders and start < req.borders[-1]:
+                    num_new = min([num_new, *(border - start for border in req.borders if border > start)])
             if num_new > 1:  # what a token of everyone's output takes is no less if it comes a step later
                 num_new, cost = self._share(req, start, num_new, budget - (len(self.running) - index - 1))
             if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
@@ -211,7 +212,7 @@ class Planner:
                 req.prompt_logprobs.append(result.prompt_logprobs[index])
             if (vector := result.pooled.get(index)) is not None and req.state is not ReqState.FINISHED:
                 end = ReqOutput(req, (), FinishReason.STOP, pooled=vector)
-                outputs.append(self._finish(end) if vector else self._accept(req, -1))
+                outputs.append(self._finish(end) if vector else self._accept(req, (-1,)))
             if scheduled.num_samples:
                 ids = sampled = next(token_ids)
                 if draft := drafts.get(scheduled.row):
@@ -219,7 +220,7 @@ class Planner:
                 if req.num_stale:
                     req.num_stale -= 1
                 elif req.state is not ReqState.FINISHED:
-                    output = self._accept_run(req, ids)
+                    output = self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids)
                     has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
                     outputs.append(output.with_logprobs(result, sample) if has_more else output)
                 sample += len(sampled)
@@ -370,31 +371,27 @@ class Planner:
         req.num_stale, req.held, req.num_saved = req.num_inflight, True, -1
         return ReqOutput(req, ())
 
-    def _accept_run(self, req: Req, ids: tuple[int, ...]) -> ReqOutput:
+    def _accept(self, req: Req, ids: tuple[int, ...]) -> ReqOutput:
         """The tokens that a step has sampled: one, and as many more as its draft was right."""
-        output = self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids[0])
-        for token_id in ids[1:]:
-            if output.finish_reason is None:
-                req.num_tokens += 1
-                more = self._accept(req, token_id)
-                output = more._replace(token_ids=output.token_ids + more.token_ids)
-        return output
-
-    def _accept(self, req: Req, token_id: int) -> ReqOutput:
-        if token_id < 0:
-            error = "the model's output was not finite (NaN or infinity)"
-            return self._finish(ReqOutput(req, (), FinishReason.ERROR, error=error))
-        params = req.params
-        if params.max_tokens == 0:
-            return self._finish(ReqOutput(req, (), FinishReason.LENGTH))
-        req.tokens.append(token_id)
-        is_eos = token_id in self._eos and (not params.ignore_eos or params.grammar is not None)
-        if (is_eos or token_id in params.stop_token_ids) and len(req.tokens) - req.prompt_len > params.min_tokens:
-            num_hidden = 0 if params.include_stop_str_in_output else 1
-            return self._finish(ReqOutput(req, (token_id,), FinishReason.STOP, num_hidden))
-        if len(req.tokens) >= req.max_len:
-            return self._finish(ReqOutput(req, (token_id,), FinishReason.LENGTH))
-        return ReqOutput(req, (token_id,))
+        params, tokens, num_before = req.params, req.tokens, len(req.tokens)
+        eos, least = (
+            () if params.ignore_eos and params.grammar is None else self._eos,
+            req.prompt_len + params.min_tokens,
+        )
+        for num, token_id in enumerate(ids, 1):
+            req.num_tokens += num > 1
+            if token_id < 0:
+                error = "the model's output was not finite (NaN or infinity)"
+                return self._finish(ReqOutput(req, ids[: num - 1], FinishReason.ERROR, error=error))
+            if params.max_tokens == 0:
+                return self._finish(ReqOutput(req, (), FinishReason.LENGTH))
+            tokens.append(token_id)
+            if (token_id in eos or token_id in params.stop_token_ids) and num_before + num > least:
+                num_hidden = 0 if params.include_stop_str_in_output else 1
+                return self._finish(ReqOutput(req, ids[:num], FinishReason.STOP, num_hidden))
+            if num_before + num >= req.max_len:
+                return self._finish(ReqOutput(req, ids[:num], FinishReason.LENGTH))
+        return ReqOutput(req, ids)
 
     def _wait(self, req: Req, *, first: bool = False) -> None:
         self.reqs[req.uid] = req

@@ -91,9 +91,9 @@ class Scheduler:
         self._stuck = planned is None and not self._submitted
         if planned is not None:
             masks = self._grammars.masks(planned, self._submitted)
+            self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
             for observer in self._observers:
                 observer.submitted(planned)
-            self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
         elif not self._submitted and not len(self.planner.running) and len(self.planner.waiting):
             raise IntegrityError("no request can begin, and none runs: pages are lost")
         self._send(outputs)
@@ -202,8 +202,8 @@ class Scheduler:
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
         tokens = (req.uid, wire.pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
         ending = output.finish_reason, output.error, output.error_status
-        told = output.logprobs, output.prompt_logprobs
-        logprobs, of_prompt = (wire.pack_logprobs(parts) if parts else None for parts in told)
+        logprobs = wire.pack_logprobs(output.logprobs) if output.logprobs else None
+        of_prompt = wire.pack_logprobs(output.prompt_logprobs) if output.prompt_logprobs else None
         return wire.DetokenizeMsg(*tokens, *ending, logprobs, of_prompt, output.pooled, req.drafted)
 
 

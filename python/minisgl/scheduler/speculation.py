@@ -26,8 +26,7 @@ _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 class Lengths:
     """How long drafts are to be: what gives most tokens for the time of the whole step. Time counts in steps of few
     tokens: one row more takes `row_cost`, and a step that verifies anything `verify_cost`, since nothing is planned
-    meanwhile. Thus drafts get shorter the more requests run, and end. least: the share of right tokens up to which no
-    draft pays, nor will when others have got theirs."""
+    meanwhile. Thus drafts get shorter the more requests run. least: the share of right tokens below which none pays."""
 
     def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int) -> None:
         self._row_cost, self._verify_cost = row_cost, verify_cost
@@ -35,18 +34,19 @@ class Lengths:
         self._tokens = self._plain_tokens = float(num_samples)
         self.least = row_cost * num_samples / self._cost
 
-    def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
-        """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
-        most = min(limit for limit in limits if limit is not None)
-        length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
-        while length < most and chance * cost > self._row_cost * tokens:
-            length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
-        return length
+    def best(self, rate: float, num_pending: int, *limits: int | None) -> list[float]:
+        """A request's draft, of whose tokens such a share is right: the chance of each, as many as there should be."""
+        most, chances = min(limit for limit in limits if limit is not None), list[float]()
+        tokens, cost, chance = self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
+        while len(chances) < most and chance * cost > self._row_cost * tokens:
+            chances.append(chance)
+            tokens, cost, chance = tokens + chance, cost + self._row_cost, chance * rate
+        return chances
 
-    def add(self, rate: float, num_pending: int, length: int) -> None:
-        """One has a draft of this length."""
-        self._tokens += sum(rate ** (i + num_pending) for i in range(1, length + 1))
-        self._cost += self._row_cost * length
+    def add(self, chances: list[float]) -> None:
+        """One has a draft of these."""
+        self._tokens += sum(chances)
+        self._cost += self._row_cost * len(chances)
 
     @property
     def pays(self) -> bool:
@@ -103,16 +103,15 @@ class Speculation:
         step.decode, step.prefill = ([], []), ([], [])
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
         for req, share in shares:
-            end, ids = share.start + share.num_new, tuple(drafts.get(share.row, ()))
-            if ids := ids[: self._room(req, end, len(ids), pages)]:
-                step.drafts.append(Draft(share.row, end, ids))
-                share = share._replace(num_new=share.num_new + len(ids), num_samples=share.num_samples + len(ids))
-            end += len(ids)
-            if (most := min(wanted.get(share.row, 0), req.max_len - end - 1)) > 0:
-                share = share._replace(num_drafts=self._room(req, end, most, pages))
-            some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
+            row, start, num_new, num_samples, num_drafts, num_held = share
+            if (ids := drafts.get(row)) and (num := self._room(req, start + num_new, len(ids), pages)):
+                step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
+                num_new, num_samples = num_new + num, num_samples + num
+            if (most := min(wanted.get(row, 0), req.max_len - start - num_new - 1)) > 0:
+                num_drafts = self._room(req, start + num_new, most, pages)
+            some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
             some_reqs.append(req)
-            some_shares.append(share)
+            some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held))
 
     def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
@@ -121,9 +120,9 @@ class Speculation:
         for req, share in shares:
             if share.num_samples and not req.num_stale and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
-                wanted[share.row] = length = lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate)
-                lengths.add(rate, 0, length)
-                room -= length
+                lengths.add(chances := lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate))
+                wanted[share.row] = len(chances)
+                room -= len(chances)
         return wanted if lengths.pays else {}
 
     def awaits(self, plan: StepPlan) -> bool:
@@ -188,9 +187,9 @@ class Speculation:
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
                 most = self._config.draft_len, req.params.speculate, budget, req.max_len - req.num_tokens
-                length = lengths.best(rate, num_pending, *most)
+                length = len(chances := lengths.best(rate, num_pending, *most))
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
-                    lengths.add(rate, num_pending, len(ids))
+                    lengths.add(chances[: len(ids)])
                     drafts[share.row], budget = ids, budget - len(ids)
             if not length and 0 <= rate < _FIRST_RATE:  # no draft would have paid: in time there is another try
                 self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
@@ -199,10 +198,10 @@ class Speculation:
     def _room(self, req: Req, end: int, num: int, pages: Pages) -> int:
         """How many of so many guesses behind the first `end` tokens have pages. They get new ones as long as each
         request that runs can have one more for what is no guess."""
-        missing = div_ceil(end + num, pages.page_size) - len(req.pages)
-        needed = missing + self._config.max_running_requests - len(pages.rows)
-        if missing > 0 and pages.missing(needed, needed) <= 0 and pages.make_room(missing):
-            pages.give(req, pages.allocator.allocate(missing))
+        if (missing := div_ceil(end + num, pages.page_size) - len(req.pages)) > 0:
+            needed = missing + self._config.max_running_requests - len(pages.rows)
+            if pages.missing(needed, needed) <= 0 and pages.make_room(missing):
+                pages.give(req, pages.allocator.allocate(missing))
         return min(num, len(req.pages) * pages.page_size - end)
 
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:

@@ -1,8 +1,10 @@
 """Token ids to text, increment by increment, and the end of a request at a stop string."""
 
 import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections import UserList
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.message import messages as wire
@@ -122,11 +124,27 @@ class _Stream:
         self.num_output = self.num_cached = 0
 
 
-class Detokenizer:
-    """Owns the text state of every running request, by uid."""
+class LateLogprobs(UserList[wire.TokenLogprob]):
+    """Log-probabilities, which are made when somebody first looks at them: that is most of what they cost."""
 
-    def __init__(self, codec: HFTextCodec) -> None:
-        self._codec = codec
+    def __init__(self, values: Iterable[wire.TokenLogprob]) -> None:
+        self._values = values
+
+    @cached_property
+    def data(self) -> list[wire.TokenLogprob]:  # type: ignore[override]
+        return [*self._values]
+
+    __copy__ = UserList.copy  # which needs no `data`
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LateLogprobs, (self.data,)
+
+
+class Detokenizer:
+    """Owns the text state of every running request, by uid. collect: what a reply has of log-probabilities."""
+
+    def __init__(self, codec: HFTextCodec, collect: Callable[[Iterable[wire.TokenLogprob]], Any] = tuple) -> None:
+        self._codec, self._collect = codec, collect
         self._echo = lru_cache(maxsize=1)(  # outputs of one prompt follow one another
             lambda prompt, skip_special: codec.decode(wire.unpack_ids(prompt), skip_special=skip_special)
         )
@@ -159,7 +177,7 @@ class Detokenizer:
     def _advance(self, stream: _Stream, message: wire.DetokenizeMsg) -> wire.UserReply:
         token_ids = wire.unpack_ids(message.token_ids)
         num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
-        start, found = message.start, False
+        start, packed, ids, found = message.start, message.logprobs, message.token_ids, False
         head = self._echo(start.prompt, start.skip_special) if start is not None and start.echo else ""
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
@@ -169,7 +187,7 @@ class Detokenizer:
             text, found = stream.stop.push(delta) if count > num_free else (delta, False)
             head += text
             if found:
-                token_ids = token_ids[:count]
+                ids = wire.pack_ids(token_ids := token_ids[:count])
                 break
         if finish_reason is not None and not found:
             text, found = stream.stop.push(stream.decoder.flush())
@@ -179,36 +197,22 @@ class Detokenizer:
             finish_reason = FinishReason.STOP
         elif finish_reason is not None and not found:
             head += stream.stop.flush()
-        return wire.UserReply(
-            uid=message.uid,
-            text=head,
-            token_ids=wire.pack_ids(token_ids),
-            num_prompt_tokens=stream.start.num_prompt_tokens,
-            num_output_tokens=stream.num_output,
-            num_cached_tokens=stream.num_cached,
-            finish_reason=finish_reason,
-            error=message.error,
-            error_status=message.error_status,
-            logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
-            prompt_logprobs=self._prompt_logprobs(message, stream.hidden),
-            prompt_end="" if start is None else stream.decoder.context_text,
-            stop=stream.stop.found,
-            detokenized=0.0 if start is None and finish_reason is None else time.time(),
-            pooled=message.pooled,
-            drafted=message.drafted,
-        )
+        counts = stream.start.num_prompt_tokens, stream.num_output, stream.num_cached
+        ending = finish_reason, message.error, message.error_status
+        logprobs = () if packed is None else self._collect(self._logprobs(token_ids, packed, stream.hidden))
+        told = logprobs, self._prompt_logprobs(message, stream.hidden)
+        prompt_end = "" if start is None else stream.decoder.context_text
+        detokenized = 0.0 if start is None and finish_reason is None else time.time()
+        rest = prompt_end, stream.stop.found, detokenized, message.pooled, message.drafted
+        return wire.UserReply(message.uid, head, ids, *counts, *ending, *told, *rest)
 
     def _logprobs(
         self, token_ids: Sequence[int], packed: wire.PackedLogprobs | None, hidden: frozenset[int]
-    ) -> tuple[wire.TokenLogprob, ...]:
-        if packed is None:
-            return ()
+    ) -> Iterator[wire.TokenLogprob]:
         token_bytes = self._codec.token_bytes
-        told = []
-        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed), strict=False):
+        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed) if packed else (), strict=False):
             most = [wire.TopLogprob(i, token_bytes(i), x) for i, x in top]
-            told.append(wire.TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden))
-        return tuple(told)
+            yield wire.TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden)
 
     def _prompt_logprobs(self, message: wire.DetokenizeMsg, hidden: frozenset[int]) -> tuple[wire.TokenLogprob, ...]:
         """Of the whole prompt, with the stream's first message: nothing precedes the first token."""

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _END = f"\ue000{secrets.token_hex(8)}\ue001"  # put behind a message that goes on: what a template adds is cut off there
 _GUARD = "\n"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE = "\u2581"  # sentencepiece's
+_SPACE, _PART_OF_ONE = "\u2581", "\ufffd"  # sentencepiece's; for bytes that are no whole character
 _PART = 2**16  # characters that are encoded at a time, to find out whether a text is too long
 
 
@@ -54,8 +54,9 @@ class HFTextCodec:
             self._backend.no_padding()
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        is_byte_level = "ByteLevel(" in repr(getattr(self._backend, "decoder", None))
-        self._byte_of = {c: bytes([byte]) for byte, c in bytes_to_unicode().items()} if is_byte_level else None
+        self._joins = (decoder := repr(getattr(self._backend, "decoder", None))).startswith("ByteLevel(")
+        bytes_of = {c: bytes([byte]) for byte, c in bytes_to_unicode().items()}
+        self._byte_of = bytes_of if "ByteLevel(" in decoder else None
         self._added = self.tokenizer.added_tokens_decoder
         special_ids = {index for index in self.tokenizer.all_special_ids if index is not None}  # BOS, EOS, PAD …
         special_ids |= {index for index, token in self._added.items() if token.special}
@@ -104,7 +105,9 @@ class HFTextCodec:
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of ids that are all visible."""
-        return self._text_of_one(token_ids[0]) if len(token_ids) == 1 else self._text(token_ids)
+        one_by_one = len(token_ids) == 1 or self._joins
+        text = "".join([self._text_of_one(token) for token in token_ids]) if one_by_one else _PART_OF_ONE
+        return self._text(token_ids) if _PART_OF_ONE in text and len(token_ids) != 1 else text
 
     def _text(self, token_ids: Sequence[int]) -> str:
         if self._backend is not None:

@@ -103,8 +103,7 @@ def stack_of(experts: Stacked) -> Stack:
     if len(floats) == len(flat) and (weight := merge(floats)) is not None:
         rows, group = (ROWS, GROUP) if weight.has_groups else (1, weight.data.shape[1])
         return Stack(weight.data.unflatten(0, (len(found), -1)), weight.scales, None, 8, rows, group)
-    codes = codes_of(packed) if len(packed) == len(flat) else None
-    if codes is not None and codes.has_kernels and codes.columns is None:
+    if len(packed) == len(flat) and (codes := codes_of(packed)) is not None and codes.columns is None:
         _, group, has_minima = codes.kind
         return Stack(codes.codes.unflatten(0, (len(found), -1)), codes.scales, codes.seconds, 4, 1, group, has_minima)
     full = (part if isinstance(part, Tensor) else part.dequantize() for part in flat)
