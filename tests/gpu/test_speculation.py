@@ -16,7 +16,7 @@ from minisgl import LLM, SamplingParams
 from minisgl.core import Req
 from minisgl.scheduler import speculation
 from tests.gpu.conftest import DEVICE
-from tests.integration.test_eagle import CASES, NUM_LAYERS, WORDS, random_head, said, served, target, train, trained
+from tests.integration.test_eagle import CASES, HEADS, WORDS, random_head, said, served, target, train, trained
 from tests.integration.test_llm import make_prompts, with_tokenizer
 from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
 from tests.models import random_prompt, tiny_model
@@ -105,7 +105,7 @@ def test_heads_change_nothing(family: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_an_eagle_head_tells_what_its_formula_says(case: str, max_batch: int, tmp_path: Path) -> None:
     family, options, changes = CASES[case]
-    path, head = target(family), random_head(**options)
+    path, head = target(family, **HEADS), random_head(**options)
     where = head.save(tmp_path / "head", **changes)
     told, drafts = generate(path, "eagle", draft_model=where, cuda_graph_max_bs=max_batch, **ON_DEVICE)
     assert told == generate(path, "off")[0]
@@ -126,7 +126,7 @@ def test_eagle_heads_change_nothing(
     """A head of some of the tokens, too; and it is of use."""
     some = random_head(ids=torch.arange(3, WORDS, 2), vocab_size=WORDS)
     head = trained if kind == "trained" else some.save(tmp_path / "head")
-    params = [dataclasses.replace(PARAMS[i % len(PARAMS)], logprobs=0) for i in range(len(served[1]))]
+    params = PARAMS[: len(served[1])]
     expected, _ = said(*served, params, device=DEVICE)
     told, share = said(
         *served, params, device=DEVICE, draft_model=str(head), tensor_parallel_size=tp_size, num_pages=512, **options
@@ -138,12 +138,12 @@ def test_eagle_heads_change_nothing(
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_an_eagle_head_is_right_in_16_bits(tp_size: int, tmp_path: Path) -> None:
     """With a GPU's kernels for decode steps, heads of 64 features, and an LM head of 8 bits for drafts."""
-    source = tiny_model("llama", num_hidden_layers=NUM_LAYERS, vocab_size=WORDS, head_dim=64)
-    path = make_words(shutil.copytree(source, tmp_path / "model"), WORDS)
+    shape = {**HEADS, "head_dim": 64, "vocab_size": WORDS}
+    path = make_words(shutil.copytree(target("llama", **shape), tmp_path / "model"), WORDS)
     prompts = [random_prompt(20 + i, seed=i) for i in range(4)]
     options = {"device": DEVICE, "dtype": "bfloat16", "num_pages": 512}
     texts, _ = said(path, prompts, [GREEDY] * 4, **options)
-    head = random_head(ids=torch.arange(WORDS), vocab_size=WORDS, head_dim=64)
+    head = random_head(ids=torch.arange(WORDS), **shape)
     train(head, AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval(), prompts, texts[:4])
     where = head.save(tmp_path / "head", vocab_size=WORDS)
     told, share = said(path, prompts, [GREEDY] * 4, draft_model=str(where), tensor_parallel_size=tp_size, **options)

@@ -35,7 +35,8 @@ from tests.unit.test_resolve import GPUS
 __all__ = ["graphs"]  # a fixture
 
 NUM_LAYERS = 8
-SHAPE = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+SHAPE = {"hidden_size": 64, "intermediate_size": 80, **HEADS}
 DRAFTED = torch.arange(3, VOCAB_SIZE, 2)  # tokens of the model that a head's vocabulary has
 
 
@@ -130,8 +131,9 @@ def random_head(aux: Sequence[int] = (2, 4, 5), **options: Any) -> Head:
     return head.eval()
 
 
-def target(family: str) -> Path:
-    return tiny_model(family, num_hidden_layers=NUM_LAYERS)
+def target(family: str, **changes: Any) -> Path:
+    """Whose attention has other heads than a head of `SHAPE`, unless `changes` say so."""
+    return tiny_model(family, num_hidden_layers=NUM_LAYERS, **changes)
 
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -213,8 +215,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def on_gpus(draft_model: Path, *flags: str) -> ServerConfig:
-    """For the model of `target`."""
-    path = target("llama")
+    """For a model with attention heads as in `SHAPE`."""
+    path = target("llama", **HEADS)
     args = parse_args(["--model", str(path), "--draft-model", str(draft_model), *flags], {})
     args, model = with_draft(args, path, read_model_config(path), "cuda")
     return resolve(args, ModelFiles(path, model, {}), GPUS)
@@ -254,9 +256,9 @@ WORDS = 320  # tokens of a model that has a tokenizer
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
-    """A model with a tokenizer, and prompts."""
+    """A model with a tokenizer, of which a GPU takes heads of `SHAPE`; and prompts."""
     path = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(tiny_model("llama", num_hidden_layers=NUM_LAYERS, vocab_size=WORDS), path)
+    shutil.copytree(target("llama", vocab_size=WORDS, **HEADS), path)
     return make_words(path, WORDS), [random_prompt(20 + i, seed=i) for i in range(4)]
 
 
