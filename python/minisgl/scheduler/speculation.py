@@ -30,23 +30,22 @@ class Lengths:
 
     def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int) -> None:
         self._row_cost, self._verify_cost = row_cost, verify_cost
-        self._cost = self._plain_cost = 1 + row_cost * num_rows
-        self._tokens = self._plain_tokens = float(num_samples)
+        self._plain_tokens, self._plain_cost = float(num_samples), 1 + row_cost * num_rows
+        self._grown = self._tokens, self._cost = self._plain_tokens, self._plain_cost
         self.least = row_cost * num_samples / self._cost
 
-    def best(self, rate: float, num_pending: int, *limits: int | None) -> list[float]:
-        """A request's draft, of whose tokens such a share is right: the chance of each, as many as there should be."""
-        most, chances = min(limit for limit in limits if limit is not None), list[float]()
-        tokens, cost, chance = self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
-        while len(chances) < most and chance * cost > self._row_cost * tokens:
-            chances.append(chance)
-            tokens, cost, chance = tokens + chance, cost + self._row_cost, chance * rate
-        return chances
+    def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
+        """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
+        most = min([limit for limit in limits if limit is not None])
+        length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
+        while length < most and chance * cost > self._row_cost * tokens:
+            length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
+        self._grown = tokens, cost
+        return length
 
-    def add(self, chances: list[float]) -> None:
-        """One has a draft of these."""
-        self._tokens += sum(chances)
-        self._cost += self._row_cost * len(chances)
+    def add(self) -> None:
+        """It has a draft of the length that `best` has just told."""
+        self._tokens, self._cost = self._grown
 
     @property
     def pays(self) -> bool:
@@ -120,9 +119,9 @@ class Speculation:
         for req, share in shares:
             if share.num_samples and not req.num_stale and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
-                lengths.add(chances := lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate))
-                wanted[share.row] = len(chances)
-                room -= len(chances)
+                wanted[share.row] = length = lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate)
+                lengths.add()
+                room -= length
         return wanted if lengths.pays else {}
 
     def awaits(self, plan: StepPlan) -> bool:
@@ -178,8 +177,7 @@ class Speculation:
         for req, share in shares:
             rate, length = self._rates.setdefault(req.uid, _FIRST_RATE), 0
             if rate > lengths.least or self._forced:  # with many requests this is all that is done for each of them
-                # Whether what comes after the token that it samples in this step could be verified at once.
-                can = share.num_samples and share.num_new <= 1 + self._config.draft_len
+                can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
                     continue
                 num_pending = req.num_tokens - 1 - len(req.tokens)
@@ -187,9 +185,11 @@ class Speculation:
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
                 most = self._config.draft_len, req.params.speculate, budget, req.max_len - req.num_tokens
-                length = len(chances := lengths.best(rate, num_pending, *most))
+                length = lengths.best(rate, num_pending, *most)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
-                    lengths.add(chances[: len(ids)])
+                    if len(ids) < length:  # it knows of no more
+                        lengths.best(rate, num_pending, len(ids))
+                    lengths.add()
                     drafts[share.row], budget = ids, budget - len(ids)
             if not length and 0 <= rate < _FIRST_RATE:  # no draft would have paid: in time there is another try
                 self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
