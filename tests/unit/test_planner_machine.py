@@ -285,3 +285,45 @@ PlannerMachine.TestCase.settings = settings(
     max_examples=150, stateful_step_count=120, deadline=None, report_multiple_bugs=False
 )
 TestPlannerMachine = PlannerMachine.TestCase
+
+
+# What a `PlannerMachine` was told, a word each. a: a request (shared, keep, fresh, max_tokens, pooling, salt, client); s:
+# steps; f: a step that fails; n: one whose row is not finite; r: steps whose rows are not ready; x: an abort.
+_TWICE = """
+a,907,0,440112211220231,1,last,a,other a,233,38,214242,1,mean,,flood a,617,0,,1,mean,,flood a,647,0,,8,,,small r,1,
+a,424,8,042341342032103,1,,,flood a,354,0,,1,,,small s,6 f a,569,0,,1,last,a,other a,245,9,43431,1,mean,,flood x,84
+s,4 a,263,24,,30,,,other s,3 a,216,0,1441202301401240,1,,,flood s,1 a,508,0,,1,,a,flood s,5 a,683,0,,1,,,flood
+a,707,0,,1,,,flood a,746,0,,1,,,flood a,813,0,,1,,,flood s,2 a,815,0,,1,,,flood a,383,24,1012,1,,,flood
+a,166,25,,1,,,flood a,47,36,33303,10,,a,other s,4 n,0 a,963,15,0133333142344,1,,b,flood f s,6 a,325,6,,16,,a,flood
+a,188,0,,1,,,flood f a,36,0,,1,,,flood a,254,17,,1,last,a,small r,3,31 s,6 a,607,0,,1,,,flood a,453,0,,1,,,flood
+a,396,34,,1,mean,a,flood a,181,0,,1,,,flood a,330,22,0343341203021,1,last,,flood s,7
+a,272,25,3103244224222341,1,,,small s,8 s,8
+"""
+
+
+def test_who_has_its_own_prefix_twice_ends_all_the_same() -> None:
+    """A request that runs alone could not use its cached prefix, whose window is gone, and computed it again; without
+    room for both it began anew for ever."""
+    machine = PlannerMachine()
+    machine.start(
+        attention=1, page_size=2, num_tokens=50, rows=2, budget=1, cache="radix", policy="lpm", depth=1, snapshots=2,
+        snapshot_tokens=1, drafter=None, draft_len=3, window=20, spare=0,
+    )  # fmt: skip
+    for what, *given in (word.split(",") for word in _TWICE.split()):
+        match what:
+            case "a":
+                shared, keep, fresh, max_tokens, pooling, salt, client = given
+                lengths = {"shared": int(shared), "keep": int(keep), "max_tokens": int(max_tokens), "predicted": 0}
+                names = {"pooling": pooling, "salt": salt, "client": client}
+                machine.add(fresh=[*map(int, fresh)], ignore_eos=True, grammar=False, **lengths, **names)
+            case "s":
+                machine.step(int(given[0]))
+            case "f":
+                machine.failing_step()
+            case "n":
+                machine.not_finite(int(given[0]))
+            case "r":
+                machine.not_ready([*map(int, given[1])], int(given[0]))
+            case "x":
+                machine.abort(int(given[0]))
+    machine.teardown()
