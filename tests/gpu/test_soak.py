@@ -20,7 +20,7 @@ KEY = (tuple(range(3, 40)), soak.KINDS[2])
 
 
 def make_load() -> soak.Load:
-    load = soak.Load(cast(Any, None), 0, tiny_model("qwen3", vocab_size=512), "cuda")
+    load = soak.Load(cast(Any, None), 0, tiny_model("qwen3", vocab_size=512))
     load.counts["verified"] = soak.MAX_VERIFIED  # no more by lot
     return load
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from minisgl.config.args import parse_args
-from minisgl.config.draft import with_draft
+from minisgl.config.draft import read_eagle, with_draft
 from minisgl.config.families import read_model_config
 from minisgl.config.resolve import ModelFiles, prepare, resolve
 from minisgl.config.runtime import ServerConfig
@@ -100,10 +101,10 @@ class Head(nn.Module):
         self, path: Path, is_torch: bool = False, is_nested: bool = False, drop: Sequence[str] = (),
         more: dict[str, torch.Tensor] | None = None, **changes: Any,
     ) -> Path:  # fmt: skip
-        """As such heads are published, or as vLLM's tools save them (nested). drop: what begins with these; changes: of
-        the configuration."""
+        """As such heads are published, which do not name a rotation, or as vLLM's tools save them (nested). drop: what
+        begins with these; changes: of the configuration."""
         path.mkdir()
-        inner = {**self.config.to_dict(), "rope_theta": 10000.0}
+        inner = self.config.to_dict() | ({"rope_theta": 10000.0} if is_nested else {})
         inner.pop("rope_parameters", None)
         outer = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(self.ids)}
         outer |= {"norm_before_residual": self.before}
@@ -238,6 +239,17 @@ def test_on_gpus_it_is_taken_where_its_layer_is_like_the_models(tmp_path: Path) 
             f"--draft-model {other}: on GPUs so far only EAGLE-3 heads with the model's attention heads; "
             "choose another, or --device cpu"
         )
+
+
+def test_a_head_that_names_no_rotation_has_its_own(tmp_path: Path) -> None:
+    """With the default of LlamaConfig, whatever the model has."""
+    model = read_model_config(target("llama"))
+    model = replace(model, ropes=(replace(model.ropes[0], theta=500_000.0),))
+    told = read_eagle(random_head(head_dim=32).save(tmp_path / "head"), model)
+    assert told is not None
+    assert told.mtp is not None
+    assert [rope.theta for rope in told.ropes] == [500_000.0, 10_000.0]
+    assert told.mtp.attention.rope_index == 1
 
 
 @pytest.mark.parametrize("name", ["fc.", "midlayer.hidden_norm", "midlayer.self_attn.k_proj", "norm.", "lm_head"])

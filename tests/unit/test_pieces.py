@@ -144,7 +144,7 @@ def test_log_probabilities_that_are_made_late_are_the_same(codecs: list[HFTextCo
     message = DetokenizeMsg(
         1, pack_ids(ids), start=StreamStart(1, (), b""), logprobs=pack_logprobs([logprobs_of(3, 2)])
     )
-    (whole, _), (late, _) = (Detokenizer(codec, kind).detokenize(message) for kind in (tuple, LateLogprobs))
+    (whole, _), (late, _) = (one.detokenize(message) for one in (Detokenizer(codec), Detokenizer(codec, LateLogprobs)))
     assert whole is not None and late is not None and len(whole.logprobs) == 3
     for copied in (copy.copy(late.logprobs), late.logprobs, pickle.loads(pickle.dumps(late.logprobs))):
         assert copied == list(whole.logprobs) and copied[1] == whole.logprobs[1] and len(copied) == 3
@@ -154,6 +154,20 @@ def test_log_probabilities_that_are_made_late_are_the_same(codecs: list[HFTextCo
             asked.append(one.token_id)
             yield one
 
-    unread = LateLogprobs(made())
+    unread = LateLogprobs(made)
     assert not asked
     assert unread[0] == whole.logprobs[0] and asked == ids
+
+
+def test_log_probabilities_whose_first_reading_was_interrupted_are_read_again() -> None:
+    def made() -> Iterator[TokenLogprob]:
+        yield one
+        if stops.pop():
+            raise KeyboardInterrupt
+        yield one
+
+    one, stops = TokenLogprob(1, b"a", -1.0, [], True), [False, True]
+    late = LateLogprobs(made)
+    with pytest.raises(KeyboardInterrupt):
+        len(late)
+    assert list(late) == [one, one]

@@ -287,8 +287,8 @@ PlannerMachine.TestCase.settings = settings(
 TestPlannerMachine = PlannerMachine.TestCase
 
 
-# What a `PlannerMachine` was told, a word each. a: a request (shared, keep, fresh, max_tokens, pooling, salt, client); s:
-# steps; f: a step that fails; n: one whose row is not finite; r: steps whose rows are not ready; x: an abort.
+# What a `PlannerMachine` was told, a word each. a: a request (shared, keep, fresh, max_tokens, pooling, salt, client);
+# s: steps; f: a step that fails; n: one whose row is not finite; r: steps whose rows are not ready; x: an abort.
 _TWICE = """
 a,907,0,440112211220231,1,last,a,other a,233,38,214242,1,mean,,flood a,617,0,,1,mean,,flood a,647,0,,8,,,small r,1,
 a,424,8,042341342032103,1,,,flood a,354,0,,1,,,small s,6 f a,569,0,,1,last,a,other a,245,9,43431,1,mean,,flood x,84

@@ -61,9 +61,8 @@ def read_eagle(path: Path, model: ModelConfig) -> ModelConfig | None:
     aux = f.list_of(int, _AUX) or [i + 1 for i in f.child("eagle_config").list_of(int, _AUX)] or [2, num // 2, num - 3]
     if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num:
         raise ConfigError(f"{f.source}: a head that reads behind layers {aux} of {num}")
-    rope = len(model.ropes) if any(map(f.data.get, ("rope_theta", "rope_parameters", "rope_scaling"))) else 0
     (layer,), before = head.layers, f.boolean("norm_before_residual", bool(nested))
-    attention, norms = replace(layer.attention, rope_index=rope), replace(layer.norms, before_attention="")
+    attention, norms = replace(layer.attention, rope_index=len(model.ropes)), replace(layer.norms, before_attention="")
     layer = replace(layer, attention=attention, norms=norms)
     head = replace(head, layers=(), aux_layers=tuple(sorted({*aux})), norms_residual=before)
     return replace(model, second=(str(path), head), mtp=layer, ropes=(*model.ropes, *head.ropes[:1]))

@@ -93,7 +93,7 @@ class Pending:
         metrics = RequestMetrics(self.first_token - self.submitted, self.ended - self.submitted)
         token_ids = wire.unpack_ids(b"".join([reply.token_ids for reply in self.replies]))
         known = token_ids, last.finish_reason, self.prompt_ids, last.num_cached_tokens, metrics, last.error
-        logprobs = LateLogprobs(token for reply in self.replies for token in reply.logprobs)
+        logprobs = LateLogprobs(lambda: (token for reply in self.replies for token in reply.logprobs))
         of_prompt = [token for reply in self.replies for token in reply.prompt_logprobs]
         return RequestOutput("".join([reply.text for reply in self.replies]), *known, logprobs, of_prompt, last.pooled)
 

@@ -65,7 +65,7 @@ class Head:
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
         logits = self.lm_head.logits(x, self._norms[2], self._eps, self._narrowed)
-        num = 1 if self._narrowed is None else 64  # of so many parts 4 bits say which it may be, then all bits which
+        num = 1 if self._narrowed is None else min(64, logits.shape[1])  # parts, of which 4 bits name a token each
         best = logits[:, : logits.shape[1] // num * num].reshape(len(x), -1, num).argmax(1)
         some = self._comm.broadcast(best * num + torch.arange(num, device=x.device))
         if num > 1:
@@ -104,6 +104,7 @@ class Head:
         """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 4."""
         self.fc.pack()
         matrix = self.lm_head.matrix
-        if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and matrix.weight.dtype != torch.float32:
+        if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and not matrix.weight.shape[1] % 64:
             parts = [Grouped.of(rows) for rows in torch.split(matrix.weight, 1 << 14)]
-            self._narrowed = self._ops.packed_matrix(parts, matrix.weight.dtype)
+            packed = self._ops.packed_matrix(parts, matrix.weight.dtype)
+            self._narrowed = None if isinstance(packed, TorchMatrix) else packed  # it would be as large

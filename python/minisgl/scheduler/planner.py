@@ -153,7 +153,7 @@ class Planner:
             num_new, cost = num_tokens - start, 1
             if keeps_states:
                 self._save_state(req, start)
-                if req.borders and start < req.borders[-1]:
+                if req.borders and start < max(req.borders):
                     num_new = min([num_new, *(border - start for border in req.borders if border > start)])
             if num_new > 1:  # what a token of everyone's output takes is no less if it comes a step later
                 num_new, cost = self._share(req, start, num_new, budget - (len(self.running) - index - 1))

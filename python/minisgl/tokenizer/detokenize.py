@@ -3,7 +3,7 @@
 import time
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from minisgl.core import FinishReason
@@ -124,15 +124,18 @@ class _Stream:
         self.num_output = self.num_cached = 0
 
 
+_Make = Callable[[], Iterable[wire.TokenLogprob]]
+
+
 class LateLogprobs(UserList[wire.TokenLogprob]):
     """Log-probabilities, which are made when somebody first looks at them: that is most of what they cost."""
 
-    def __init__(self, values: Iterable[wire.TokenLogprob]) -> None:
-        self._values = values
+    def __init__(self, values: Iterable[wire.TokenLogprob] | _Make) -> None:
+        self._values = values  # or what makes them, anew each time: it may be interrupted
 
     @cached_property
     def data(self) -> list[wire.TokenLogprob]:  # type: ignore[override]
-        return [*self._values]
+        return [*(self._values() if callable(self._values) else self._values)]
 
     __copy__ = UserList.copy  # which needs no `data`
 
@@ -143,7 +146,7 @@ class LateLogprobs(UserList[wire.TokenLogprob]):
 class Detokenizer:
     """Owns the text state of every running request, by uid. collect: what a reply has of log-probabilities."""
 
-    def __init__(self, codec: HFTextCodec, collect: Callable[[Iterable[wire.TokenLogprob]], Any] = tuple) -> None:
+    def __init__(self, codec: HFTextCodec, collect: Callable[[_Make], Any] = lambda make: tuple(make())) -> None:
         self._codec, self._collect = codec, collect
         self._echo = lru_cache(maxsize=1)(  # outputs of one prompt follow one another
             lambda prompt, skip_special: codec.decode(wire.unpack_ids(prompt), skip_special=skip_special)
@@ -199,7 +202,7 @@ class Detokenizer:
             head += stream.stop.flush()
         counts = stream.start.num_prompt_tokens, stream.num_output, stream.num_cached
         ending = finish_reason, message.error, message.error_status
-        logprobs = () if packed is None else self._collect(self._logprobs(token_ids, packed, stream.hidden))
+        logprobs = () if packed is None else self._collect(partial(self._logprobs, token_ids, packed, stream.hidden))
         of_prompt, prompt_end = self._prompt_logprobs(message, stream.hidden), start and stream.decoder.context_text
         when = 0.0 if start is None and finish_reason is None else time.time()
         told = (*counts, *ending, logprobs, of_prompt, prompt_end or "", stream.stop.found, when)
