@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,24 +69,15 @@ class Clocks:
 
 
 class Handle:
-    """A step that has ended at `due`, by the clock; and where there are masks, when it has gone on, as a GPU's."""
+    """A step that has ended at `due`, by the clock: no sooner than its masks were there."""
 
     def __init__(self, device: Device, plan: StepPlan, masks: Masks | None) -> None:
-        self._device, self._plan, self._masks = device, plan, masks
         device.host.apply(plan)
-        self._index, self._launched = StepIndex.of(plan.reqs), Launched(torch.empty(0))
-        self._due, self._is_whole = max(time.perf_counter(), device.free) + device.seconds, False
-        if not plan.masked:
-            self.go_on()
-
-    def go_on(self) -> None:
-        if not self._is_whole:
-            self._launched = self._device.finish(self._plan, self._index, self._masks)
-            self._due = self._device.free = max(self._due, time.perf_counter())
-            self._is_whole = True
+        due = max(time.perf_counter(), device.free) + device.seconds
+        self._plan, self._launched = plan, device.finish(plan, StepIndex.of(plan.reqs), masks)
+        self._due = device.free = max(due, time.perf_counter())
 
     def wait(self, timeout: float | None = None) -> bool:
-        self.go_on()
         deadline = np.inf if timeout is None else time.perf_counter() + timeout
         while (now := time.perf_counter()) < self._due:
             if now > deadline:
@@ -108,14 +99,11 @@ class Device:
         self.clocks, self.seconds, self.num_pages = clocks, seconds, config.max_running_requests * 32
         self.num_steps = self.num_shares = self.num_missed = 0
         self.host = RowTables(config.max_running_requests + 1, config.max_seq_len, config.page_size)
-        self.free, self._last = 0.0, cast("Handle | None", None)
+        self.free = 0.0
         self._vocab_size, self._random = config.model.vocab_size, np.random.default_rng(0)
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> Handle:
-        if self._last is not None:
-            self._last.go_on()
-        self._last = Handle(self, plan, masks)
-        return self._last
+        return Handle(self, plan, masks)
 
     def finish(self, plan: StepPlan, index: StepIndex, masks: Masks | None) -> Launched:
         rules = None

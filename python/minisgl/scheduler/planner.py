@@ -374,10 +374,9 @@ class Planner:
     def _accept(self, req: Req, ids: tuple[int, ...]) -> ReqOutput:
         """The tokens that a step has sampled: one, and as many more as its draft was right."""
         params, tokens, num_before = req.params, req.tokens, len(req.tokens)
-        eos, least = (
-            () if params.ignore_eos and params.grammar is None else self._eos,
-            req.prompt_len + params.min_tokens,
-        )
+        eos, least = self._eos, req.prompt_len + params.min_tokens
+        if params.ignore_eos and params.grammar is None:
+            eos = frozenset()
         for num, token_id in enumerate(ids, 1):
             req.num_tokens += num > 1
             if token_id < 0:
