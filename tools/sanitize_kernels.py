@@ -29,16 +29,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a neighbour's memory hides what is out of bounds
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmark.kernels.skinny_gemm import variants
 from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.attention.cuda import CudaBackend
 from minisgl.config.model import AttentionSpec, MoE, PagedKV
@@ -48,7 +51,7 @@ from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.delta import DeltaOps
 from minisgl.kernel.float8 import Float8Matrix, merge
 from minisgl.kernel.ops import Around, KVSlots, PagedSequences, RopeAngles, TorchOps
-from minisgl.kernel.packed import Float8, Grouped
+from minisgl.kernel.packed import Blocks, Float8, Grouped
 from minisgl.kernel.packed_gemm import PackedMatrix, codes_of
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
@@ -171,11 +174,11 @@ def skinny_gemm() -> None:
             [up(t) for t in (x, gain, weight, both, bias)],
         )
         x, gain, weight, both, bias = inputs
-        for v in skinny.variants(m, False):
+        for v in variants(m, False):
             linear, norm_linear = (skinny.linear(x, weight, Around(bias, g, EPS), variant=v) for g in (None, gain))
             added = skinny.linear(x, weight, Around(bias, residual=up(residual)), variant=v)
             check(("skinny_gemm", m, n, k, v), (linear, norm_linear, added), (plain, normed, plain + residual))
-        for v in skinny.variants(m, True):
+        for v in variants(m, True):
             check(
                 ("skinny_gemm gated", m, n, k, v),
                 [skinny.linear(x, both, Around(norm=gain, eps=EPS, gated=True), variant=v)],
@@ -209,7 +212,7 @@ def float8_products(has_groups: bool) -> None:
         weight = merge([Float8(up(part.data), up(part.scales, torch.float32))])
         assert weight is not None
         plain, normed = F.linear(x, part.dequantize()), REFERENCE.rms_norm(x, gain, EPS) @ part.dequantize().T
-        for v in skinny.variants(m, False, True) if m <= skinny.TOKEN_TILES[-1] else ():
+        for v in variants(m, False, True) if m <= skinny.TOKEN_TILES[-1] else ():
             found = [skinny.linear(up(x), weight.data, Around(norm=up(gain), eps=EPS), weight.scales, v)]
             found.append(skinny.linear(up(x), weight.data, Around(residual=up(residual)), weight.scales, v))
             check(("skinny e4m3", m, n, k, v), found, (normed, plain + residual))
@@ -326,6 +329,26 @@ def grouped_gemm() -> None:
         check(("moe", n, num_experts), [out], [expected])
 
 
+def experts() -> None:
+    """MXFP4, in blocks of all sizes."""
+    from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
+
+    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 3, 96, 160
+    stacks, weights = [], []
+    for rows, cols in ((2 * inner, hidden), (hidden, inner)):
+        data = torch.randint(0, 256, (num_experts, rows, cols // 32, 17), dtype=torch.uint8)
+        data[..., 0] = torch.randint(118, 122, data.shape[:3])
+        blocks = [Blocks("MXFP4", expert.flatten(1), cols) for expert in data]
+        stacks.append(stack_of((DTYPE, [[replace(part, data=up(part.data))] for part in blocks]), rows > hidden, arch))
+        weights.append(torch.stack([part.dequantize() for part in blocks]).to(DTYPE).float())
+    for n in (1, 5, 13, 30, 90, 400):
+        x, logits = randn(n, hidden), torch.randn(n, num_experts)
+        out = fused_moe(up(x), up(logits, torch.float32), *stacks, 2, True)
+        given = [{"weight": weight} for weight in weights]
+        expected = DENSE.experts(REFERENCE, *given, MoE(num_experts, 2, inner, True))(x, logits)
+        check(("experts", n), [out], [expected])
+
+
 def packed(m: int) -> None:
     """4 bits, with this GPU's kernels and with those of 8.6."""
     for arch, group, n, k, gated in (((9, 0), 128, 96, 384, True), ((8, 6), 32, 208, 640, False)):
@@ -356,7 +379,7 @@ GROUPS |= {f"packed_gemm_{m}": partial(packed, m) for m in (1, 7, 16, 60, 130, 3
 GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step, "sampling": sampling}
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
-GROUPS["triton_grouped_gemm"] = grouped_gemm
+GROUPS["triton_grouped_gemm"], GROUPS["experts"] = grouped_gemm, experts
 GROUPS |= {"delta_tokens": partial(delta_net, [1] * 5), "delta_chunks": partial(delta_net, [1, 2, 70, 1, 130])}
 
 

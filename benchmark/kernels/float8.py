@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmark.kernels.decode_gemm import graph_time
+from benchmark.kernels.skinny_gemm import variants
 from minisgl.kernel import decode_gemm, float8, skinny
 from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.decode_gemm import Variant
@@ -142,7 +143,7 @@ def report(ops: CudaOps, shape: Shape, m: int, kind: str) -> str:
     calls: dict[str, Callable[[Case], Tensor]] = {"ours": lambda case: case.layer(case.matrix)}
     n, is_gated = shape.rows // (2 if shape.form == "gate_up" else 1), shape.form == "gate_up"
     if m <= 16 and skinny.supports(m, n, shape.k, torch.bfloat16, shape.form != "add", float8=True):
-        for variant in skinny.variants(m, is_gated, float8=True):
+        for variant in variants(m, is_gated, float8=True):
             calls[f"s{variant}"] = partial(Case.skinny, variant=variant)
     for how in wides(m, shape, kind) if m > 1 else ():
         calls[f"{how[0]}:{how[1].rows}/{how[1].split}"] = partial(Case.wide, how=how)

@@ -26,7 +26,15 @@ from minisgl.kernel import skinny
 from minisgl.kernel.ops import Around
 
 EPS = 1e-6
+VARIANTS = ((8, 1), (8, 2), (8, 4), (8, 6), (4, 6), (4, 8), (4, 16))  # warps, and octets of rows that they take at once
 PEAK = 4.3e12  # bytes per second that an H200 reads
+
+
+def variants(tokens: int, gated: bool, float8: bool = False, shared: int = 113) -> list[int]:
+    """The numbers of the kernel's variants, as in `dispatch` of the kernel file, of which two steps fit the memory."""
+    tiles = next(tile for tile in skinny.TOKEN_TILES if tokens <= tile) // 8 * (2 if float8 else 1)
+    steps = [(shared - 27) * 1024 // (warps * (octets + tiles) * 512) for warps, octets in VARIANTS]
+    return [v for v, n in enumerate(steps) if n >= 2 and not (gated and v == 0) and not (tokens > 16 and v == 3)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ def fused(
     gain: torch.Tensor,
     w: torch.Tensor,
     residual: torch.Tensor,
-    variant: int | None = None,
+    variant: int = -1,
 ) -> torch.Tensor:
     around = Around(residual=residual)
     if shape.form != "add":
@@ -222,16 +230,15 @@ def compile_all(tokens: list[int]) -> None:
 
 
 def row_of(shape: Shape, tokens: int, times: dict[int | str, float]) -> str:
-    own = {key: value for key, value in times.items() if isinstance(key, int)}
-    if not own:
+    own = {key: value for key, value in times.items() if isinstance(key, int) and key >= 0}
+    if not own and -1 not in times:
         return f"{shape.name:14s} {tokens:3d}  no variant works"
+    own = own or {-1: times[-1]}
     best = min(own, key=lambda key: own[key])
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    chosen = skinny.choose_variant(tokens, shape.n, shape.k, shape.form == "gate_up", num_sms)
     rate = shape.bytes / own[best]
     others = " ".join(f"{key}:{value * 1e6:.1f}" for key, value in sorted(own.items()))
     return (
-        f"{shape.name:14s} {tokens:3d} {best:4d} {chosen:6d} "
+        f"{shape.name:14s} {tokens:3d} {best:4d} {times.get(-1, 0) * 1e6:8.2f} "
         f"{own[best] * 1e6:8.2f} {rate / 1e9:6.0f} {rate / PEAK:5.0%} "
         f"{times.get('cublas', 0) * 1e6:8.2f} {times.get('separate', 0) * 1e6:8.2f}   {others}"
     )
@@ -251,13 +258,11 @@ def main() -> None:
     pool = Pool(15_000_000_000)
     torch.cuda.synchronize()
     steps = ["step without attention, ms: model, tokens, fused, separate, least by bytes"]
-    rows = [f"{'shape':14s}   m best chosen       us   GB/s share   cublas separate   us by variant"]
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    rows = [f"{'shape':14s}   m best   chosen       us   GB/s share   cublas separate   us by variant"]
     for tokens in args.tokens:
         for shape in SHAPES:
-            chosen = skinny.choose_variant(tokens, shape.n, shape.k, shape.form == "gate_up", num_sms)
-            variants = [chosen] if args.quick else skinny.variants(tokens, shape.form == "gate_up")
-            rows.append(row_of(shape, tokens, sweep(shape, tokens, pool, variants)))
+            kinds = [-1] if args.quick else [-1, *variants(tokens, shape.form == "gate_up")]
+            rows.append(row_of(shape, tokens, sweep(shape, tokens, pool, kinds)))
             print(rows[-1], flush=True)
         for name, (layers, shapes, head) in MODELS.items():
             try:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minisgl import LLM, SamplingParams
+from minisgl.config import resolve
 from minisgl.core import Req
 from minisgl.scheduler import speculation
 from tests.gpu.conftest import DEVICE
@@ -34,8 +35,20 @@ PARAMS = [
 ]
 EAGER = {"cuda_graph_max_bs": 0}
 FEW = {"cuda_graph_max_bs": 0 if DEVICE == "cpu" else 8, "max_running_requests": 6}
-ON_DEVICE = {"device": DEVICE, "prefill_backend": "triton", "decode_backend": "triton", "draft_len": NUM_DRAFTS}
+ON_DEVICE: dict[str, Any] = {
+    "device": DEVICE,
+    "prefill_backend": "triton",
+    "decode_backend": "triton",
+    "moe_backend": "triton",
+    "draft_len": NUM_DRAFTS,
+}
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+
+
+@pytest.fixture(autouse=True)
+def drafts_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU computes models as small as these so fast that none would be made."""
+    monkeypatch.setattr(resolve, "step_costs", lambda _: (0.0, 0.0))
 
 
 class Knowing:
@@ -132,7 +145,7 @@ def test_eagle_heads_change_nothing(
         *served, params, device=DEVICE, draft_model=str(head), tensor_parallel_size=tp_size, num_pages=512, **options
     )
     assert told == expected
-    assert share > 0.1 or kind == "random"
+    assert share > 0.04 or kind == "random"  # by chance one of `WORDS`, and few of the sampled ones are what it says
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

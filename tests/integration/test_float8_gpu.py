@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmark.kernels.skinny_gemm import variants
 from minisgl import LLM, SamplingParams
 from minisgl.kernel import skinny
 from minisgl.kernel.float8 import Float8Matrix, merge
@@ -106,7 +107,7 @@ def test_every_variant_for_a_few_tokens(ops, dtype: torch.dtype) -> None:
             x, gain = random(m, k, dtype=dtype), 1 + 0.2 * random(k, dtype=dtype)
             product = normed(x, gain) @ expected.T
             gate, up = product.chunk(2, -1)
-            for variant in skinny.variants(m, gated, True, skinny.shared_memory(x.device)):
+            for variant in variants(m, gated, True, skinny.shared_memory(x.device)):
                 around = Around(norm=gain, eps=EPS, gated=gated)
                 out = skinny.linear(x, weight.data, around, weight.scales, variant)
                 close(out, F.silu(gate) * up if gated else product, 2e-2)

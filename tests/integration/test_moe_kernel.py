@@ -84,20 +84,27 @@ PACKED = {
     kind: (lambda n, k, kind=kind: packed(kind, n, k))
     for kind in ("e4m3 rows", "e4m3 blocks", "32 zeros", "64", "rows", "rows zeros")
 } | {"Q4_1": q4_1, "MXFP4": mxfp4}
+OWN = {} if INTERPRET else {"MXFP4, packed": mxfp4}  # for kernels in CUDA
+SIZES = [3] if INTERPRET else [1, 3, 18, 40, 100, 700]
 
 
-@pytest.mark.parametrize("kind", PACKED)
-@pytest.mark.parametrize("num_tokens", [3] if INTERPRET else [1, 3, 40, 700])
+def arch_of(kind: str) -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if kind in OWN else (0, 0)
+
+
+@pytest.mark.parametrize("kind", [*PACKED, *OWN])
+@pytest.mark.parametrize("num_tokens", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_experts(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
     """Weights of few bits against what they stand for; the last block of columns is not full."""
     from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
     torch.manual_seed(1)
-    num_experts, hidden, inner, make = 5, 320, 192, PACKED[kind]
+    num_experts, hidden, inner, make = 5, 320, 192, {**PACKED, **OWN}[kind]
     experts = [[make(inner, hidden), make(inner, hidden)] for _ in range(num_experts)]
     down = [[make(hidden, inner)] for _ in range(num_experts)]
-    stacks = stack_of((dtype, experts)), stack_of((dtype, down))
+    stacks = stack_of((dtype, experts), True, arch_of(kind)), stack_of((dtype, down), False, arch_of(kind))
+    assert {stack.unit > 0 for stack in stacks} == {kind in OWN and dtype != torch.float32}
     assert {stack.bits for stack in stacks} == {8 if kind.startswith("e4m3") else 4}
     full = [torch.stack([torch.cat([part.dequantize() for part in parts]) for parts in s]) for s in (experts, down)]
     x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
@@ -108,8 +115,8 @@ def test_packed_experts(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["full", "MXFP4"])
-@pytest.mark.parametrize("num_tokens", [3] if INTERPRET else [1, 3, 40, 700])
+@pytest.mark.parametrize("kind", ["full", "MXFP4", *OWN])
+@pytest.mark.parametrize("num_tokens", SIZES)
 def test_biases_and_clamped_activations(dtype: torch.dtype, kind: str, num_tokens: int) -> None:
     """Inputs large enough that both sides of gates and of what they let through are clamped."""
     from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe, stack_of
@@ -124,7 +131,7 @@ def test_biases_and_clamped_activations(dtype: torch.dtype, kind: str, num_token
     else:
         parts = [[[mxfp4(*shape)] for _ in range(num_experts)] for shape in ((2 * inner, hidden), (hidden, inner))]
         weights = [torch.stack([expert[0].dequantize() for expert in stack]) for stack in parts]
-        stacks = [stack_of((dtype, stack)) for stack in parts]
+        stacks = [stack_of((dtype, stack), i == 0, arch_of(kind)) for i, stack in enumerate(parts)]
     biases = [torch.randn(num_experts, width, device=DEVICE).to(dtype) * 3 for width in (2 * inner, hidden)]
     gate_up, down = (replace(stack, bias=bias) for stack, bias in zip(stacks, biases, strict=True))
     x = 2 * torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
@@ -140,6 +147,27 @@ def test_biases_and_clamped_activations(dtype: torch.dtype, kind: str, num_token
         expected += weight[:, None] * (torch.einsum("ti,toi->to", inside, second) + biases[1].float()[expert])
     scale = expected.abs().max()
     torch.testing.assert_close(out.float() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_powers_of_two_that_have_no_room(dtype: torch.dtype) -> None:
+    """Numbers of their sizes have a factor then."""
+    from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
+
+    torch.manual_seed(1)
+    stacks, full = [], []
+    for rows, cols in ((64, 96), (96, 32)):
+        parts = [[mxfp4(rows, cols)] for _ in range(3)]
+        for (part,) in parts:
+            part.data.view(rows, -1, 17)[..., 0] += 10
+        stacks.append(stack_of((dtype, parts), rows == 64, torch.cuda.get_device_capability()))
+        full.append(torch.stack([part.dequantize() for (part,) in parts]))
+    assert all(stack.unit > 1 for stack in stacks)
+    x, logits = torch.randn(9, 96, device=DEVICE).to(dtype) * 1e-3, torch.randn(9, 3, device=DEVICE)
+    expected = reference(x, logits, *full, 2, True)
+    out = fused_moe(x, logits, *stacks, 2, True).float()
+    torch.testing.assert_close(out / expected.abs().max(), expected / expected.abs().max(), atol=2e-2, rtol=2e-2)
 
 
 def test_experts_that_differ_become_full() -> None:
@@ -160,14 +188,14 @@ def test_sorted_pairs(block_m: int, num_tokens: int, num_experts: int, top_k: in
 
     torch.manual_seed(0)
     experts = torch.rand(num_tokens, num_experts).argsort(-1)[:, :top_k].int().to(DEVICE)
-    pairs = sort_pairs(experts, num_experts, block_m)
+    order, blocks = sort_pairs(experts, num_experts, block_m)
     flat = experts.flatten()
-    assert pairs.order.tolist() == flat.argsort(stable=True).tolist()
+    assert order.tolist() == flat.argsort(stable=True).tolist()
     covered: list[int] = []
-    for expert, first, end in pairs.blocks.tolist():
+    for expert, first, end in blocks.tolist():
         assert end - first <= block_m
         covered += range(first, end)
-        assert (flat[pairs.order[first:end].long()] == expert).all()
+        assert (flat[order[first:end].long()] == expert).all()
     assert covered == list(range(flat.numel()))
 
 

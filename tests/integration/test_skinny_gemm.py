@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmark.kernels.skinny_gemm import variants
 from minisgl.kernel import skinny
 from minisgl.kernel.ops import Around
 
@@ -47,7 +48,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k", "variant"), [(*s, v) for s in SHAPES for v in skinny.variants(s[0], False)])
+@pytest.mark.parametrize(("m", "n", "k", "variant"), [(*s, v) for s in SHAPES for v in variants(s[0], False)])
 def test_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtype, variant: int) -> None:
     x, gain, weight = layer(m, n, k, dtype)
     bias = random(n, dtype=dtype, seed=1)
@@ -62,7 +63,7 @@ def test_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtype, varia
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k", "variant"), [(*s, v) for s in SHAPES for v in skinny.variants(s[0], True)])
+@pytest.mark.parametrize(("m", "n", "k", "variant"), [(*s, v) for s in SHAPES for v in variants(s[0], True)])
 def test_gate_up_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtype, variant: int) -> None:
     x, gain, weight = layer(m, 2 * n, k, dtype)
     gate, up = (normed(x, gain) @ weight.float().T).chunk(2, dim=-1)

@@ -122,12 +122,17 @@ def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int =
     not look up, and the experts that no token is expected to choose."""
     num_bytes: float = model.weight_bytes(dtype, tp_size)
     each = num_bytes / model.weight_bytes("int8", tp_size)
+    experts = [(layer.mlp, 3 * layer.mlp.intermediate_size) for layer in model.layers if isinstance(layer.mlp, MoE)]
+    sizes = [(moe, features * model.hidden_size / tp_size) for moe, features in experts]
+    if model.quantization is not None and model.quantization.layout == "mxfp4":  # of experts, and of nothing else
+        each = 17 / 32
+        num_bytes = 2.0 * model.weight_bytes("int8", tp_size)
+        num_bytes -= sum(moe.num_experts * size for moe, size in sizes) * (2 - each)
     if not model.tie_word_embeddings:  # which checkpoints of few bits store in 16
         num_bytes -= model.vocab_size * model.hidden_size / tp_size * (2 if model.quantization else each)
-    for moe in (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)):
+    for moe, size in sizes:
         idle = (1 - moe.num_experts_per_tok / moe.num_experts) ** num_tokens
-        expert = 3 * moe.intermediate_size * model.hidden_size / tp_size
-        num_bytes -= moe.num_experts * idle * expert * each
+        num_bytes -= moe.num_experts * idle * size * each
     return num_bytes
 
 

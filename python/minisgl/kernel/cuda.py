@@ -74,9 +74,9 @@ class CudaMatrix(TorchMatrix):
 class TritonOps(TorchOps):
     """Torch's operations, but for the mixture of experts, which torch cannot compute without waiting for the device."""
 
-    def __init__(self, moe_backend: str = "triton") -> None:
-        """moe_backend: "triton" or "torch"."""
-        self._moe_backend = moe_backend
+    def __init__(self, moe_backend: str = "triton", arch: tuple[int, int] = (0, 0)) -> None:
+        """moe_backend: "triton" or "torch". arch: of a GPU with kernels in CUDA; (0, 0): there are none."""
+        self._moe_backend, self._arch = moe_backend, arch
 
     def experts(self, stacks: Sequence[Stacked | None], spec: MoE, biases: Biases) -> Experts | None:
         found = [stack for stack in stacks if stack is not None]
@@ -84,7 +84,8 @@ class TritonOps(TorchOps):
             return None
         from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
-        first, second = (replace(stack_of(s), bias=b) for s, b in zip(found, biases or (None, None), strict=True))
+        made = (stack_of(stack, gated, self._arch) for stack, gated in zip(found, (True, False), strict=True))
+        first, second = (replace(stack, bias=bias) for stack, bias in zip(made, biases or (None, None), strict=True))
         kind = spec.num_experts_per_tok, spec.sums_to_1, None, spec.activation == "clamped_swiglu"
         return lambda x, logits: fused_moe(x, logits, first, second, *kind)
 
@@ -96,8 +97,8 @@ class CudaOps(delta.DeltaOps, TritonOps):
     """
 
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
-        super().__init__(moe_backend)
-        self._arch, self.captures_chunks = arch, True
+        super().__init__(moe_backend, arch)
+        self.captures_chunks = True
         self._elementwise, self._sampling, self._logprobs, self._step = (load_kernel(name, arch) for name in KERNELS)
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]

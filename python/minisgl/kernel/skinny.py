@@ -11,33 +11,19 @@ import torch
 
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Around
-from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
 
 TOKEN_TILES = (8, 16, 32)
 MAX_TOKENS = TOKEN_TILES[-1]
-VARIANTS = ((8, 1), (8, 2), (8, 4), (8, 6), (4, 6), (4, 8), (4, 16))  # warps, and octets of rows that they take at once
 MAX_NORM_K = 8192  # the norm's weight lies in shared memory beside the weights in flight
 SHARED = {(8, 0): 113, (9, 0): 113, (8, 6): 99, (8, 9): 99}  # KiB of shared memory that a block gets, by GPU
-
-
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Of a block, in KiB; 0 where the kernels do not run."""
     return SHARED.get(torch.cuda.get_device_capability(device), 0) if device.type == "cuda" else 0
-
-
-def variants(tokens: int, gated: bool, float8: bool = False, shared: int = 113) -> list[int]:
-    """The numbers of the kernel's variants, as in `dispatch` of the kernel file, of which two steps fit the memory."""
-    tiles = next(tile for tile in TOKEN_TILES if tokens <= tile) // 8 * (2 if float8 else 1)
-    steps = [(shared - 27) * 1024 // (warps * (octets + tiles) * 512) for warps, octets in VARIANTS]
-    return [v for v, n in enumerate(steps) if n >= 2 and not (gated and v == 0) and not (tokens > 16 and v == 3)]
 
 
 def supports(
@@ -56,20 +42,6 @@ def takes(x: Tensor, n: int, norm: bool, float8: bool = False) -> bool:
     return shared > 0 and supports(len(x), n, x.shape[1], x.dtype, norm, float8, shared)
 
 
-def choose_variant(tokens: int, n: int, k: int, gated: bool, sms: int, float8: bool = False, shared: int = 113) -> int:
-    """The variant for a shape: as many rows at once as a CTA has, up to where shared memory holds too few steps."""
-    octets = div_ceil(n // 8, sms) * (2 if gated else 1)  # of rows that a CTA has
-    if octets <= 4:
-        chosen = 2 if octets > 2 else 1 if octets > 1 else 0
-    elif float8 and tokens <= 8:
-        chosen = 3  # to make 16 bits of e4m3 takes many warps
-    elif octets <= 6:
-        chosen = 3 if k <= 4096 and tokens <= 16 else 4
-    else:
-        chosen = 5 if octets <= 8 or tokens <= 8 else 6
-    return chosen if chosen in variants(tokens, gated, float8, shared) else 5 if chosen == 6 else 4
-
-
 @functools.cache
 def prepare(device: torch.device, dtype: torch.dtype, tokens: int, float8: bool = False) -> Any:
     """The kernels for `tokens` tokens, compiled on first use. device: with an index. float8: weights are e4m3."""
@@ -78,17 +50,12 @@ def prepare(device: torch.device, dtype: torch.dtype, tokens: int, float8: bool 
     return load_kernel("skinny_gemm", arch, **defines, MINISGL_FP8=int(float8))
 
 
-def linear(
-    x: Tensor, weight: Tensor, around: Around, scales: Tensor | None = None, variant: int | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, around: Around, scales: Tensor | None = None, variant: int = -1) -> Tensor:
     """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k] -> [m, n], of gate and up [m, n / 2].
 
-    scales: of e4m3 (as uint8), as `float8.Weight` has them.
+    scales: of e4m3 (as uint8), as `float8.Weight` has them. variant: -1: the kernel's choice.
     """
-    (tokens, k), out, is_float8 = x.shape, around.target(x, len(weight), x.dtype), scales is not None
-    if variant is None:
-        kind = is_float8, shared_memory(x.device)
-        variant = choose_variant(tokens, out.shape[1], k, around.gated, num_sms(x.device), *kind)
-    module, adds = prepare(x.device, x.dtype, tokens, is_float8), around.residual is not None
+    out, module = around.target(x, len(weight), x.dtype), prepare(x.device, x.dtype, len(x), scales is not None)
+    adds = around.residual is not None
     module.skinny_linear(x, around.norm, around.eps, weight, scales, around.bias, out, adds, around.gated, variant)
     return out

@@ -11,12 +11,13 @@ A pair is numbered token * top_k + choice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernel import experts as fp4
 from minisgl.kernel.float8 import GROUP, ROWS, merge
 from minisgl.kernel.ops import Stacked
 from minisgl.kernel.packed import Blocks, Float8
@@ -41,15 +42,6 @@ class GemmConfig:
 
 # Of gate and up, and of down: they share block_m, since it is what pairs are sorted into.
 MoeConfig = tuple[GemmConfig, GemmConfig]
-
-
-@dataclass(frozen=True, slots=True)
-class SortedPairs:
-    """int32 on the device. order: [num_pairs], pairs by expert; blocks: [max_blocks, 3]: expert, first and end index
-    into `order`, first == end where there is no block."""
-
-    order: Tensor
-    blocks: Tensor
 
 
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
@@ -86,10 +78,11 @@ class Stack:
     group: int = 1
     has_minima: bool = False
     bias: Tensor | None = None
+    unit: float = 0.0  # of data of 4 bits that `kernel.experts` has packed: a factor of all
 
 
-def stack_of(experts: Stacked) -> Stack:
-    """What experts do not have alike becomes the type of activations."""
+def stack_of(experts: Stacked, gated: bool = False, arch: tuple[int, int] = (0, 0)) -> Stack:
+    """What experts do not have alike becomes the type of activations. arch: of a GPU with kernels of our own."""
     if isinstance(experts, Tensor):
         return Stack(experts.contiguous())
     dtype, found = experts[0], [list(parts) for parts in experts[1]]
@@ -97,7 +90,11 @@ def stack_of(experts: Stacked) -> Stack:
     packed = [part for part in flat if not isinstance(part, Tensor)]
     blocks = [part.data for part in packed if isinstance(part, Blocks) and part.kind == "MXFP4"]
     if len(blocks) == len(flat):
-        each = torch.cat(blocks).view(len(found), -1, blocks[0].shape[1] // 17, 17)
+        each = torch.cat(blocks).view(len(found), -1, blocks[0].shape[1])
+        if arch > (0, 0) and dtype != torch.float32 and each.shape[1] % 16 == 0:
+            data, unit = fp4.pack(each, dtype, gated, arch)
+            return Stack(data, None, None, 4, unit=unit)
+        each = each.unflatten(-1, (-1, 17))
         return Stack(in_order(each[..., 1:]).flatten(2), each[..., 0].contiguous(), None, 4, 1, 32)
     floats = [part for part in packed if isinstance(part, Float8)]
     if len(floats) == len(flat) and (weight := merge(floats)) is not None:
@@ -140,29 +137,19 @@ def _route_kernel(
     tl.store(experts_ptr + at, experts, mask=choice < TOP_K)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
-def _count_kernel(experts_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
-    """Program (expert): how many pairs chose it."""
-    begin(PDL)
-    expert = tl.program_id(0)
-    offsets = tl.arange(0, SCAN)
-    total = tl.zeros((SCAN,), tl.int32)
-    for start in tl.range(0, num_pairs, SCAN):
-        pair = start + offsets
-        total += (tl.load(experts_ptr + pair, mask=pair < num_pairs, other=-1) == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(total, 0))
-
-
 @triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
 def _sort_kernel(
-    experts_ptr, counts_ptr, order_ptr, blocks_ptr, num_pairs, max_blocks, NUM_EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
+    experts_ptr, order_ptr, blocks_ptr, num_pairs, max_blocks, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (expert): its part of `order` and of `blocks`. The last one marks the blocks that nobody needs."""
     begin(PDL)
     expert = tl.program_id(0)
-    ids = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
+    ids, offsets = tl.arange(0, BLOCK_E), tl.arange(0, SCAN)
+    counts = tl.zeros((BLOCK_E,), tl.int32)  # how many pairs chose each
+    for start in tl.range(0, num_pairs, SCAN):
+        known = start + offsets < num_pairs
+        counts += tl.histogram(tl.load(experts_ptr + start + offsets, mask=known, other=0), BLOCK_E, mask=known)
     before = ids < expert
     num_blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(before, counts, 0), 0)
@@ -181,7 +168,6 @@ def _sort_kernel(
             tl.store(blocks_ptr + block * 3 + 1, 0)
             tl.store(blocks_ptr + block * 3 + 2, 0)
     if count > 0:
-        offsets = tl.arange(0, SCAN)
         at = first
         for start in tl.range(0, num_pairs, SCAN):
             pair = start + offsets
@@ -317,7 +303,7 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool, pdl: bool = Fals
     assert router_logits.stride(1) == 1
     assert 0 < top_k <= num_experts
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=router_logits.device)
-    experts = torch.empty((num_tokens, top_k), dtype=torch.int32, device=router_logits.device)
+    experts = torch.empty_like(weights, dtype=torch.int32)
     _route_kernel[(num_tokens,)](
         router_logits, weights, experts, router_logits.stride(0), num_experts, triton.next_power_of_2(num_experts),
         top_k, triton.next_power_of_2(top_k), renormalize, pdl, num_warps=1, **launch_options(pdl),
@@ -325,18 +311,17 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool, pdl: bool = Fals
     return weights, experts
 
 
-def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = False) -> SortedPairs:
-    """experts: [num_tokens, top_k] int32."""
+def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = False) -> tuple[Tensor, Tensor]:
+    """experts: [num_tokens, top_k] int32 → int32: [num_pairs], pairs by expert; and [max_blocks, 3]: expert, first and
+    end index of these, first == end where there is no block."""
     num_pairs, device = experts.numel(), experts.device
     max_blocks = num_pairs // block_m + min(num_pairs, num_experts)
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     order, blocks = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (num_pairs, (max_blocks, 3)))
-    _count_kernel[(num_experts,)](experts, counts, num_pairs, SCAN, pdl, num_warps=4, **launch_options(pdl))
     _sort_kernel[(num_experts,)](
-        experts, counts, order, blocks, num_pairs, max_blocks, num_experts,
-        triton.next_power_of_2(num_experts), block_m, SCAN, pdl, num_warps=4, **launch_options(pdl),
+        experts, order, blocks, num_pairs, max_blocks, num_experts, triton.next_power_of_2(num_experts), block_m, SCAN,
+        pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
-    return SortedPairs(order, blocks)
+    return order, blocks
 
 
 def fused_moe(
@@ -358,6 +343,8 @@ def fused_moe(
         return out
     pdl, num_pairs = capability >= (9, 0), num_tokens * top_k
     first, second = config or moe_config(num_pairs, num_experts, x.dtype, capability)
+    if gate_up.unit:
+        first = second = replace(first, block_m=fp4.block_of(num_pairs, num_experts, capability))
     weights, experts = route(router_logits, top_k, renormalize, pdl)
     pairs = sort_pairs(experts, num_experts, first.block_m, pdl)
     assert first.block_m == second.block_m
@@ -372,12 +359,17 @@ def fused_moe(
 
 
 def _product(
-    x: Tensor, w: Stack, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, kind: tuple[bool, bool],
-    pdl: bool,
+    x: Tensor, w: Stack, out: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor, c: GemmConfig,
+    kind: tuple[bool, bool], pdl: bool,
 ) -> None:  # fmt: skip
+    (order, blocks), top_k = pairs, weights.shape[1]
+    if w.unit:
+        module = fp4.load(x.dtype, torch.cuda.get_device_capability(x.device), c.block_m)
+        module.product(x, w.data, w.unit, w.bias, weights, order, blocks, out, top_k, sum(kind), c.block_m)
+        return
     data = native(w.data) if w.bits == 8 else w.data
-    _product_kernel[(triton.cdiv(out.shape[1], c.block_n), len(pairs.blocks))](
-        x, data, w.scales, w.seconds, w.bias, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1],
-        out.shape[1], weights.shape[1], w.bits, w.rows, w.group, w.has_minima, c.block_m, c.block_n, c.block_k, *kind,
-        precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch_options(pdl),
+    _product_kernel[(triton.cdiv(out.shape[1], c.block_n), len(blocks))](
+        x, data, w.scales, w.seconds, w.bias, weights, out, order, blocks, x.stride(0), x.shape[1], out.shape[1], top_k,
+        w.bits, w.rows, w.group, w.has_minima, c.block_m, c.block_n, c.block_k, *kind, precision(x.dtype), pdl,
+        num_warps=c.num_warps, num_stages=c.num_stages, **launch_options(pdl),
     )  # fmt: skip

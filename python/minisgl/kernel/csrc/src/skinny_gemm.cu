@@ -36,11 +36,28 @@ void launch_config(const Args& args, const TensorView& x) {
   else TVM_FFI_THROW(ValueError) << "this variant needs more shared memory";
 }
 
-// Warps and octets of each variant; minisgl/kernel/skinny.py chooses. Several pairs of octets at once share reads of x;
-// more warps share the latency of a short k.
+// The variant for a shape: as many rows at once as a block has, up to where shared memory holds too few steps.
+template <bool gated>
+int choose(const Args& args, int sms) {
+  int octets = (args.outputs / 8 + sms - 1) / sms * (gated ? 2 : 1);  // of rows that a block has
+  if (octets <= 4) {
+    bool fits = octets > 2 ? Config<gated, 8, 4>::kExists : octets > 1 ? Config<gated, 8, 2>::kExists : Config<gated, 8, 1>::kExists;
+    return fits ? octets > 2 ? 2 : octets > 1 ? 1 : 0 : 4;
+  }
+  bool sixth = kTokenTiles < 4 && Config<gated, 8, 6>::kExists;
+  if (MINISGL_FP8 == 1 && args.tokens <= 8) return sixth ? 3 : 4;  // to make 16 bits of e4m3 takes many warps
+  if (octets <= 6) return sixth && args.k <= 4096 && args.tokens <= 16 ? 3 : 4;
+  if (octets <= 8 || args.tokens <= 8) return Config<gated, 4, 8>::kExists ? 5 : 4;
+  return Config<gated, 4, 16>::kExists ? 6 : 5;
+}
+
+// Warps and octets of each variant; -1: `choose`. Several pairs of octets at once share reads of x; more warps share the
+// latency of a short k.
 template <bool gated>
 void dispatch(const Args& args, const TensorView& x, int64_t variant) {
   switch (variant) {
+    case -1:
+      return dispatch<gated>(args, x, choose<gated>(args, sm_count(x.device().device_id)));
     case 0:
       if constexpr (!gated) return launch_config<Config<gated, 8, 1>>(args, x);
       break;

@@ -1,0 +1,205 @@
+// A product of a mixture of experts whose weights are floats of 4 bits (MXFP4 of the OCP's MX 1.0), of (token, choice)
+// pairs that were sorted by expert: Y^T = W X^T on tensor cores. What all ways to compute it share.
+//
+// Packed weights (minisgl/kernel/experts.py): [expert][tile of 16 rows][unit of 128 k], of a unit
+//   [octet of rows][lane][4 words]: word j has codes of row lane / 4 of the octet, of the j-th 32 k: pair p is those that
+//                                   A fragments (mma.m16n8k16) want of the p / 2-th 16 k, their lower or upper 8, its first
+//                                   code in the lower half; where in a half it lies, `floats` says
+//   [row][4 bytes]: the powers of two of these 32 k each, as the exponent of a T that makes numbers of `floats`
+// Gated: octets of gate and of up alternate.
+//
+// A block of threads has a block of pairs and some tiles, all k of them. A warp has a tile, whose next units its lanes
+// hold in registers, straight from memory: nothing of the weights is shared, and nothing waits for them. The pairs' x goes
+// through shared memory, in rows of 64 k, 128-byte swizzled, a few units at a time while the next ones are fetched.
+#pragma once
+
+#include "minisgl/arguments.cuh"
+#include "minisgl/async_copy.cuh"
+
+namespace minisgl {
+namespace {
+
+constexpr int kUnitK = 128;
+constexpr int kCodeBytes = 1024;  // of a unit
+constexpr int kUnitBytes = kCodeBytes + 64;
+constexpr int kMantissa = std::is_same_v<T, __half> ? 10 : 7;  // bits
+
+struct Args {
+  const T* x;
+  const char* weight;
+  const T* bias;         // [experts, rows], or null
+  const float* weights;  // of pairs
+  const int* order;
+  const int* blocks;  // [blocks, 3]: expert, first and end index into order
+  T* out;
+  int64_t x_stride;
+  float unit;  // of all weights
+  int k, units, tiles, top_k;
+  bool clamped;
+};
+
+struct Codes {
+  uint4 octets[2];
+  uint32_t powers[2];
+};
+
+__device__ __forceinline__ uint4 load_once(const char* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// Pair p of a word, times a power. Three of a half's four codes lie so that a shift brings them where a bf16 has its sign
+// and the lowest bits of its exponent: pair p has sign and code at bits 15 and 8 to 6, less 3p. The last one has what is
+// left: 14, 13, 11 and 10.
+template <int p>
+__device__ __forceinline__ uint32_t floats(uint32_t word, uint32_t power) {
+  uint32_t bits;
+  if constexpr (p < 3) {
+    bits = word << (3 * p) & 0x81c081c0u;
+  } else {
+    bits = (word << 1 & 0x80008000u) | (word >> 5 & 0x01000100u) | (word >> 4 & 0x00c000c0u);
+  }
+#if MINISGL_FP16
+  bits = (bits & 0x80008000u) | (bits << 3 & 0x0e000e00u);
+#endif
+  T2 product = __hmul2(*reinterpret_cast<T2*>(&bits), *reinterpret_cast<T2*>(&power));
+  return *reinterpret_cast<uint32_t*>(&product);
+}
+
+// The A fragments of the j-th 32 k of a unit.
+__device__ __forceinline__ void unpack(const Codes& codes, int j, uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int octet = 0; octet < 2; ++octet) {
+    const uint4& v = codes.octets[octet];
+    uint32_t word = j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
+    uint32_t power = __byte_perm(codes.powers[octet], 0, 0x4040 | 0x0101 * j) << kMantissa;
+    a[0][octet] = floats<0>(word, power), a[0][2 + octet] = floats<1>(word, power);
+    a[1][octet] = floats<2>(word, power), a[1][2 + octet] = floats<3>(word, power);
+  }
+}
+
+// What a warp has to do. tokens: of a block at most.
+template <bool gated, int tokens>
+struct Share {
+  const Args& args;
+  int lane, expert, first, count, tile;
+  const char* from;  // the expert's
+
+  // tile: the warp's first one. In place of those beyond the last this is computed again, and not written.
+  __device__ __forceinline__ Share(const Args& arguments, int tile_)
+      : args(arguments), lane(threadIdx.x % 32), tile(tile_) {
+    const int* block = args.blocks + blockIdx.y * 3;
+    expert = block[0], first = block[1], count = block[2] - first;
+    from = args.weight + static_cast<int64_t>(expert) * args.tiles * args.units * kUnitBytes;
+  }
+
+  // i: of the warp's tiles.
+  __device__ __forceinline__ const char* unit_at(int unit, int i) const {
+    return from + (static_cast<int64_t>(min(tile + i, args.tiles - 1)) * args.units + unit) * kUnitBytes;
+  }
+
+  __device__ __forceinline__ void load(Codes& codes, int unit, int i) const {
+    if (unit >= args.units) return;
+    const char* at = unit_at(unit, i);
+    codes.octets[0] = load_once(at + lane * 16), codes.octets[1] = load_once(at + kCodeBytes / 2 + lane * 16);
+    const uint32_t* powers = reinterpret_cast<const uint32_t*>(at + kCodeBytes) + lane / 4;
+    codes.powers[0] = __ldg(powers), codes.powers[1] = __ldg(powers + 8);
+  }
+
+  // Of x, of the block's pairs.
+  __device__ __forceinline__ void find_rows(int* rows) const {
+    if (threadIdx.x < count) rows[threadIdx.x] = gated ? args.order[first + threadIdx.x] / args.top_k : first + threadIdx.x;
+  }
+
+  // Where the c-th 8 k lie.
+  __device__ __forceinline__ static uint32_t place(int token, int c) {
+    return (c / 8 * tokens + token) * 128 + (c % 8 ^ token % 8) * 16;
+  }
+
+  // Fetch x of `num` times 64 k, the first of which is `first_half`, by all threads.
+  template <int num>
+  __device__ __forceinline__ void load_x(const int* rows, uint32_t buffer, int first_half) const {
+    constexpr int kPieces = num * 8;
+    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
+      int token = i / kPieces, piece = i % kPieces, k = first_half * 64 + piece * 8;
+      const T* source = args.x + rows[token] * args.x_stride + (k < args.k ? k : 0);
+      cp_async_or_zero(buffer + place(token, piece), source, k < args.k);
+    }
+  }
+
+  __device__ __forceinline__ float activate(float gate, float up) const {
+    if (!args.clamped) return silu(gate) * up;
+    gate = fminf(gate, 7.f);
+    return gate / (1.f + __expf(-1.702f * gate)) * (fminf(fmaxf(up, -7.f), 7.f) + 1.f);
+  }
+
+  // A lane's four sums belong to rows lane / 4 and + 8 of the tile (gated: of gate and up), and to a token and the next.
+  __device__ __forceinline__ void write(int i, int n, const float (&sums)[4]) const {
+    if (tile + i >= args.tiles) return;
+    int outputs = args.tiles * (gated ? 8 : 16), at = (tile + i) * (gated ? 8 : 16) + lane / 4;
+    int other = gated ? outputs + at : at + 8;
+    const T* bias = args.bias == nullptr ? nullptr : args.bias + static_cast<int64_t>(expert) * args.tiles * 16;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      int token = n * 8 + lane % 4 * 2 + j;
+      if (token >= count) continue;
+      float y[2] = {sums[j] * args.unit, sums[2 + j] * args.unit};
+      if (bias != nullptr) y[0] += to_float(bias[at]), y[1] += to_float(bias[other]);
+      if constexpr (gated) {
+        args.out[static_cast<int64_t>(first + token) * outputs + at] = from_float<T>(activate(y[0], y[1]));
+      } else {
+        int pair = args.order[first + token];
+        T* to = args.out + static_cast<int64_t>(pair) * outputs;
+        to[at] = from_float<T>(y[0] * args.weights[pair]), to[other] = from_float<T>(y[1] * args.weights[pair]);
+      }
+    }
+  }
+};
+
+// Arguments of `product`. weight: [experts, rows, bytes]; bias: [experts, rows]; kind: 0 not gated, 1 SwiGLU, 2 clamped. out: gated
+// [pairs, rows / 2] in the order of `order`, of tokens x; otherwise [pairs, rows] by pair, of rows x in that order, times
+// `weights`.
+inline Args arguments(const TensorView& x, const TensorView& weight, double unit, const Optional<TensorView>& bias,
+                      const TensorView& weights, const TensorView& order, const TensorView& blocks,
+                      const TensorView& out, int64_t top_k, int64_t kind) {
+  int64_t rows = weight.size(1), k = x.size(1), units = (k + kUnitK - 1) / kUnitK;
+  check_rows(x);
+  check_matrix(out, order.size(0), kind ? rows / 2 : rows);
+  MINISGL_CHECK(weight.ndim() == 3 && weight.is_contiguous() && rows % 16 == 0 && k % 8 == 0 &&
+                weight.size(2) * 16 == units * kUnitBytes)
+      << "not such a packed weight";
+  MINISGL_CHECK(is_int32(order) && is_int32(blocks) && is_fp32(weights) && blocks.is_contiguous() &&
+                order.is_contiguous() && weights.is_contiguous());
+  if (bias.has_value()) check_matrix(*bias, weight.size(0), rows);
+  return {data_of(x),
+          reinterpret_cast<const char*>(bytes_of(weight)),
+          bias.has_value() ? data_of(*bias) : nullptr,
+          static_cast<const float*>(weights.data_ptr()),
+          static_cast<const int*>(order.data_ptr()),
+          static_cast<const int*>(blocks.data_ptr()),
+          const_cast<T*>(data_of(out)),
+          x.stride(0),
+          static_cast<float>(unit),
+          static_cast<int>(k),
+          static_cast<int>(units),
+          static_cast<int>(rows / 16),
+          static_cast<int>(top_k),
+          kind == 2};
+}
+
+template <typename Kernel>
+void run(Kernel kernel, const Args& args, const TensorView& x, int64_t num_blocks, int tiles, int threads, int bytes,
+         bool (&prepared)[64]) {
+  allow_shared(kernel, bytes, x.device().device_id, prepared);
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>((args.tiles + tiles - 1) / tiles), static_cast<unsigned>(num_blocks));
+  config.block = dim3(threads);
+  config.smem = bytes;
+  launch(config, current_stream(x), kernel, args);
+}
+
+}  // namespace
+}  // namespace minisgl
