@@ -189,12 +189,12 @@ def skinny_gemm() -> None:
 def gemm(m: int) -> None:
     small = [decode_gemm.Variant(rows, split) for rows in (64, 128, 192) for split in (0, 1, 3, 4)]
     large = [decode_gemm.Variant(rows, 0) for rows in (64, 128)]  # blocks whose work spans tiles
-    for n, k, variants in ((176, 512, small), (1360, 960, large)):
+    for n, k, some in ((176, 512, small), (1360, 960, large)):
         x, weight, both, bias, residual = randn(m, k), randn(n, k), randn(2 * n, k), randn(n), randn(m, n)
         plain, gated = F.linear(x, weight), REFERENCE.act_and_mul(F.linear(x, both))
         expected = plain + bias, plain + residual, gated
         x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
-        for v in (v for v in variants if decode_gemm.fits(v, m, k)):
+        for v in (v for v in some if decode_gemm.fits(v, m, k)):
             added = decode_gemm.linear(x, weight, Around(residual=up(residual)), v)
             plain = decode_gemm.linear(x, weight, Around(bias), v)
             gated = decode_gemm.linear(x, both, Around(gated=True), v)

@@ -145,7 +145,8 @@ def test_eagle_heads_change_nothing(
         *served, params, device=DEVICE, draft_model=str(head), tensor_parallel_size=tp_size, num_pages=512, **options
     )
     assert told == expected
-    assert share > 0.04 or kind == "random"  # by chance one of `WORDS`, and few of the sampled ones are what it says
+    if kind == "trained" and options is not FEW:  # by chance one of `WORDS` is right; few graphs hold no drafts
+        assert share > 0.04
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
