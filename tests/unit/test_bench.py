@@ -420,6 +420,14 @@ def test_a_quantized_shape_has_the_floor_of_its_format(tmp_path: Path) -> None:
         assert read == pytest.approx(each * layers + 2 * head, rel=0.001)
 
 
+def test_experts_alone_are_stored_in_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss: 17 bytes for 32 weights, of 4 experts of 32; and 2 bytes for each of all others."""
+    model = read_model_config(write_shape("gpt-oss-20b", tmp_path / "model"))
+    others = 24 * 2880 * (64 * 64 * 2 + 2 * 8 * 64) + 201088 * 2880
+    experts = 24 * 4 * 3 * 2880 * 2880
+    assert floor.weights_read(model, "packed", 1) == pytest.approx(2 * others + experts * 17 / 32, rel=0.01)
+
+
 def test_floors_of_the_standard_workload(tmp_path: Path) -> None:
     assert floor_rate("qwen3-0.6b", tmp_path) == pytest.approx(36_400, rel=0.01)
     assert floor_rate("qwen3-14b", tmp_path) == pytest.approx(8_170, rel=0.02)
