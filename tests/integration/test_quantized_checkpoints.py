@@ -257,6 +257,19 @@ def test_the_logits_are_those_of_the_weights(tmp_path: Path, case: str) -> None:
     assert (kernels - expected).norm() / expected.norm() < 0.04, "activations are rounded to 8 bits"
 
 
+def test_biases_of_zeros_are_none(tmp_path: Path) -> None:
+    """AutoGPTQ stores them for layers that have no bias. Any other number would be added, and is refused."""
+    path, model = quantized(tmp_path / "model", "gptq", "llama")
+    file, tensors = path / "model.safetensors", load_file(path / "model.safetensors")
+    sizes = {name.replace("qweight", "bias"): tensor.shape[1] for name, tensor in tensors.items() if "qweight" in name}
+    save_file({**tensors, **{name: torch.zeros(size) for name, size in sizes.items()}}, file)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+    name = "model.layers.1.mlp.down_proj.bias"
+    save_file({**tensors, name: torch.eye(sizes[name])[5]}, file)
+    with pytest.raises(ConfigError, match=f"unexpected: {name}"):
+        engine_logits(path, PROMPT)
+
+
 STORED = ["awq", "gptq with zeros", "compressed with zeros", "fp8 of blocks", "fp8 of tensors"]
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config
+from transformers import CONFIG_MAPPING, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from minisgl.config.families import parse_model_config
+from minisgl.config.families import FAMILIES, parse_model_config
 from minisgl.config.model import RopeConfig
 from minisgl.kernel.ops import RopeAngles
 from minisgl.layers.rope import AngleTables, RotaryEmbedding, inverse_frequencies
@@ -55,6 +55,46 @@ def test_frequencies_equal_transformers(scaling: dict[str, Any], old: bool, orig
     inv_freq, factor = inverse_frequencies(config, 128)
     torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
     assert factor == pytest.approx(expected_factor)
+
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"full_attn_idxs": [1]},
+    "gemma4": {"vocab_size_per_layer_input": 32, "head_dim": 64, "global_head_dim": 64},
+    "granitemoehybrid": {
+        "layer_types": ["attention"] * 24,
+        "position_embedding_type": "rope",
+        "num_local_experts": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_what_a_file_leaves_out_is_what_transformers_makes_of_it(architecture: str) -> None:
+    """Nothing is said of rotation; where kinds of layers have their own, one is told, and where all of them begin."""
+    family = FAMILIES[architecture]
+    shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 24}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    shape |= NEEDS.get(family.model_type.removesuffix("_text"), {})
+    yarn = {"rope_type": "yarn", "rope_theta": 3e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    near = {"rope_type": "default", "rope_theta": 2e4}
+    own = {"original_max_position_embeddings": 64}
+    own |= {"rope_parameters": {"full_attention": yarn, "sliding_attention": near}}
+    for told in ({}, own) if family.ropes_by_layer else ({},):
+        fields = copy.deepcopy({family.inner: {**shape, **told}} if family.inner else {**shape, **told})
+        file = {**copy.deepcopy(fields), "architectures": [architecture]}
+        hf = CONFIG_MAPPING[family.model_type](**fields).get_text_config()
+        hf.allow_global_per_layer_attribute_access = True
+        ropes = parse_model_config(Fields(file, "test")).ropes
+        kinds = ["full_attention", "sliding_attention"][: len(ropes)] if family.ropes_by_layer else [None]
+        for rope, kind in zip(ropes, kinds, strict=False):
+            theirs = hf.rope_parameters if kind is None else hf.rope_parameters[kind]
+            assert (rope.type, rope.theta) == (theirs["rope_type"], theirs["rope_theta"])
+            if rope.type == "yarn":
+                dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+                expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](hf, CPU, layer_type=kind)
+                inv_freq, factor = inverse_frequencies(rope, dim)
+                torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
+                assert factor == pytest.approx(expected_factor)
 
 
 @pytest.mark.parametrize("more", [{}, {"factor": 8.0}, {"factor": 0.5}, {"attention_factor": 1.2}], ids=str)

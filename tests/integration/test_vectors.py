@@ -96,6 +96,25 @@ def test_vectors_equal_sentence_transformers(reference: Any, engine: str) -> Non
         assert np.abs(got[0] - got[2]).max() > 0.01
 
 
+LONGEST = [("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")]
+
+
+@pytest.mark.parametrize(("file", "key"), LONGEST)
+def test_of_a_long_text_its_beginning_counts(source: Path, tmp_path: Path, file: str, key: str) -> None:
+    """So many tokens, prompt and the one at the end included, as the model's files say."""
+    from sentence_transformers import SentenceTransformer
+
+    path = tmp_path / "saved"
+    whole = saved(source, path, "mean").encode(TEXTS)
+    (path / file).write_text(json.dumps({**json.loads((path / file).read_text()), key: 12}))
+    model = SentenceTransformer(str(path), device="cpu")
+    with llm_of(path) as llm:
+        np.testing.assert_allclose(llm.embed(TEXTS), model.encode(TEXTS), atol=1e-4)
+        asked = model.encode(TEXTS, prompt_name="query")
+        np.testing.assert_allclose(llm.embed(TEXTS, prompt_name="query"), asked, atol=1e-4)
+    assert [bool(far > 0.01) for far in np.abs(model.encode(TEXTS) - whole).max(1)] == [False, True, False, True]
+
+
 def test_texts_that_the_model_reads_as_messages(source: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     chatting = with_tokenizer(source, tmp_path / "chatting", template=template)
@@ -229,6 +248,14 @@ def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> N
         (path / "1" / "config.json").write_text(json.dumps(config))
         pooling = read_pooling(None, path, True, "")
         assert pooling is not None and (pooling.kind, pooling.is_normalized) == (kind, False)
+    for file, key in (
+        ("sentence_bert_config.json", "do_lower_case"),
+        ("config_sentence_transformers.json", "truncate_dim"),
+    ):
+        (path / file).write_text(json.dumps({key: 8}))
+        with pytest.raises(ConfigError, match=f"{file}: {key} 8 is not supported"):
+            read_pooling(None, path, True, "")
+        (path / file).unlink()
     modules_file.write_text("[")
     with pytest.raises(ConfigError, match=r"modules\.json"):
         read_pooling(None, path, True, "")

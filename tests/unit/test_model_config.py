@@ -376,6 +376,7 @@ def keys_read(architecture: str) -> tuple[dict[str, Any], bool, frozenset[str], 
     full |= {"full_attention_interval": 2} if "linear" in FAMILIES[architecture].kind else {}
     full |= {"vocab_size_per_layer_input": full["vocab_size"]} if "gemma4" in full["model_type"] else {}
     full |= {"hidden_act": "gelu"} if full["model_type"] == "gemma" else {}
+    full |= {"use_sliding_window": False} if full["model_type"] == "smollm3" else {}
     if full["model_type"] == "granitemoehybrid":
         full |= {"num_local_experts": 0, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
     top: set[str] = set()
@@ -388,7 +389,7 @@ def keys_read(architecture: str) -> tuple[dict[str, Any], bool, frozenset[str], 
         rope = {"full_attention": rope} if by_layer else rope
         parse_model_config(Fields(Spy({**full, "rope_parameters": rope}, top), "config.json"))
     assert len(top) > 20 and len(inner) > 10
-    return full, by_layer, frozenset(top), frozenset(inner)
+    return full, by_layer, frozenset(top - {"window_period"}), frozenset(inner)  # which GGUF files alone have
 
 
 @pytest.mark.parametrize("architecture", OWN)
@@ -459,7 +460,10 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
     assert ours.rms_norm_eps == eps / getattr(hf, "residual_multiplier", 1) ** 2, config
     assert ours.tie_word_embeddings == hf.tie_word_embeddings, config
     assert (ours.ropes[0].type, ours.ropes[0].theta) == (theirs["rope_type"], theirs["rope_theta"]), config
-    if ours.ropes[0].type == "yarn":
+    kinds, window = getattr(hf, "layer_types", None) or [], getattr(hf, "sliding_window", None) or None
+    if {"layer_types", "sliding_window"} <= FAMILIES[ours.architecture].defaults.keys() and "full_attention" in kinds:
+        assert windows(ours) == tuple(window if kind == "sliding_attention" else None for kind in kinds), config
+    if ours.ropes[0].type in ("yarn", "longrope"):
         original = theirs.get("original_max_position_embeddings", hf.max_position_embeddings)
         assert ours.ropes[0].max_position == original, config
     moe = next((layer.mlp for layer in ours.layers if isinstance(layer.mlp, MoE)), None)
@@ -480,18 +484,39 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
         ("GraniteMoeHybrid", {"position_embedding_type": None}, "position_embedding_type must be"),
         ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null, not 8.0"),
         ("Gemma", {"hidden_act": "relu"}, "hidden_act must be"),
+        ("Gemma4", {"attention_multiplier": 0.5}, "attention_multiplier must be 1, not 0.5"),
+        ("Lfm3", {"attention_bias": True}, "attention_bias must be false, not True"),
+        ("Lfm3", {"rms_norm_eps": 1e-6}, "rms_norm_eps must be null, not 1e-06"),
+        ("Olmo3", {"rope_local_base_freq": 1e4}, "rope_local_base_freq must be 500000, not 10000.0"),
+        ("SmolLM3", {"use_sliding_window": True}, "use_sliding_window must be false, not True"),
     ],
 )
 def test_what_a_family_does_not_compute_is_refused_by_name(
     architecture: str, changes: dict[str, Any], told: str
 ) -> None:
-    dense = {"num_local_experts": 0, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
-    config = {**FULL, "architectures": [f"{architecture}ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
-    config |= {} if architecture == "Gemma" else {"hidden_act": "silu"}
-    config |= dense if architecture == "GraniteMoeHybrid" else {}
+    config, *_ = keys_read(f"{architecture}ForCausalLM")
     parse_model_config(Fields(config, "config.json"))
     with pytest.raises(ConfigError, match=told):
         parse_model_config(Fields({**config, **changes}, "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        *((name, {"sliding_window_pattern": 1}) for name in ("Gemma2", "VaultGemma", "Gemma4", "GptOss", "Qwen2Moe")),
+        ("Olmo3", {"sliding_window_pattern": "LLG"}),
+        ("SmolLM3", {"max_window_layers": 1}),
+        ("Gemma3", {"attn_logit_softcapping": 5.0}),
+        ("Qwen3_5Moe", {"mlp_only_layers": [0], "decoder_sparse_step": 2}),
+        ("Lfm2", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("Lfm3", {"hidden_act": "relu"}),
+        ("Llama", {"": 2, "sliding_window": 4, "num_experts": 2}),
+    ],
+)
+def test_what_transformers_does_not_read_changes_nothing(architecture: str, changes: dict[str, Any]) -> None:
+    config, *_ = keys_read(f"{architecture}ForCausalLM")
+    expected = parse_model_config(Fields(config, "config.json"))
+    assert parse_model_config(Fields({**config, **changes}, "config.json")) == expected
 
 
 @pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "vocab", "added_tokens"])

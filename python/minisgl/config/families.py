@@ -230,8 +230,8 @@ def _kinds(f: Fields, family: Family) -> list[str]:
     if not kinds or "layer_types" not in family.defaults:
         num_full = num_layers if family.kind == "conv" else f.integer("max_window_layers", 0, 0, MAX_LAYERS)
         full = f.list_of(int, "full_attn_idxs") or range(num_full)
-        if family.interval:
-            full = range(f.integer(family.interval, 0) - 1, num_layers, f.integer(family.interval, 0))
+        if step := f.integer(family.interval, 0):
+            full = [i for i in range(num_layers) if not (i + 1) % step or i >= f.integer("max_window_layers", i + 1, 0)]
         kinds = ["full_attention" if i in full else family.kind for i in range(num_layers)]
     kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]  # which is an older name
     if "num_kv_shared_layers" in family.defaults:

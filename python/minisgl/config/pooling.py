@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from minisgl.config.locate import read_fields
 from minisgl.errors import ConfigError
-from minisgl.utils.fields import Fields
+from minisgl.utils.fields import MAX_INT, Fields
 
 TASKS = ("generate", "embed", "embed-mean", "score")
 TEXTS = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
@@ -24,7 +24,8 @@ class Pooling:
     generates: there is a head for text, too. prompts: what comes before a text, or the instruction of a score, by name;
     prompt: the one without a name. has_roles: texts are messages of a chat, whose template has roles for query and
     document; begins: and an answer begins behind them. is_normalized: vectors have length 1. label_ids: tokens the
-    difference of whose logits is the score, or one whose logit is; (): there is a classifier.
+    difference of whose logits is the score, or one whose logit is; (): there is a classifier. longest: tokens of a text
+    that count; 0: all.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Pooling:
     begins: bool = True
     is_normalized: bool = False
     label_ids: tuple[int, ...] = ()
+    longest: int = 0
 
 
 def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> Pooling | None:
@@ -51,6 +53,9 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     if task == "generate":
         return None
     inputs = read_fields(path / "sentence_bert_config.json")
+    for f, key in ((inputs, "do_lower_case"), (told, "truncate_dim")):
+        if f.data.get(key):
+            raise ConfigError(f"{f.source}: {key} {f.data[key]!r} is not supported")
     begins = inputs.child("processing_kwargs").child("chat_template").boolean("add_generation_prompt", not modules)
     texts, generates = told.child("prompts"), not is_classifier and ((is_tied and not is_bare) or _has_head(path))
     prompts = {key: texts.text(key, "") for key in texts.data}
@@ -69,7 +74,10 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     if task == "embed" and "Pooling" in modules:
         kind = _kind(read_fields(path / modules["Pooling"] / "config.json"))
     is_chat, is_normalized = "message" in inputs.child("modality_config").data, "Normalize" in modules or not modules
-    return Pooling(kind, generates, default, prompts, is_chat, begins, is_normalized)
+    most = read_fields(path / "tokenizer_config.json").number("model_max_length", 0) if modules else 0
+    reach = config.integer("max_position_embeddings", MAX_INT)
+    longest = inputs.integer("max_seq_length", int(most) if most < reach else 0)
+    return Pooling(kind, generates, default, prompts, is_chat, begins, is_normalized, longest=longest)
 
 
 def _modules(file: Path) -> dict[str, str]:

@@ -51,9 +51,9 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     name = rope.text("rope_type", rope.text("type", "default"))
     if (name := kind.other_names.get(name, name)) not in ROPE_TYPES:
         raise ConfigError(f"{f.source}: rope type {name!r} not supported (supported: {', '.join(ROPE_TYPES)})")
-    original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
-    if original is None or name == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
-        original = max_position
+    # Dynamic scaling starts at max_position_embeddings, whatever a file says; a layer's own, at what it says itself.
+    told, outer = "original_max_position_embeddings", rope if layer else f
+    original = max_position if name == "dynamic" else outer.integer(told, rope.integer(told, max_position))
     rotary_dim = _rotary_dim(f, rope, kind, name == "proportional")
     keys = ("short_factor", "long_factor") if name == "longrope" else ()
     divisors = [_factors(rope, key, rotary_dim // 2) for key in keys] or [tuple(rope.list_of(float, "factors")), ()]

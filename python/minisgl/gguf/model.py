@@ -247,8 +247,8 @@ class GgufModel:
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
         kv_heads = lists.get("attention.head_count_kv", [fields["num_key_value_heads"]])
         return (
-            fields
-            | NAMES["always"]
+            NAMES["always"]
+            | fields
             | {
                 "architectures": [one for key, one in self.layout["class"].items() if not key or data.get(key)][:1],
                 "num_hidden_layers": self._num_layers,

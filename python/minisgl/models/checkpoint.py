@@ -171,9 +171,7 @@ class Checkpoint:
         """Where each slot's tensor is. Raises: ConfigError with all that is missing, left over or of another shape."""
         shapes = {slot.name: slot.shape for slot in slots}
         num_experts = len({match[2] for name in shapes if (match := _EXPERT.fullmatch(name))})
-        found: list[Source] = []
-        missing: list[str] = []
-        wrong: dict[str, str] = {}
+        found, missing, wrong = list[Source](), list[str](), dict[str, str]()
         used: dict[str, bool] = {}  # whether the slot takes nothing but floats
         for slot in slots:
             stored_as = places(slot.name, shapes)
@@ -194,7 +192,9 @@ class Checkpoint:
         where = f"the weights in {self._source!r}"
         rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
         others = (n for n in rest if not n.endswith(("k_scale", "v_scale", "q_scale")))  # our KV caches have none
-        unexpected = [n for n in others if _region(n) in regions]  # with these, the model would compute something else
+        added = [self._stored[n] for n in rest if f"{n.removesuffix('bias')}qweight" in self._stored]
+        zeros = [one for one in added if not bool(one.shard.read(one.name, slice(None)).any())]  # AutoGPTQ's, of none
+        unexpected = [n for n in others if _region(n) in regions and self._stored[n] not in zeros]  # they would count
         quantized = [n for n in unexpected if _QUANTIZED.search(n)]
         floats = [n for n in used if used[n]] + ([] if self._source.endswith(".gguf") else unexpected)
         for name in quantized + [n for n in floats if self._stored[n].dtype not in _DTYPES.values()]:

@@ -26,7 +26,8 @@ def served(model: ModelConfig, task: str, dimensions: int = 0) -> tuple[Pooling,
 
 
 def text_prompt(pooling: Pooling, text: str | Sequence[int], name: str = "", most: int = 0) -> Prompt:
-    """name: of what comes before a text. most: tokens that are kept; 0: all. Raises: RequestError naming either."""
+    """name: of what comes before a text. most: tokens that are kept; 0: as many as the model's files say. Raises:
+    RequestError naming either."""
     if not isinstance(text, str):
         return IdsPrompt(pack_ids(text[: most or None]))
     if name and name not in pooling.prompts:
@@ -34,7 +35,7 @@ def text_prompt(pooling: Pooling, text: str | Sequence[int], name: str = "", mos
         raise RequestError(f"prompt_name {name!r} is not known (known: {known})", param="prompt_name")
     before = pooling.prompts[name] if name else pooling.prompt
     if not pooling.has_roles:
-        return TextPrompt(before + text, most)
+        return TextPrompt(before + text, min(filter(None, (most, pooling.longest)), default=0))
     if most:
         raise RequestError("truncate_prompt_tokens: this model reads texts as messages", param="truncate_prompt_tokens")
     return _chat(pooling, {"system": before, "user": text})
