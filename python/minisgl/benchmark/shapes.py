@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def write_shape(name: str, directory: str | Path) -> Path:
         for file in source.glob("tokenizer*.json"):
             shutil.copy(file, path)
         return path
-    stand_in_tokenizer(model.vocab_size).save(str(path / "tokenizer.json"), pretty=False)
+    stand_in_tokenizer(model.vocab_size, model.eos_token_ids).save(str(path / "tokenizer.json"), pretty=False)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (path / "tokenizer_config.json").write_text(json.dumps({**kind, "chat_template": _TEMPLATE}))
     return path
@@ -52,15 +53,18 @@ def _write_config(name: str, path: Path) -> ModelConfig:
     return read_model_config(path)
 
 
-def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer of `vocab_size` tokens, each of which is text: so that each step of a stream shows, as it would with
-    real weights. Ids below 128 are ASCII characters, the next ones are `WORDS`, the others made up."""
+def stand_in_tokenizer(vocab_size: int, ends: Iterable[int] = ()) -> Tokenizer:
+    """A tokenizer of `vocab_size` tokens, each of which but `ends` is text: so that each step of a stream shows, as it
+    would with real weights. Ids below 128 are ASCII characters, the next ones are `WORDS`, the others made up."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens = [byte_level.pre_tokenize_str(chr(code))[0][0] for code in range(128)] + [f"Ġ{word}" for word in WORDS]
     tokens += [f"Ġw{number}" for number in range(len(tokens), vocab_size)]
+    special = {end: f"<|end {end}|>" for end in ends if 128 <= end < len(tokens)}
+    tokens = [special.get(number, token) for number, token in enumerate(tokens)]
     vocab = {token: number for number, token in enumerate(tokens[:vocab_size])}
     unknown = "?" if "?" in vocab else tokens[0]  # for characters beyond ASCII
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=unknown, ignore_merges=True))
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*special.values()])  # no grammar takes them for text
     return tokenizer

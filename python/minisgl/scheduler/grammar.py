@@ -34,7 +34,7 @@ _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process h
 # the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
 CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002, 2.0)
 # Masks that take so few seconds may take more of it: a row that sits out has been computed in vain, for more than that.
-CHEAP_SECONDS, CHEAP_SHARE = 0.0001, 0.4
+CHEAP_SECONDS, CHEAP_SHARE = 0.00025, 0.4
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
 # What the masks of one request may take beyond a millisecond each, in seconds of a core.
@@ -242,7 +242,7 @@ class Grammars:
         if output.error is None:
             words, why = self._follow(row, ids, len(self.all_allowed))
         seconds = (time.thread_time() - start) / max(1, len(words))
-        output.cost, output.grammar.cost = (max(seconds, known / 2) for known in (output.cost, output.grammar.cost))
+        output.cost, output.grammar.cost = (max(seconds, known / 4) for known in (output.cost, output.grammar.cost))
         output.seconds += max(0.0, seconds - FREE_SECONDS)
         if output.seconds > MOST_SECONDS:
             why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"
