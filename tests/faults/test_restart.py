@@ -207,7 +207,7 @@ def test_rounds_of_faults_under_32_streams(
         "16",
     )
     command, model = {
-        "two-tokenizers": (fake(model_path, num_tokenizer=2, delay=0.03, max_running=16, **watching), "fake-model"),
+        "two-tokenizers": (fake(model_path, num_tokenizer=2, delay=0.06, max_running=16, **watching), "fake-model"),
         "shared-tokenizer": (fake(model_path, delay=0.03, max_running=16, **watching), "fake-model"),
         "two-ranks": (real(tiny_path, "--tp", "2", *flags), "tiny"),
         "built-in": (["-m", "minisgl", "--port", "0", *flags], "minisgl-demo"),

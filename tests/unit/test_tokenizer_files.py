@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,13 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from minisgl.config.families import read_model_config
+from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import ConfigError
 from minisgl.grammar.source import VocabularyConfig, load_vocabulary
 from minisgl.tokenizer.tokenize import HFTextCodec
+from tests.tokenizer_reader import SAMPLES, read
 from tests.tokenizers_fixture import TEXT, make_byte_level, make_sentencepiece
 
-SAMPLES = ["Hello world, how are you?", "größer 你好 🙂", " two  spaces", "x"]
 SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "eos_token_id": 2}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 400, **SHAPE}
 
@@ -130,3 +134,22 @@ def test_code_of_a_repo_never_runs(
     assert "\n" not in said
     if not files:
         assert "there is no tokenizer.json" in said
+
+
+def test_a_process_with_a_part_of_transformers_reads_the_same(tmp_path: Path) -> None:
+    """What the plain class does not read is loaded by all of transformers, as ever."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools | tojson if tools else '' }}"
+    (tmp_path / "tiktoken").mkdir()
+    paths = [DEMO_MODEL, make_byte_level(tmp_path / "bytes"), make_byte_level(tmp_path / "bos", bos=True)]
+    paths += [make_sentencepiece(tmp_path / "sentencepiece"), make_tiktoken(tmp_path / "tiktoken")]
+    for path in paths[3:]:
+        (path / "chat_template.jinja").write_text(template)
+    command = [sys.executable, "-m", "tests.tokenizer_reader", *map(str, paths)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRANSFORMERS_VERBOSITY": "error"}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    for path in paths:
+        *same, needs_only_a_part = found[str(path)]
+        assert json.loads(json.dumps(read(str(path)))) == same
+        assert needs_only_a_part == (path.name != "tiktoken")

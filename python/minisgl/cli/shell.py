@@ -5,6 +5,7 @@
 On a pipe it prints the answers and nothing else: `echo 'Hello' | minisgl chat`.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.llm.llm import LLM, Pending
 from minisgl.message.messages import ChatPrompt
+from minisgl.processes.workers import import_fast_tokenizer
 
 DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
 SETTINGS: Mapping[str, type[float]] = {**DRAWING, "max_tokens": int, "seed": int}
@@ -246,7 +248,11 @@ def run(args: ServerArgs) -> int:
     console = Console(theme=Theme({"markdown.code": "cyan"}))
     screen = Screen(console, is_watched and not console.is_dumb_terminal, is_watched)
     given = {f.name: value for f in fields(args) if (value := getattr(args, f.name)) != f.default}
+    if "transformers" not in sys.modules:
+        import_fast_tokenizer()
+    gc.disable()  # what imports make is no garbage, and would be walked over again and again
     with LLM(**given) as llm:
+        gc.enable()
         shell = Shell(llm, shell_params(llm.config.default_sampling, os.environ), screen)
         if not is_watched:
             shell.run(lambda: next(sys.stdin.buffer).decode(errors="replace"))

@@ -59,11 +59,8 @@ class Backend:
 
 
 BACKENDS = msgspec.yaml.decode(Path(__file__).with_name("backends.yaml").read_bytes(), type=dict[str, Backend])
-# What is taken: the first pair for prefill and decode that fits the device and the model.
-_PAIRS = (
-    *(("cpu", "cpu"), ("fa", "cuda"), ("fa", "triton"), ("fa", "fa"), ("triton", "cuda"), ("triton", "triton")),
-    ("sdpa", "sdpa"),
-)
+# What is taken: the first one for prefill, with the first one for decode, that fit the device and the model.
+_PAIRS = {"cpu": ["cpu"], "fa": ["cuda", "triton", "fa"], "triton": ["cuda", "triton"], "sdpa": ["sdpa"]}
 
 
 def choose_device(args: ServerArgs, machine: Capabilities) -> str:
@@ -244,16 +241,14 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
 def _gpus(tp_size: int, visible: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     """Rank i's GPU is the i-th visible one; they must be alike, for ranks run the same kernels."""
     gpus = visible[:tp_size]
+    problem, hint = "", "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
     if len(gpus) < tp_size:
-        raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} visible; "
-            "lower it, look at CUDA_VISIBLE_DEVICES, or compute with --device cpu"
-        )
-    if other := next((gpu for gpu in gpus if gpu.arch != gpus[0].arch), None):
-        raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: {gpus[0]} and {other} differ in compute capability; "
-            "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
-        )
+        problem = f"{len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} visible"
+        hint = "lower it, look at CUDA_VISIBLE_DEVICES, or compute with --device cpu"
+    elif other := next((gpu for gpu in gpus if gpu.arch != gpus[0].arch), None):
+        problem = f"{gpus[0]} and {other} differ in compute capability"
+    if problem:
+        raise ConfigError(f"--tensor-parallel-size {tp_size}: {problem}; {hint}")
     return gpus
 
 
@@ -277,7 +272,7 @@ def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machin
     fitting = {name: backend for name, backend in BACKENDS.items() if wanted.device in backend.devices}
     why_not = {name: _unfit(backend, wanted, machine) for name, backend in fitting.items()}
     why_not |= {"cpu": f"cannot be had: {lack}"} if lack else {}
-    pairs = [pair for pair in _PAIRS if set(pair) <= set(why_not)]
+    pairs = [(one, other) for one, others in _PAIRS.items() for other in others if {one, other} <= why_not.keys()]
     best = next((pair for pair in pairs if not any(why_not[name] for name in pair)), pairs[-1])
     names = best if asked is None else ("triton", "cuda") if asked == "cuda" else tuple(asked.split(","))
     prefill, decode = names[0], names[-1]
@@ -393,9 +388,8 @@ def _fit_seq_len(args: ServerArgs, wanted: int, capacity: int) -> int:
     if wanted <= capacity:
         return wanted
     if args.max_seq_len is not None:
-        raise ConfigError(
-            f"--max-seq-len {wanted}: the KV cache holds {capacity} tokens; see --num-pages and --memory-ratio"
-        )
+        hint = "see --num-pages and --memory-ratio"
+        raise ConfigError(f"--max-seq-len {wanted}: the KV cache holds {capacity} tokens; {hint}")
     if capacity < 2:
         raise ConfigError("--num-pages: the KV cache must hold at least 2 tokens")
     logger.warning("the KV cache holds %d tokens: --max-seq-len is lowered to that from %d", capacity, wanted)

@@ -138,8 +138,7 @@ def no_model(path: Path, missing: str) -> ConfigError:
 
 def load_tokenizer(model_path: str) -> Any:
     """A tokenizer of transformers, never from the network, and never by running code of the repo. `tokenizer.json` is
-    complete by itself, so it is loaded with the plain class: that takes a second, where `AutoTokenizer` first imports
-    every model's configuration.
+    complete by itself, so it is loaded with the plain class: `AutoTokenizer` first imports all models' configurations.
 
     Raises: ConfigError naming the directory when there is no usable tokenizer in it, or the package that it needs.
     """

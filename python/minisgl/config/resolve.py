@@ -86,10 +86,8 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     model, path = files.model, str(files.path)
     tp_size, heads, kv_heads = args.tensor_parallel_size, model.num_qo_heads, model.num_kv_heads
     if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
-        raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: does not divide the model's {heads} attention heads "
-            f"and {kv_heads} KV heads"
-        )
+        both = f"{heads} attention heads and {kv_heads} KV heads"
+        raise ConfigError(f"--tensor-parallel-size {tp_size}: does not divide the model's {both}")
     wanted_len = args.max_seq_len or model.max_position
     if wanted_len > model.max_position:
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")

@@ -28,6 +28,7 @@ from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.process import held_interrupts, private_folder
 
 Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
 Conversation = Sequence[dict[str, Any]]
 Wrapped = wire.ChatPrompt | wire.TextPrompt | wire.IdsPrompt
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -145,7 +146,7 @@ class LLM(AbstractContextManager["LLM"]):
         self._closers.close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, progress: Reporting = None
+        self, prompts: Prompts, sampling_params: Params = None, progress: Reporting = None
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; returns the outputs in prompt order.
 
@@ -167,9 +168,7 @@ class LLM(AbstractContextManager["LLM"]):
         many: Sequence[Any] = [conversations] if _is_conversation(conversations) else conversations
         return self._run([wire.ChatPrompt(list(messages), tools) for messages in many], sampling_params, progress)
 
-    def embed(
-        self, prompts: Prompt | Sequence[Prompt], dimensions: int = 0, prompt_name: str = ""
-    ) -> list[list[float]]:
+    def embed(self, prompts: Prompts, dimensions: int = 0, prompt_name: str = "") -> list[list[float]]:
         """The vector of each text, or list of token ids: the first `dimensions` numbers (0: all). prompt_name: of what
         comes before texts, of those that the model's files name. Raises: RequestError, also where one fails."""
         pooling, params = served(self.config.engine.model, "embed", dimensions)
@@ -287,7 +286,7 @@ def _is_conversation(value: Any) -> TypeGuard[Conversation]:
     return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], dict)
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+def _several(prompts: Prompts) -> Sequence[Any]:
     is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     return [prompts] if is_one else prompts
 

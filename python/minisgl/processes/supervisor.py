@@ -201,10 +201,8 @@ class Supervisor:
             return (ConfigError if worker.failure.config else WorkerDied)(f"{name}: {worker.failure.failure}")
         process.join(1.0)
         if process.exitcode == UNGUARDED:
-            return ConfigError(
-                f"{name} has run this script again: child processes import it, so what starts them (LLM "
-                'with several ranks, or a server) must stand under `if __name__ == "__main__":`'
-            )
+            what = "child processes import it, so what starts them (LLM with several ranks, or a server) must stand"
+            return ConfigError(f'{name} has run this script again: {what} under `if __name__ == "__main__":`')
         killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
         how = killed.get(process.exitcode or 0, f"exit status {process.exitcode}")
         return WorkerDied(f"{name} ended unexpectedly ({how})")

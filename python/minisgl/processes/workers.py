@@ -3,8 +3,10 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from importlib import import_module, metadata, util
+from typing import TYPE_CHECKING, Any
 
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import Executor
@@ -43,11 +45,29 @@ def tokenizer_main(control: Control, config: TokenizerConfig, endpoints: Endpoin
     # Tokenizers do not need torch, but transformers imports it where it finds it: seconds, and hundreds of MB.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would report that models are unavailable
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say "not importable"
+    import_fast_tokenizer()
     from minisgl.tokenizer.server import TokenizerServer
 
     server = TokenizerServer(config, endpoints, endpoint)
     control.ready()
     server.run(control.beat)
+
+
+def import_fast_tokenizer() -> None:
+    """Import transformers' own class for `tokenizer.json` without the package's file, which reads a thousand others to
+    know the names in them. That runs as soon as anything else is wanted of the package, and for an older version."""
+    spec: Any = util.find_spec("transformers")
+    package = sys.modules["transformers"] = util.module_from_spec(spec)
+
+    def from_all(name: str) -> Any:
+        if sys.modules["transformers"] is package:
+            del sys.modules["transformers"]
+        return getattr(import_module("transformers"), name)
+
+    vars(package).update(__version__=metadata.version("transformers"), __getattr__=from_all)
+    with suppress(ImportError):
+        part = import_module("transformers.tokenization_utils_tokenizers")
+        vars(package).update(PreTrainedTokenizerFast=part.PreTrainedTokenizerFast)
 
 
 def scheduler_main(

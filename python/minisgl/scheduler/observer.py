@@ -75,16 +75,10 @@ class Status(Observer):
         self._busy, self._resumed = self._busy + now - self._resumed, now
         if self._busy < _SECONDS and (now - self._logged < _SECONDS or not self._num_done):
             return  # short requests in a row share a line
-        logger.info(
-            "requests: %d done, %d running, %d waiting; %d tokens in %.1f s (%.0f/s); KV cache %.0f%% in use",
-            self._num_done,
-            len(planner.running),
-            len(planner.waiting),
-            self._num_output,
-            self._busy,
-            self._num_output / max(self._busy, 1e-3),
-            100 * planner.pages.num_used / planner.config.num_pages,
-        )
+        text = "requests: %d done, %d running, %d waiting; %d tokens in %.1f s (%.0f/s); KV cache %.0f%% in use"
+        requests = self._num_done, len(planner.running), len(planner.waiting)
+        tokens = self._num_output, self._busy, self._num_output / max(self._busy, 1e-3)
+        logger.info(text, *requests, *tokens, 100 * planner.pages.num_used / planner.config.num_pages)
         self._logged, self._busy, self._num_done, self._num_output = now, 0.0, 0, 0
 
     def reply(self, question: StatsMsg) -> StatsReply:

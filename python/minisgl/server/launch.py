@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import importlib
 import signal
 import socket
@@ -48,8 +49,10 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
             supervisor.start()
             # FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import.
             thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.serve",), daemon=True)
+            gc.disable()  # what imports make is no garbage, and would be walked over again and again
             thread.start()
             thread.join()
+            gc.enable()
             supervisor.wait_ready()
             stack.callback(ignore_signals)  # none may stop the end of the workers half way
             from minisgl.server.serve import serve_http

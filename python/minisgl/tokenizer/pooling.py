@@ -1,15 +1,18 @@
 """Prompts for vectors and scores, and what those who ask are told of what the model says."""
 
+import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from minisgl.config.model import ModelConfig
 from minisgl.config.pooling import TEXTS, Pooling
 from minisgl.core import SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, pack_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 def served(model: ModelConfig, task: str, dimensions: int = 0) -> tuple[Pooling, SamplingParams]:
@@ -57,14 +60,18 @@ def pair_prompt(pooling: Pooling, query: str, document: str, instruction: str) -
     return _chat(pooling, said)
 
 
-def _numbers(data: bytes) -> npt.NDArray[np.float32]:
+def _numbers(data: bytes) -> "npt.NDArray[np.float32]":
+    import numpy as np  # servers of other models do without it
+
     if not data:
         raise RequestError("the request was aborted", status=499)  # what fails has ended before
     return np.frombuffer(data, "<f4")
 
 
-def vector_of(pooling: Pooling, data: bytes, dimensions: int) -> npt.NDArray[np.float32]:
+def vector_of(pooling: Pooling, data: bytes, dimensions: int) -> "npt.NDArray[np.float32]":
     """The first `dimensions` numbers of a vector (0: all)."""
+    import numpy as np
+
     vector = _numbers(data)[: dimensions or None]
     length = max(float(np.linalg.norm(vector)), 1e-12) if pooling.is_normalized else 1.0
     return (vector / length).astype("<f4")
@@ -73,4 +80,4 @@ def vector_of(pooling: Pooling, data: bytes, dimensions: int) -> npt.NDArray[np.
 def score_of(data: bytes) -> float:
     """From 0 to 1: how probable yes is beside no, or what a classifier says."""
     yes, *no = _numbers(data).tolist()
-    return float(1 / (1 + np.exp(sum(no) - yes)))
+    return 1 / (1 + math.exp(min(sum(no) - yes, 700.0)))

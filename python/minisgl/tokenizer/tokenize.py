@@ -17,7 +17,7 @@ from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message import messages as wire
-from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
+from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, Message, learn
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +147,7 @@ class HFTextCodec:
                 raise RequestError("this chat template does not show how the last message ends", param="messages")
         return self._control.cut(text, mark)
 
-    def _render(
-        self, messages: list[dict[str, Any]], prompt: wire.ChatPrompt, tools: Any, kwargs: dict[str, Any]
-    ) -> str:
+    def _render(self, messages: list[Message], prompt: wire.ChatPrompt, tools: Any, kwargs: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
 
         template = self.tokenizer.get_chat_template(None, tools)

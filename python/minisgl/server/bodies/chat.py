@@ -61,10 +61,8 @@ class _OpenAIBody(Body, SamplingFields, GrammarFields):
         are_few = n * len(prompts) <= MAX_OUTPUTS
         refuse_unless(are_few, f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", "n")
         usage = bool(self.stream_options and self.stream_options.include_usage)
-        logprobs, timeout = params.logprobs is not None, self.timeout or 0.0
-        return GenerationRequest(
-            prompts, params, n, self.model, bool(self.stream), usage, logprobs=logprobs, timeout=timeout
-        )
+        more: dict[str, Any] = {"logprobs": params.logprobs is not None, "timeout": self.timeout or 0.0}
+        return GenerationRequest(prompts, params, n, self.model, bool(self.stream), usage, **more)
 
 
 class Reasoning(Body):

@@ -59,9 +59,8 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     last = messages[-1] if messages else {}
 
     def function(tool: Object) -> Object:
-        return {key: tool.get(key) for key in ("name", "description", "strict")} | {
-            "parameters": tool.get("input_schema")
-        }
+        kept = {key: tool.get(key) for key in ("name", "description", "strict")}
+        return {**kept, "parameters": tool.get("input_schema")}
 
     chat = {
         **{name: getattr(body, name) for name in named},
