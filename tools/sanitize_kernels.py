@@ -343,9 +343,9 @@ def experts() -> None:
         weights.append(torch.stack([part.dequantize() for part in blocks]).to(DTYPE).float())
     for n in (1, 5, 13, 30, 90, 400):
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
-        out = fused_moe(up(x), up(logits, torch.float32), *stacks, 2, True)
-        given = [{"weight": weight} for weight in weights]
-        expected = DENSE.experts(REFERENCE, *given, MoE(num_experts, 2, inner, True))(x, logits)
+        out = fused_moe(up(x), up(logits, torch.float32), stacks[0], stacks[1], 2, True)
+        first, second = ({"weight": weight} for weight in weights)
+        expected = DENSE.experts(REFERENCE, first, second, MoE(num_experts, 2, inner, True))(x, logits)
         check(("experts", n), [out], [expected])
 
 

@@ -64,9 +64,7 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
         if not template:
             raise ConfigError("--task score: the model has no chat template for queries and documents: --chat-template")
         if is_classifier and len(config.child("id2label").data) != 1:
-            raise ConfigError(
-                f"{config.source}: a classifier must have one label, whose sigmoid is the score (id2label)"
-            )
+            raise ConfigError(f"{config.source}: a classifier needs one label, whose sigmoid is the score (id2label)")
         labels, has_roles = () if is_classifier else _labels(path, modules), "'document'" in template.replace('"', "'")
         default = default if has_roles else default or TEXTS["instruction"]
         return Pooling(task, generates, default, prompts, has_roles, begins, label_ids=labels)

@@ -1,18 +1,15 @@
 """Prompts for vectors and scores, and what those who ask are told of what the model says."""
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minisgl.config.model import ModelConfig
 from minisgl.config.pooling import TEXTS, Pooling
 from minisgl.core import SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, pack_ids
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 
 def served(model: ModelConfig, task: str, dimensions: int = 0) -> tuple[Pooling, SamplingParams]:
@@ -60,24 +57,22 @@ def pair_prompt(pooling: Pooling, query: str, document: str, instruction: str) -
     return _chat(pooling, said)
 
 
-def _numbers(data: bytes) -> "npt.NDArray[np.float32]":
-    import numpy as np  # servers of other models do without it
-
+def _whole(data: bytes) -> bytes:
     if not data:
         raise RequestError("the request was aborted", status=499)  # what fails has ended before
-    return np.frombuffer(data, "<f4")
+    return data
 
 
-def vector_of(pooling: Pooling, data: bytes, dimensions: int) -> "npt.NDArray[np.float32]":
-    """The first `dimensions` numbers of a vector (0: all)."""
-    import numpy as np
+def vector_of(pooling: Pooling, data: bytes, dimensions: int) -> Any:
+    """The first `dimensions` numbers of a vector (0: all), in an array of float32."""
+    import numpy as np  # servers of other models do without it
 
-    vector = _numbers(data)[: dimensions or None]
+    vector = np.frombuffer(_whole(data), "<f4")[: dimensions or None]
     length = max(float(np.linalg.norm(vector)), 1e-12) if pooling.is_normalized else 1.0
     return (vector / length).astype("<f4")
 
 
 def score_of(data: bytes) -> float:
     """From 0 to 1: how probable yes is beside no, or what a classifier says."""
-    yes, *no = _numbers(data).tolist()
+    yes, *no = struct.unpack(f"<{len(_whole(data)) // 4}f", data)
     return 1 / (1 + math.exp(min(sum(no) - yes, 700.0)))
