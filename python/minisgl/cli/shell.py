@@ -248,8 +248,7 @@ def run(args: ServerArgs) -> int:
     console = Console(theme=Theme({"markdown.code": "cyan"}))
     screen = Screen(console, is_watched and not console.is_dumb_terminal, is_watched)
     given = {f.name: value for f in fields(args) if (value := getattr(args, f.name)) != f.default}
-    if "transformers" not in sys.modules:
-        import_fast_tokenizer()
+    import_fast_tokenizer()
     gc.disable()  # what imports make is no garbage, and would be walked over again and again
     with LLM(**given) as llm:
         gc.enable()

@@ -57,7 +57,7 @@ class CompiledGrammar:
 
     matcher: LLMatcher
     num_bytes: int
-    cost: float = 0.001  # seconds of a core that a mask takes: a guess, until some were computed
+    cost: float = 0.008  # seconds of a core that a mask takes: a guess, until some were computed
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

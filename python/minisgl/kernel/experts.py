@@ -27,7 +27,7 @@ def block_of(num_pairs: int, num_experts: int, arch: tuple[int, int]) -> int:
 def pack(blocks: torch.Tensor, dtype: torch.dtype, gated: bool, arch: tuple[int, int]) -> tuple[torch.Tensor, float]:
     """blocks: [experts, rows, bytes] of `packed.Blocks`, of `gated` ones gate's rows first → the same of uint8 as the
     kernels read them, and the factor of all weights that has no room there. Compiles what multiplies with it."""
-    side_by_side(partial(load, dtype, arch, block_m) for block_m in (0, *WIDE))
+    side_by_side(partial(load, dtype, arch, block_m) for block_m in ((0, *WIDE) if arch == (9, 0) else (0,)))
     shift = max(0, int(blocks[..., ::17].max()) - 128)
     out = blocks.new_empty(*blocks.shape[:2], div_ceil(blocks.shape[2] // 17, 4) * 68)
     for matrix, to in zip(blocks, out, strict=True):

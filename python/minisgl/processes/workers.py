@@ -56,12 +56,14 @@ def tokenizer_main(control: Control, config: TokenizerConfig, endpoints: Endpoin
 def import_fast_tokenizer() -> None:
     """Import transformers' own class for `tokenizer.json` without the package's file, which reads a thousand others to
     know the names in them. That runs as soon as anything else is wanted of the package, and for an older version."""
+    if "transformers" in sys.modules:
+        return
     spec: Any = util.find_spec("transformers")
     package = sys.modules["transformers"] = util.module_from_spec(spec)
 
     def from_all(name: str) -> Any:
-        if sys.modules["transformers"] is package:
-            del sys.modules["transformers"]
+        if sys.modules.get("transformers") is package:
+            sys.modules.pop("transformers", None)
         return getattr(import_module("transformers"), name)
 
     vars(package).update(__version__=metadata.version("transformers"), __getattr__=from_all)

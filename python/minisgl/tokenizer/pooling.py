@@ -35,7 +35,7 @@ def text_prompt(pooling: Pooling, text: str | Sequence[int], name: str = "", mos
         raise RequestError(f"prompt_name {name!r} is not known (known: {known})", param="prompt_name")
     before = pooling.prompts[name] if name else pooling.prompt
     if not pooling.has_roles:
-        return TextPrompt(before + text, min(filter(None, (most, pooling.longest)), default=0))
+        return TextPrompt(before + text, most or pooling.longest)
     if most:
         raise RequestError("truncate_prompt_tokens: this model reads texts as messages", param="truncate_prompt_tokens")
     return _chat(pooling, {"system": before, "user": text})

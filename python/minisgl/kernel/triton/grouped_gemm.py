@@ -343,8 +343,10 @@ def fused_moe(
         return out
     pdl, num_pairs = capability >= (9, 0), num_tokens * top_k
     first, second = config or moe_config(num_pairs, num_experts, x.dtype, capability)
-    if gate_up.unit:
-        first = second = replace(first, block_m=fp4.block_of(num_pairs, num_experts, capability))
+    if gate_up.unit or down.unit:  # Triton, for one of them, takes 16 pairs and more
+        size = fp4.block_of(num_pairs, num_experts, capability)
+        size = size if gate_up.unit and down.unit else min(max(size, 16), 64)
+        first, second = replace(first, block_m=size), replace(second, block_m=size)
     weights, experts = route(router_logits, top_k, renormalize, pdl)
     pairs = sort_pairs(experts, num_experts, first.block_m, pdl)
     assert first.block_m == second.block_m

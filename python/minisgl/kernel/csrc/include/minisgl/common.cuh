@@ -2,7 +2,8 @@
 //
 // Programmatic dependent launch (PDL): a kernel launched with `pdl` may start while the kernel before it in the stream
 // still runs. Until `pdl_wait` it must touch nothing that an earlier kernel writes (weights are fine); every thread that
-// reads or writes such memory calls it first, and every block calls it before it ends. `pdl_trigger` lets the next
+// reads or writes such memory calls it first, and every block calls it before it ends. (What the kernel ahead has waited
+// for before it triggered is there.) `pdl_trigger` lets the next
 // kernel start; it promises nothing about memory. Both are no-ops before sm_90, and so is `pdl`.
 #pragma once
 

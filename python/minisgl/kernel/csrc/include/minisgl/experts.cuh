@@ -159,7 +159,8 @@ struct Share {
   }
 };
 
-// Arguments of `product`. weight: [experts, rows, bytes]; bias: [experts, rows]; kind: 0 not gated, 1 SwiGLU, 2 clamped. out: gated
+// Arguments of `product`. What is launched directly before one that is not gated must not write `order` and `blocks`, and must
+// have waited for who did before it triggered: they are read early. weight: [experts, rows, bytes]; bias: [experts, rows]; kind: 0 not gated, 1 SwiGLU, 2 clamped. out: gated
 // [pairs, rows / 2] in the order of `order`, of tokens x; otherwise [pairs, rows] by pair, of rows x in that order, times
 // `weights`.
 inline Args arguments(const TensorView& x, const TensorView& weight, double unit, const Optional<TensorView>& bias,
