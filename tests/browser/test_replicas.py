@@ -110,3 +110,27 @@ def test_it_can_be_read_by_everybody(visit: Callable[..., Page], cluster: Cluste
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     check_accessible(page)
+
+
+def test_what_comes_late_of_another_replica_is_not_shown(visit: Callable[..., Page], cluster: Cluster) -> None:
+    """The page asks who has ended, and somebody looks into another replica before the answer is there."""
+    held: list[Any] = []
+    page = look(visit, cluster)
+    page.route(re.compile(r"/trace\?format=json&steps=1&"), held.append)
+    for session in range(60):
+        if held:
+            break
+        ask(cluster, f"late {session}", 1)
+        page.wait_for_timeout(300)
+    assert held, "the replica that is looked into has had no request"
+    first = page.locator(f"{ROW}.chosen").evaluate("one => one.dataset.replica")
+    other = next(told for told in cluster.get("/cluster")["replicas"] if told["name"] != first)
+    page.get_by_role("button", name=f"Look into replica {other['name']}").click()
+    page.locator(f"{ROW}.chosen[data-replica='{other['name']}']").wait_for()
+    past = httpx.get(f"{other['url']}/trace?format=json&steps=1&requests=24", timeout=60).json()
+    own = {request["id"] for request in past["requests"] if request["outputs"]}
+    poll(lambda: ended(page) == own, "requests of another replica are shown")
+    with page.expect_response(re.compile(r"/trace\?format=json&steps=1&")):
+        held[0].continue_()
+    page.wait_for_timeout(500)
+    assert ended(page) == own

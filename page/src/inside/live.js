@@ -171,14 +171,17 @@ export class Live {
   /** Ask who has ended of late, and how: not more often than once in a while. */
   loadEnded() {
     this.asking ??= setTimeout(async () => {
+      const { missing } = this; // those of the replica that is asked
       try {
         const { requests } = await askJson(`/trace?format=json&steps=1&requests=${MAX_ENDED}`,
           { headers: this.headers, quiet: true });
-        this.ended = requests.flatMap(endedOf).reverse().slice(0, MAX_ENDED);
-        const found = new Set(this.ended.map((one) => one.uid));
-        for (const [uid, one] of this.missing)
-          if (found.has(uid) || one.tries++ === MAX_TRIES) this.missing.delete(uid);
-        this.tell("state");
+        if (missing === this.missing) { // else another replica was chosen meanwhile
+          this.ended = requests.flatMap(endedOf).reverse().slice(0, MAX_ENDED);
+          const found = new Set(this.ended.map((one) => one.uid));
+          for (const [uid, one] of missing)
+            if (found.has(uid) || one.tries++ === MAX_TRIES) missing.delete(uid);
+          this.tell("state");
+        }
       } catch (error) {
         console.warn(error.message); // it is asked again when the next one ends
       }
