@@ -116,7 +116,7 @@ def test_what_comes_late_of_another_replica_is_not_shown(visit: Callable[..., Pa
     """The page asks who has ended, and somebody looks into another replica before the answer is there."""
     held: list[Any] = []
     page = look(visit, cluster)
-    page.route(re.compile(r"/trace\?format=json&steps=1&"), held.append)
+    page.route(re.compile(r"/trace\?format=json&steps=1&"), lambda route: held.append(route))
     for session in range(60):
         if held:
             break
