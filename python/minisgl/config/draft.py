@@ -24,7 +24,7 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
         where = locate_model(name, args.model_source, revision)
         told = read_eagle(where, model) or replace(model, second=(str(where), read_model_config(where)))
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--model ", "--draft-model ")) from None
+        raise ConfigError(f"--draft-model: {error}".replace(": --model ", " ")) from None
     assert told.second is not None
     (_, draft), is_head = told.second, told.mtp is not None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
