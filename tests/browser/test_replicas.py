@@ -59,6 +59,12 @@ def ended(page: Page) -> set[str]:
     return {*rows}
 
 
+def own(told: dict[str, Any]) -> set[str]:
+    """The requests of which a replica itself tells; of the last ones a moment after they were answered."""
+    past = httpx.get(f"{told['url']}/trace?format=json&steps=1&requests=24", timeout=60).json()
+    return {request["id"] for request in past["requests"] if request["outputs"]}
+
+
 def test_it_tells_where_requests_went_and_what_was_cached(visit: Callable[..., Page], cluster: Cluster) -> None:
     page = look(visit, cluster)
     before = shown(page, "ended")
@@ -83,9 +89,7 @@ def test_one_replica_is_looked_into(visit: Callable[..., Page], cluster: Cluster
     for told in cluster.get("/cluster")["replicas"]:
         page.get_by_role("button", name=f"Look into replica {told['name']}").click()
         page.locator(f"{ROW}.chosen[data-replica='{told['name']}']").wait_for()
-        past = httpx.get(f"{told['url']}/trace?format=json&steps=1&requests=24", timeout=60).json()
-        own = {request["id"] for request in past["requests"] if request["outputs"]}
-        poll(lambda own=own: bool(own) and ended(page) == own, "requests of another replica are shown")
+        poll(lambda told=told: ended(page) == own(told) != set(), "requests of another replica are shown")
 
 
 def test_one_that_is_gone_or_drains_says_so(visit: Callable[..., Page], cluster: Cluster) -> None:
@@ -127,10 +131,8 @@ def test_what_comes_late_of_another_replica_is_not_shown(visit: Callable[..., Pa
     other = next(told for told in cluster.get("/cluster")["replicas"] if told["name"] != first)
     page.get_by_role("button", name=f"Look into replica {other['name']}").click()
     page.locator(f"{ROW}.chosen[data-replica='{other['name']}']").wait_for()
-    past = httpx.get(f"{other['url']}/trace?format=json&steps=1&requests=24", timeout=60).json()
-    own = {request["id"] for request in past["requests"] if request["outputs"]}
-    poll(lambda: ended(page) == own, "requests of another replica are shown")
+    poll(lambda: ended(page) == own(other), "requests of another replica are shown")
     with page.expect_response(re.compile(r"/trace\?format=json&steps=1&")):
         held[0].continue_()
     page.wait_for_timeout(500)
-    assert ended(page) == own
+    assert ended(page) == own(other)
