@@ -30,13 +30,12 @@ def look(visit: Callable[..., Page], cluster: Cluster, **options: Any) -> Page:
     return page
 
 
-def ask(cluster: Cluster, session: str, count: int) -> None:
+def ask(cluster: Cluster, session: str, count: int, headers: dict[str, str] | None = None) -> None:
     """Requests of one session, which go to one replica."""
     body = {"prompt": f"{session} " * 40, "max_tokens": 2}
     for _ in range(count):
-        httpx.post(
-            f"{cluster.url}/v1/completions", json=body, headers={"x-session-id": session}, timeout=60
-        ).raise_for_status()
+        given = {"x-session-id": session, **(headers or {})}
+        httpx.post(f"{cluster.url}/v1/completions", json=body, headers=given, timeout=60).raise_for_status()
 
 
 def counted(cluster: Cluster, name: str) -> Counter[str]:
@@ -80,11 +79,8 @@ def test_it_tells_where_requests_went_and_what_was_cached(visit: Callable[..., P
 
 def test_one_replica_is_looked_into(visit: Callable[..., Page], cluster: Cluster) -> None:
     """The panels show requests of the replica that is chosen, and of no other."""
-    for session in range(40):
-        counts = counted(cluster, "request_success_total")
-        if all(counts[name] for name in cluster.replicas()):  # both have had some
-            break
-        ask(cluster, f"session {session}", 1)
+    for name in cluster.replicas():  # both have had some
+        ask(cluster, name, 1, {"x-replica": name})
     page = look(visit, cluster)
     for told in cluster.get("/cluster")["replicas"]:
         page.get_by_role("button", name=f"Look into replica {told['name']}").click()
@@ -121,13 +117,13 @@ def test_what_comes_late_of_another_replica_is_not_shown(visit: Callable[..., Pa
     held: list[Any] = []
     page = look(visit, cluster)
     page.route(re.compile(r"/trace\?format=json&steps=1&"), lambda route: held.append(route))
-    for session in range(60):
+    first = page.locator(f"{ROW}.chosen").evaluate("one => one.dataset.replica")
+    ask(cluster, "late", 1, {"x-replica": first})
+    for _ in range(200):
         if held:
             break
-        ask(cluster, f"late {session}", 1)
         page.wait_for_timeout(300)
-    assert held, "the replica that is looked into has had no request"
-    first = page.locator(f"{ROW}.chosen").evaluate("one => one.dataset.replica")
+    assert held, "the page does not ask who has ended"
     other = next(told for told in cluster.get("/cluster")["replicas"] if told["name"] != first)
     page.get_by_role("button", name=f"Look into replica {other['name']}").click()
     page.locator(f"{ROW}.chosen[data-replica='{other['name']}']").wait_for()
