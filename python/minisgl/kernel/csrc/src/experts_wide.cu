@@ -25,12 +25,6 @@ constexpr int kStageBytes = kHalves * kTokens * 128;
 constexpr int kSharedBytes = kStages * kStageBytes + kWarps * kRing * kUnitBytes;
 constexpr int kGroups = kTokens > 64 ? 1 : 2;  // of 32 k, that are multiplied at a time
 
-// Keeps the compiler from moving sums while products run.
-__device__ __forceinline__ void pin(float (&sums)[kTokens / 2]) {
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
 // A warp's weights on their way through shared memory. One lane asks for them.
 template <typename S>
 struct Ring {

@@ -183,12 +183,6 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(C::kConsumers) : "memory");
 }
 
-// Keeps the compiler from moving uses of the sums across products in flight.
-__device__ __forceinline__ void pin(float (&sums)[kSums]) {
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
 // A place in the ring.
 struct Cursor {
   int stage = 0;

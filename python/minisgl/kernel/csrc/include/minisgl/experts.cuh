@@ -8,8 +8,8 @@
 //   [row][4 bytes]: the powers of two of these 32 k each, as the exponent of a T that makes numbers of `floats`
 // Gated: octets of gate and of up alternate.
 //
-// A block of threads has a block of pairs and some tiles, all k of them. A warp has a tile, whose next units its lanes
-// hold in registers, straight from memory: nothing of the weights is shared, and nothing waits for them. The pairs' x goes
+// A block of threads has a block of pairs and some tiles, all k of them. A warp has tiles of its own: it waits for no
+// other one's weights, the next of which its lanes hold in registers (experts_wide.cu: its own ring). The pairs' x goes
 // through shared memory, in rows of 64 k, 128-byte swizzled, a few units at a time while the next ones are fetched.
 #pragma once
 

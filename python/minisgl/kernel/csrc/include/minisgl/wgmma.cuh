@@ -26,6 +26,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Keeps the compiler from moving sums while products run.
+template <int n>
+__device__ __forceinline__ void pin(float (&sums)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 #define WGMMA_D0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_D1 "%8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_D2 "%16, %17, %18, %19, %20, %21, %22, %23"
