@@ -106,7 +106,7 @@ class WeightFormat:
             return kernel
         first = [self.matrix(ops, expert, spec.activation) for expert in experts_of(gate_up, spec.num_experts)]
         second = [self.matrix(ops, expert) for expert in experts_of(down, spec.num_experts)]
-        return lambda x, logits: loop_over_experts(x, logits, first, second, spec, biases)
+        return lambda x, logits, residual=None: loop_over_experts(x, logits, residual, (first, second), spec, biases)
 
 
 def experts_of(stack: Tensors, num_experts: int) -> Iterator[Tensors]:

@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-KERNELS = ("elementwise", "sampling", "logprobs", "step")
+KERNELS = ("elementwise", "sampling", "logprobs", "step", "routing")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
+FEW_OUTPUTS = 1024  # of a router and all tokens, each by a block of its own
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
@@ -41,10 +42,9 @@ def _whole_vectors(*tensors: Tensor) -> bool:
 class CudaMatrix(TorchMatrix):
     """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
-    def __init__(self, ops: "CudaOps", weight: Tensor, activation: str | None, embedding: Any) -> None:
-        """embedding: the kernel of `rows`."""
+    def __init__(self, ops: "CudaOps", weight: Tensor, activation: str | None, elementwise: Any) -> None:
         super().__init__(ops, weight, activation)
-        self._embedding = embedding
+        self._elementwise = elementwise  # kernels
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         if around.gated and (around.bias is not None or self._activation != "silu"):
@@ -63,11 +63,19 @@ class CudaMatrix(TorchMatrix):
         around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself
         return around.residual if around.bias is None else around.residual.add_(around.bias)
 
+    def norm_and_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        fits = len(x) * len(self.weight) <= FEW_OUTPUTS and x.shape[1] * x.itemsize <= 1 << 14 and x.dtype == norm.dtype
+        if not fits or not _whole_vectors(x, norm, self.weight) or not self.weight.is_contiguous():
+            return super().norm_and_apply(x, norm, eps, bias)
+        normed, out = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(len(x), len(self.weight))
+        self._elementwise.norm_linear(x, norm, eps, self.weight, bias, normed, out)
+        return normed, out
+
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         if not (_whole_vectors(self.weight) and self.weight.is_contiguous()):
             return super().rows(ids, first)
         out = self.weight.new_empty(len(ids), self.weight.shape[1])
-        self._embedding(ids, self.weight, first, len(self.weight), out)
+        self._elementwise.embedding(ids, self.weight, first, len(self.weight), out)
         return out
 
 
@@ -86,8 +94,8 @@ class TritonOps(TorchOps):
 
         made = (stack_of(stack, gated, self._arch) for stack, gated in zip(found, (True, False), strict=True))
         first, second = (replace(stack, bias=bias) for stack, bias in zip(made, biases or (None, None), strict=True))
-        kind = spec.num_experts_per_tok, spec.sums_to_1, None, spec.activation == "clamped_swiglu"
-        return lambda x, logits: fused_moe(x, logits, first, second, *kind)
+        kind = spec.num_experts_per_tok, spec.sums_to_1, None, spec.activation == "clamped_swiglu", self._arch
+        return lambda x, logits, residual=None: fused_moe(x, logits, first, second, *kind, residual)
 
 
 class CudaOps(delta.DeltaOps, TritonOps):
@@ -99,12 +107,12 @@ class CudaOps(delta.DeltaOps, TritonOps):
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend, arch)
         self.captures_chunks = True
-        self._elementwise, self._sampling, self._logprobs, self._step = (load_kernel(name, arch) for name in KERNELS)
+        self._elementwise, self._sampling, self._logprobs, self._step, _ = (load_kernel(name, arch) for name in KERNELS)
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        return CudaMatrix(self, weight, activation, self._elementwise.embedding)
+        return CudaMatrix(self, weight, activation, self._elementwise)
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
         """Kept packed where there are kernels for all parts in one matrix, and they are worth it."""

@@ -80,8 +80,9 @@ class PagedSequences:
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
 Stacked = Tensor | tuple[torch.dtype, Iterable[Sequence[Packed | Tensor]]]
 Biases = tuple[Tensor, Tensor] | None  # of all experts: [num_experts, 2 * n], gate's first, and [num_experts, hidden]
-# (x [num_tokens, hidden], router's logits [num_tokens, num_experts]) → [num_tokens, hidden]
-Experts = Callable[[Tensor, Tensor], Tensor]
+# (x [num_tokens, hidden], router's logits [num_tokens, num_experts], and perhaps the residual stream, which becomes its
+# sum with the result) → [num_tokens, hidden]
+Experts = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,11 @@ class Matrix(ABC):
     def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
         """`apply` of `rms_norm(x, norm, eps)`."""
         return self._multiply(x, Around(bias, norm, eps))
+
+    def norm_and_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`rms_norm(x, norm, eps)`, and `apply` of it."""
+        normed = self._ops.rms_norm(x, norm, eps)
+        return normed, self.apply(normed, bias)
 
     def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
         """activation(gate) * up, where the weight's rows are gate's, then up's → [num_tokens, out / 2].
@@ -300,12 +306,11 @@ class TorchOps(LayerOps, StepOps):
 
 
 def loop_over_experts(
-    x: Tensor, router_logits: Tensor, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: MoE, biases: Biases
+    x: Tensor, logits: Tensor, residual: Tensor | None, stacks: Sequence[Sequence[Matrix]], spec: MoE, biases: Biases
 ) -> Tensor:
-    """The experts that were hit, one after the other. x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]
-    → [num_tokens, hidden]."""
-    top_k = spec.num_experts_per_tok
-    weights, experts = route(router_logits, top_k, spec.sums_to_1)
+    """As `Experts`, those that were hit, one after the other. stacks: gate and up, and down, of each."""
+    (gate_up, down), top_k = stacks, spec.num_experts_per_tok
+    weights, experts = route(logits, top_k, spec.sums_to_1)
     order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
     tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
     out, begin = torch.zeros_like(x), 0
@@ -316,4 +321,4 @@ def loop_over_experts(
             hidden = gate_up[expert].gate_up(x[mine], bias=first)
             out.index_add_(0, mine, down[expert].apply(hidden, second) * weights[begin : begin + count])
             begin += count
-    return out
+    return out if residual is None else residual.add_(out)

@@ -163,11 +163,11 @@ class SparseMLP(Layer):
         assert self._experts is not None
         assert norm is not None
         assert after is None, "no family has such a norm"
-        hidden = self._ops.rms_norm(x, norm, self._eps)
-        part = self._experts(hidden, self.gate.matrix.apply(hidden, self.gate.bias))
+        hidden, logits = self.gate.matrix.norm_and_apply(x, norm, self._eps, self.gate.bias)
+        part = self._experts(hidden, logits, x if self._comm.rank == 0 else None)
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            part += self.shared_expert.part(hidden) * self.shared_expert_gate.matrix.apply(hidden).sigmoid_()
-        return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
+            part.addcmul_(self.shared_expert.part(hidden), self.shared_expert_gate.matrix.apply(hidden).sigmoid_())
+        return self._comm.all_reduce(part)
 
     def pack(self) -> None:
         super().pack()

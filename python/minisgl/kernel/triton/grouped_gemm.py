@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel import experts as fp4
+from minisgl.kernel.activations import route
 from minisgl.kernel.float8 import GROUP, ROWS, merge
+from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Stacked
 from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
@@ -105,36 +107,6 @@ def stack_of(experts: Stacked, gated: bool = False, arch: tuple[int, int] = (0, 
         return Stack(codes.codes.unflatten(0, (len(found), -1)), codes.scales, codes.seconds, 4, 1, group, has_minima)
     full = (part if isinstance(part, Tensor) else part.dequantize() for part in flat)
     return Stack(torch.cat([part.to(dtype) for part in full]).unflatten(0, (len(found), -1)))
-
-
-@triton.jit
-def _route_kernel(
-    logits_ptr, weights_ptr, experts_ptr, stride, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_K: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (token). Equal probabilities: the lower expert first."""
-    begin(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK_E)
-    real = expert < NUM_EXPERTS
-    logits = tl.load(logits_ptr + token * stride + expert, mask=real, other=float("-inf")).to(tl.float32)
-    exp = tl.exp(logits - tl.max(logits, 0))
-    left = tl.where(real, exp / tl.sum(exp, 0), -1.0)
-    left = tl.where(real & (left != left), 0.0, left)  # NaN logits must still name experts that exist
-    choice = tl.arange(0, BLOCK_K)
-    weights = tl.zeros((BLOCK_K,), tl.float32)
-    experts = tl.zeros((BLOCK_K,), tl.int32)
-    for i in tl.static_range(TOP_K):
-        best = tl.max(left, 0)
-        chosen = tl.min(tl.where(left == best, expert, BLOCK_E), 0)
-        weights = tl.where(choice == i, best, weights)
-        experts = tl.where(choice == i, chosen, experts)
-        left = tl.where(expert == chosen, -1.0, left)
-    if RENORMALIZE:
-        weights = weights / tl.sum(weights, 0)
-    at = token * TOP_K + choice
-    tl.store(weights_ptr + at, weights, mask=choice < TOP_K)
-    tl.store(experts_ptr + at, experts, mask=choice < TOP_K)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
@@ -284,31 +256,20 @@ def _load_shared(ptr, row, ok, at, IN: tl.constexpr, GROUP: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _sum_kernel(x_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Program (token, features): the sum of the token's pairs."""
+def _sum_kernel(
+    x_ptr, out_ptr, OUT: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr
+):
+    """Program (token, features): the sum of the token's pairs, and of what is there."""
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
+    if ADDS:
+        total += tl.load(out_ptr + token * OUT + feature, mask=feature < OUT, other=0.0).to(tl.float32)
     for i in tl.static_range(TOP_K):
-        x = tl.load(x_ptr + (token * TOP_K + i) * HIDDEN + feature, mask=feature < HIDDEN, other=0.0)
+        x = tl.load(x_ptr + (token * TOP_K + i) * OUT + feature, mask=feature < OUT, other=0.0)
         total += x.to(tl.float32)
-    tl.store(out_ptr + token * HIDDEN + feature, total.to(out_ptr.dtype.element_ty), mask=feature < HIDDEN)
-
-
-def route(router_logits: Tensor, top_k: int, renormalize: bool, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """router_logits: [num_tokens, num_experts] → weights, float32, and experts, int32, of each token's most probable
-    experts: [num_tokens, top_k]; with `renormalize` a token's weights add up to 1."""
-    num_tokens, num_experts = router_logits.shape
-    assert router_logits.stride(1) == 1
-    assert 0 < top_k <= num_experts
-    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=router_logits.device)
-    experts = torch.empty_like(weights, dtype=torch.int32)
-    _route_kernel[(num_tokens,)](
-        router_logits, weights, experts, router_logits.stride(0), num_experts, triton.next_power_of_2(num_experts),
-        top_k, triton.next_power_of_2(top_k), renormalize, pdl, num_warps=1, **launch_options(pdl),
-    )  # fmt: skip
-    return weights, experts
+    tl.store(out_ptr + token * OUT + feature, total.to(out_ptr.dtype.element_ty), mask=feature < OUT)
 
 
 def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = False) -> tuple[Tensor, Tensor]:
@@ -324,39 +285,61 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
     return order, blocks
 
 
+def choose_experts(logits: Tensor, top_k: int, sums_to_1: bool, arch: tuple[int, int], *pairs: Tensor) -> list[Tensor]:
+    """logits: [num_tokens, num_experts] → weights, float32, and experts, int32, of each token's most probable experts:
+    [num_tokens, top_k]. arch: see `fused_moe`. pairs: as of `sort_pairs`, to be filled: a block for each pair."""
+    if arch == (0, 0):
+        weights, experts = route(logits, top_k, sums_to_1)
+        return [weights, experts.int()]
+    weights = torch.empty((len(logits), top_k), dtype=torch.float32, device=logits.device)
+    experts = torch.empty_like(weights, dtype=torch.int32)
+    load_kernel("routing", arch).route(logits, sums_to_1, weights, experts, *(pairs or (None, None)))
+    return [weights, experts]
+
+
 def fused_moe(
     x: Tensor, router_logits: Tensor, gate_up: Stack, down: Stack, top_k: int, renormalize: bool,
-    config: MoeConfig | None = None, clamped: bool = False,
+    config: MoeConfig | None = None, clamped: bool = False, arch: tuple[int, int] = (0, 0),
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
 
     x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
-    rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden]. Sums are in float32. clamped: see the kernel.
+    rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden], in place of `residual` its sum with them.
+    Sums are in float32. clamped: see the kernel. arch: of a GPU with kernels in CUDA; (0, 0): there are none.
     Temporary memory: num_tokens * top_k * (inner + hidden) elements of x's dtype.
     """
     (num_experts, twice, _), (num_tokens, hidden) = gate_up.data.shape, x.shape
     inner, capability = twice // 2, torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
     assert x.stride(1) == 1
     assert down.data.shape[:2] == (num_experts, hidden)
-    out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
+    out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device) if residual is None else residual
     if not num_tokens:
         return out
     pdl, num_pairs = capability >= (9, 0), num_tokens * top_k
+    gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
+    if fp4.takes(gate_up, down, num_pairs, top_k):
+        parts = (part for stack in (gate_up, down) for part in (stack.data, stack.unit, stack.bias))
+        kind = top_k, renormalize, clamped, residual is not None
+        fp4.load(x.dtype, capability).mixture(x, router_logits, *parts, gated, out, *kind)
+        return out
     first, second = config or moe_config(num_pairs, num_experts, x.dtype, capability)
     if gate_up.unit or down.unit:  # Triton, for one of them, takes 16 pairs and more
         size = fp4.block_of(num_pairs, num_experts, capability)
         size = size if gate_up.unit and down.unit else min(max(size, 16), 64)
         first, second = replace(first, block_m=size), replace(second, block_m=size)
-    weights, experts = route(router_logits, top_k, renormalize, pdl)
-    pairs = sort_pairs(experts, num_experts, first.block_m, pdl)
     assert first.block_m == second.block_m
-    gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
+    alone = arch > (0, 0) and 2 * num_pairs <= num_experts  # hardly two have the same expert
+    pairs = [torch.empty(n, dtype=torch.int32, device=x.device) for n in ((num_pairs,), (num_pairs, 3)) if alone]
+    weights, experts = choose_experts(router_logits, top_k, renormalize, arch, *pairs)
+    order, blocks = pairs or sort_pairs(experts, num_experts, first.block_m, pdl)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    _product(x, gate_up, gated, pairs, weights, first, (True, clamped), pdl)
-    _product(gated, down, scaled, pairs, weights, second, (False, False), pdl)
+    _product(x, gate_up, gated, (order, blocks), weights, first, (True, clamped), pdl)
+    _product(gated, down, scaled, (order, blocks), weights, second, (False, False), pdl)
     _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
-        scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch_options(pdl)
-    )
+        scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), residual is not None, pdl, num_warps=4,
+        **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 

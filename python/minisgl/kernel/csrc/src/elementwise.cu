@@ -99,6 +99,57 @@ void launch_rms_norm(const NormArgs<T>& args, int64_t num_rows, cudaStream_t str
 }
 
 template <typename T>
+struct NormLinearArgs {
+  NormArgs<T> norm;
+  const T* weight;  // [outputs, hidden]
+  const T* bias;    // [outputs] or null
+  T* out;           // [n, outputs]
+};
+
+// Block (output, row), a vector for each thread: the row's norm, which the first block writes, and the output. The product
+// does not wait for the sum of squares: both are added up together.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) norm_linear_kernel(const NormLinearArgs<T> args) {
+  constexpr int kLen = kVecLen<T>;
+  __shared__ float partial[2][kMaxThreads / 32];
+  const NormArgs<T>& norm = args.norm;
+  const int64_t row = blockIdx.y;
+  const int output = blockIdx.x, at = threadIdx.x * kLen, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool active = at < norm.hidden;
+  Vec<T, kLen> x{}, gain{}, weight{};
+  if (active) {
+    gain = load_vec<T, kLen>(norm.weight + at);
+    weight = load_vec<T, kLen>(args.weight + static_cast<int64_t>(output) * norm.hidden + at);
+  }
+  const float bias = args.bias == nullptr ? 0.0f : to_float(args.bias[output]);
+  pdl_trigger();
+  pdl_wait();
+  if (active) x = load_vec<T, kLen>(norm.x + row * norm.x_stride + at);
+  float squares = 0.0f, product = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kLen; ++j) {
+    const float value = to_float(x.data[j]);
+    squares += value * value;
+    product += value * to_float(gain.data[j]) * to_float(weight.data[j]);
+  }
+  squares = warp_sum(squares), product = warp_sum(product);
+  if (lane == 0) partial[0][warp] = squares, partial[1][warp] = product;
+  __syncthreads();
+  if (warp > 0 && output > 0) return;
+  const bool summed = lane < blockDim.x / 32;
+  const float scale = rsqrtf(warp_sum(summed ? partial[0][lane] : 0.0f) / norm.hidden + norm.eps);
+  if (output == 0 && active) {
+#pragma unroll
+    for (int j = 0; j < kLen; ++j) {
+      x.data[j] = from_float<T>(round_to<T>(to_float(x.data[j]) * scale) * to_float(gain.data[j]));
+    }
+    store_vec<T, kLen>(norm.out + row * norm.hidden + at, x);
+  }
+  product = warp_sum(summed ? partial[1][lane] : 0.0f) * scale + bias;
+  if (threadIdx.x == 0) args.out[row * gridDim.x + output] = from_float<T>(product);
+}
+
+template <typename T>
 struct RopeArgs {
   T* qkv;             // [n, num_q + 2 * num_kv, head_dim]
   const T* weight;    // [num_q + num_kv, head_dim] or null
@@ -285,25 +336,52 @@ void check_rows(const TensorView& x, int64_t num_rows, int64_t hidden, const Ten
   MINISGL_CHECK(x.stride(1) == 1 && (num_rows <= 1 || x.stride(0) * bytes % 16 == 0));
 }
 
+// x: [n, hidden], row stride allowed; weight: [hidden]; out: [n, hidden].
+template <typename T>
+NormArgs<T> norm_args(const TensorView& x, const TensorView& weight, double eps, const TensorView& out) {
+  const int64_t hidden = x.size(1);
+  check_rows(x, x.size(0), hidden, x);
+  check_rows(out, x.size(0), hidden, x);
+  MINISGL_CHECK(out.IsContiguous() && weight.IsContiguous() && aligned(weight) && same_dtype(weight, x));
+  MINISGL_CHECK(weight.ndim() == 1 && weight.size(0) == hidden);
+  return {static_cast<const T*>(x.data_ptr()),
+          static_cast<const T*>(weight.data_ptr()),
+          static_cast<T*>(out.data_ptr()),
+          x.stride(0),
+          static_cast<int>(hidden),
+          static_cast<float>(eps)};
+}
+
 }  // namespace
 
 // out = norm(x) * weight. x: [n, hidden], row stride allowed; weight: [hidden]; out: [n, hidden], may be x.
 void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
-  const int64_t num_rows = x.size(0), hidden = x.size(1);
-  if (num_rows == 0) return;
-  check_rows(x, num_rows, hidden, x);
-  check_rows(out, num_rows, hidden, x);
-  MINISGL_CHECK(out.IsContiguous() && weight.IsContiguous() && aligned(weight) && same_dtype(weight, x));
-  MINISGL_CHECK(weight.ndim() == 1 && weight.size(0) == hidden);
+  if (x.size(0) == 0) return;
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const NormArgs<T> args{static_cast<const T*>(x.data_ptr()),
-                           static_cast<const T*>(weight.data_ptr()),
-                           static_cast<T*>(out.data_ptr()),
-                           x.stride(0),
-                           static_cast<int>(hidden),
-                           static_cast<float>(eps)};
-    launch_rms_norm<T>(args, num_rows, current_stream(x));
+    launch_rms_norm<T>(norm_args<T>(x, weight, eps, out), x.size(0), current_stream(x));
+  });
+}
+
+// normed = norm(x) * gain, and out = normed weight^T + bias. x, normed: [n, hidden], of up to 1,024 vectors of 16 bytes;
+// gain: [hidden]; weight: [outputs, hidden]; bias: [outputs]; out: [n, outputs].
+void norm_linear(TensorView x, TensorView gain, double eps, TensorView weight, tvm::ffi::Optional<TensorView> bias,
+                 TensorView normed, TensorView out) {
+  const int64_t num_rows = x.size(0), outputs = weight.size(0), vecs = x.size(1) * x.dtype().bits / 128;
+  if (num_rows == 0) return;
+  check_rows(weight, outputs, x.size(1), x);
+  MINISGL_CHECK(weight.IsContiguous() && out.IsContiguous() && same_dtype(out, x) && out.ndim() == 2);
+  MINISGL_CHECK(out.size(0) == num_rows && out.size(1) == outputs && vecs <= kMaxThreads && num_rows < 65536);
+  if (bias.has_value()) {
+    MINISGL_CHECK((*bias).IsContiguous() && (*bias).numel() == outputs && same_dtype(*bias, x));
+  }
+  dispatch(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const NormLinearArgs<T> args{norm_args<T>(x, gain, eps, normed), static_cast<const T*>(weight.data_ptr()),
+                                 static_cast<const T*>(bias.has_value() ? (*bias).data_ptr() : nullptr),
+                                 static_cast<T*>(out.data_ptr())};
+    const LaunchConfig config{dim3(outputs, num_rows), dim3((vecs + 31) / 32 * 32)};
+    launch(config, current_stream(x), norm_linear_kernel<T>, args);
   });
 }
 
@@ -384,6 +462,7 @@ void embedding(TensorView ids, TensorView weight, int64_t first, int64_t count, 
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, minisgl::rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_linear, minisgl::norm_linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_rope_store, minisgl::qk_norm_rope_store);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, minisgl::silu_and_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding, minisgl::embedding);

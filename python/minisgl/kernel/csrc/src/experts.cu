@@ -1,5 +1,5 @@
 // Experts in MXFP4 (minisgl/experts.cuh) for few pairs of each, on mma.sync. Compiled once per dtype (MINISGL_FP16).
-#include "minisgl/experts.cuh"
+#include "minisgl/experts_direct.cuh"
 
 namespace minisgl {
 namespace {
@@ -114,6 +114,57 @@ void product(TensorView x, TensorView weight, double unit, Optional<TensorView> 
   dispatch<false>(args, x, blocks.size(0), block_m);
 }
 
+Stack stack_of(const TensorView& weight, double unit, const Optional<TensorView>& bias, int64_t k) {
+  check_weight(weight, bias, k);
+  return {reinterpret_cast<const char*>(bytes_of(weight)), bias.has_value() ? data_of(*bias) : nullptr,
+          static_cast<float>(unit), static_cast<int>(k), static_cast<int>((k + kUnitK - 1) / kUnitK),
+          static_cast<int>(weight.size(1) / 16)};
+}
+
+template <typename Kernel>
+void run_direct(Kernel kernel, const DirectArgs& args, const TensorView& x, int64_t blocks, int64_t groups, int64_t bytes,
+                bool (&prepared)[64]) {
+  MINISGL_CHECK(bytes <= kMostShared) << "too many k";
+  allow_shared(kernel, kMostShared, x.device().device_id, prepared);
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
+  config.block = dim3(kDirectThreads);
+  config.smem = bytes;
+  launch(config, current_stream(x), kernel, args);
+}
+
+// A whole mixture of up to 256 experts for few tokens: out [tokens, rows of down] = the sum of each token's `top_k` experts, and
+// what was there if `adds`. x: [tokens, k]; logits: [tokens, experts]; gated: [tokens * top_k, k of down], for the time
+// between the products.
+void mixture(TensorView x, TensorView logits, TensorView gate_up, double gate_up_unit, Optional<TensorView> gate_up_bias,
+             TensorView down, double down_unit, Optional<TensorView> down_bias, TensorView gated, TensorView out,
+             int64_t top_k, bool renormalize, bool clamped, bool adds) {
+  int64_t tokens = x.size(0), experts = gate_up.size(0), pairs = tokens * top_k, inner = gated.size(1);
+  check_rows(x);
+  check_matrix(logits, tokens, experts);
+  if (!is_fp32(logits)) data_of(logits);
+  MINISGL_CHECK(0 < top_k && top_k <= 32 && top_k <= experts && experts <= kMostExperts && pairs < 65536);
+  MINISGL_CHECK(gate_up.size(1) == 2 * inner && down.size(0) == experts);
+  DirectArgs args{stack_of(gate_up, gate_up_unit, gate_up_bias, x.size(1)),
+                  logits.data_ptr(),
+                  data_of(x),
+                  const_cast<T*>(matrix_of(gated, pairs, inner)),
+                  x.stride(0),
+                  static_cast<int>(experts),
+                  static_cast<int>(top_k),
+                  is_fp32(logits),
+                  renormalize,
+                  clamped,
+                  adds};
+  static bool first[64] = {}, second[64] = {};
+  int64_t blocks = (args.stack.tiles + kDirectWarps - 1) / kDirectWarps, unit = kUnitK * sizeof(T);
+  run_direct(direct_gated_kernel, args, x, blocks, pairs, args.stack.units * unit, first);
+  args.stack = stack_of(down, down_unit, down_bias, inner);
+  args.x = args.out, args.x_stride = inner;
+  args.out = const_cast<T*>(matrix_of(out, tokens, down.size(1)));
+  run_direct(direct_sum_kernel, args, x, args.stack.tiles * 2, tokens, kSlotBytes + top_k * args.stack.units * unit, second);
+}
+
 struct PackArgs {
   const uint8_t* blocks;  // [rows, groups of 32 k, 17]: a power of two, and codes i and i + 16 in a byte
   uint8_t* out;
@@ -164,6 +215,7 @@ void pack(TensorView blocks, TensorView out, bool gated, int64_t base) {
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, minisgl::pack);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(mixture, minisgl::mixture);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(product, minisgl::product);
 
 }  // namespace minisgl

@@ -81,6 +81,12 @@ __device__ __forceinline__ void unpack(const Codes& codes, int j, uint32_t (&a)[
   }
 }
 
+__device__ __forceinline__ float swiglu(float gate, float up, bool clamped) {
+  if (!clamped) return silu(gate) * up;
+  gate = fminf(gate, 7.f);
+  return gate / (1.f + __expf(-1.702f * gate)) * (fminf(fmaxf(up, -7.f), 7.f) + 1.f);
+}
+
 // What a warp has to do. tokens: of a block at most.
 template <bool gated, int tokens>
 struct Share {
@@ -130,12 +136,6 @@ struct Share {
     }
   }
 
-  __device__ __forceinline__ float activate(float gate, float up) const {
-    if (!args.clamped) return silu(gate) * up;
-    gate = fminf(gate, 7.f);
-    return gate / (1.f + __expf(-1.702f * gate)) * (fminf(fmaxf(up, -7.f), 7.f) + 1.f);
-  }
-
   // A lane's four sums belong to rows lane / 4 and + 8 of the tile (gated: of gate and up), and to a token and the next.
   __device__ __forceinline__ void write(int i, int n, const float (&sums)[4]) const {
     if (tile + i >= args.tiles) return;
@@ -149,7 +149,7 @@ struct Share {
       float y[2] = {sums[j] * args.unit, sums[2 + j] * args.unit};
       if (bias != nullptr) y[0] += to_float(bias[at]), y[1] += to_float(bias[other]);
       if constexpr (gated) {
-        args.out[static_cast<int64_t>(first + token) * outputs + at] = from_float<T>(activate(y[0], y[1]));
+        args.out[static_cast<int64_t>(first + token) * outputs + at] = from_float<T>(swiglu(y[0], y[1], args.clamped));
       } else {
         int pair = args.order[first + token];
         T* to = args.out + static_cast<int64_t>(pair) * outputs;
@@ -158,6 +158,14 @@ struct Share {
     }
   }
 };
+
+inline void check_weight(const TensorView& weight, const Optional<TensorView>& bias, int64_t k) {
+  int64_t units = (k + kUnitK - 1) / kUnitK;
+  MINISGL_CHECK(weight.ndim() == 3 && weight.is_contiguous() && weight.size(1) % 16 == 0 && k % 8 == 0 &&
+                weight.size(2) * 16 == units * kUnitBytes)
+      << "not such a packed weight";
+  if (bias.has_value()) check_matrix(*bias, weight.size(0), weight.size(1));
+}
 
 // Arguments of `product`. What is launched directly before one that is not gated must not write `order` and `blocks`, and must
 // have waited for who did before it triggered: they are read early. weight: [experts, rows, bytes]; bias: [experts, rows]; kind: 0 not gated, 1 SwiGLU, 2 clamped. out: gated
@@ -169,12 +177,9 @@ inline Args arguments(const TensorView& x, const TensorView& weight, double unit
   int64_t rows = weight.size(1), k = x.size(1), units = (k + kUnitK - 1) / kUnitK;
   check_rows(x);
   check_matrix(out, order.size(0), kind ? rows / 2 : rows);
-  MINISGL_CHECK(weight.ndim() == 3 && weight.is_contiguous() && rows % 16 == 0 && k % 8 == 0 &&
-                weight.size(2) * 16 == units * kUnitBytes)
-      << "not such a packed weight";
+  check_weight(weight, bias, k);
   MINISGL_CHECK(is_int32(order) && is_int32(blocks) && is_fp32(weights) && blocks.is_contiguous() &&
                 order.is_contiguous() && weights.is_contiguous());
-  if (bias.has_value()) check_matrix(*bias, weight.size(0), rows);
   return {data_of(x),
           reinterpret_cast<const char*>(bytes_of(weight)),
           bias.has_value() ? data_of(*bias) : nullptr,
