@@ -333,7 +333,7 @@ def experts() -> None:
     """MXFP4, in blocks of all sizes."""
     from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
-    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 3, 96, 160
+    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 4, 96, 160
     stacks, weights = [], []
     for rows, cols in ((2 * inner, hidden), (hidden, inner)):
         data = torch.randint(0, 256, (num_experts, rows, cols // 32, 17), dtype=torch.uint8)
@@ -343,7 +343,7 @@ def experts() -> None:
         weights.append(torch.stack([part.dequantize() for part in blocks]).to(DTYPE).float())
     for n in (1, 5, 13, 30, 90, 400):
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
-        out = fused_moe(up(x), up(logits, torch.float32), stacks[0], stacks[1], 2, True)
+        out = fused_moe(up(x), up(logits, torch.float32), stacks[0], stacks[1], 2, True, arch=arch)
         first, second = ({"weight": weight} for weight in weights)
         expected = DENSE.experts(REFERENCE, first, second, MoE(num_experts, 2, inner, True))(x, logits)
         check(("experts", n), [out], [expected])

@@ -49,6 +49,20 @@ def test_norms(ops, dtype, n, hidden):
         close(ops.rms_norm(x, weight, 1e-6), REFERENCE.rms_norm(x, weight, 1e-6))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 5, 100])
+@pytest.mark.parametrize(("hidden", "outputs"), [(64, 9), (2880, 32), (2048, 128), (8192, 8), (8200, 4)])
+def test_norm_and_product_of_a_router(ops, dtype, n, hidden, outputs):
+    wide, gain = randn(n, hidden + 16, dtype=dtype, scale=3), 1 + randn(hidden, dtype=dtype, scale=0.1)
+    weight, bias = randn(outputs, hidden, dtype=dtype, scale=hidden**-0.5), randn(outputs, dtype=dtype)
+    for x in (wide[:, :hidden], wide[:, :hidden].contiguous()):
+        for added in (None, bias):
+            normed, out = ops.matrix(weight).norm_and_apply(x, gain, 1e-6, added)
+            close(normed, REFERENCE.rms_norm(x, gain, 1e-6))
+            exact = REFERENCE.rms_norm(x.float(), gain.float(), 1e-6) @ weight.float().T
+            close(out, (exact if added is None else exact + bias.float()).to(dtype), 2)
+
+
 def test_shapes_that_no_kernel_takes_fall_back(ops):
     x, weight = randn(3, 5, 33), randn(33)
     close(ops.rms_norm(x, weight, 1e-6), REFERENCE.rms_norm(x, weight, 1e-6))

@@ -109,9 +109,111 @@ def test_packed_experts(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
     full = [torch.stack([torch.cat([part.dequantize() for part in parts]) for parts in s]) for s in (experts, down)]
     x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
     logits = torch.randn(num_tokens, num_experts, device=DEVICE)
-    out = fused_moe(x, logits, *stacks, 2, True)
+    out = fused_moe(x, logits, *stacks, 2, True, arch=arch_of(kind))
     expected = reference(x, logits, *full, 2, True)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_residual_stream(num_tokens: int, dtype: torch.dtype) -> None:
+    """It becomes its sum with the mixture; with the kernels that choose experts, too."""
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe
+
+    torch.manual_seed(0)
+    x, residual = (torch.randn(num_tokens, 40).to(DEVICE, dtype) for _ in range(2))
+    logits = torch.randn(num_tokens, 9).to(DEVICE)
+    gate_up, down = (torch.randn(9, *shape).to(DEVICE, dtype) / 6 for shape in ((48, 40), (40, 24)))
+    expected = residual.float() + reference(x, logits, gate_up, down, 3, True)
+    arch = (0, 0) if INTERPRET else torch.cuda.get_device_capability()
+    for there in ((0, 0), arch):
+        out = residual.clone()
+        assert fused_moe(x, logits, Stack(gate_up), Stack(down), 3, True, arch=there, residual=out) is out
+        torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "hidden", "inner", "tokens"),
+    [
+        (32, 4, 320, 1440, (1, 2, 3, 4)),
+        (128, 8, 256, 288, (1, 8)),
+        (9, 3, 96, 160, (1,)),
+        (2, 1, 192, 96, (1,)),
+        (200, 5, 64, 352, (1, 20)),
+        (8, 2, 64, 6400, (1, 2)),  # a warp of the second product has more units than there are slots
+    ],
+)
+def test_few_tokens(
+    dtype: torch.dtype, wide: bool, num_experts: int, top_k: int, hidden: int, inner: int, tokens: tuple[int, ...]
+) -> None:
+    """Pairs that are not sorted, several of one expert among them."""
+    from minisgl.kernel import experts as fp4
+    from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
+
+    torch.manual_seed(1)
+    stacks, full = [], []
+    for rows, cols in ((2 * inner, hidden), (hidden, inner)):
+        parts = [[mxfp4(rows, cols)] for _ in range(num_experts)]
+        stack = stack_of((dtype, parts), rows == 2 * inner, torch.cuda.get_device_capability())
+        stacks.append(replace(stack, bias=torch.randn(num_experts, rows, device=DEVICE).to(dtype)))
+        full.append([part.dequantize().to(dtype).float() for (part,) in parts])
+    for n in tokens:
+        assert fp4.takes(*stacks, n * top_k, top_k)
+        x = torch.randn(n, hidden, device=DEVICE).to(dtype) / hidden**0.5
+        logits = (3 * torch.randn(n, num_experts, device=DEVICE)).to(torch.float32 if wide else dtype)
+        logits[:, -1] += 5  # most choose it
+        residual = torch.randn(n, hidden, device=DEVICE).to(dtype)
+        for clamped, renormalize, adds in ((True, True, True), (False, False, False), (False, True, True)):
+            chosen = logits.float().sort(-1, descending=True, stable=True).indices[:, :top_k]
+            weights = logits.softmax(-1, dtype=torch.float32).gather(1, chosen)
+            weights = weights / weights.sum(-1, keepdim=True) if renormalize else weights
+            expected = residual.float() if adds else torch.zeros(n, hidden, device=DEVICE)
+            for token, choice in ((token, choice) for token in range(n) for choice in range(top_k)):
+                expert = int(chosen[token, choice])
+                first, second = ((full[i][expert], stacks[i].bias[expert].float()) for i in range(2))
+                gate, up = (first[0] @ x[token].float() + first[1]).chunk(2)
+                inside = clamped_swiglu(gate, up) if clamped else torch.nn.functional.silu(gate) * up
+                y = second[0] @ inside.to(dtype).float() + second[1]
+                expected[token] += weights[token, choice] * y
+            to = residual.clone() if adds else None
+            out = fused_moe(x, logits, *stacks, top_k, renormalize, None, clamped, residual=to).float()
+            scale = expected.abs().max()
+            torch.testing.assert_close(out / scale, expected / scale, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (32, 4), (33, 33 - 1), (128, 8), (512, 10), (1000, 1)])
+@pytest.mark.parametrize("sums_to_1", [True, False])
+def test_choices(dtype: torch.dtype, num_experts: int, top_k: int, sums_to_1: bool) -> None:
+    """Of equal logits the lower expert comes first; a token with NaN has weights of NaN, of experts that exist."""
+    from minisgl.kernel.triton.grouped_gemm import choose_experts
+
+    torch.manual_seed(0)
+    logits = torch.randint(-40, 40, (70, num_experts), device=DEVICE).to(dtype) / 8
+    logits[3], logits[4, 0] = -float("inf"), float("inf")
+    logits[3, -1] = logits[5] = 0
+    wide = torch.cat((logits, logits), 1)[:, :num_experts]  # rows that are apart
+    expected = logits.softmax(-1, dtype=torch.float32).sort(-1, descending=True).values[:, :top_k]
+    expected = expected / expected.sum(-1, keepdim=True) if sums_to_1 else expected
+    pairs = torch.empty(70 * top_k, dtype=torch.int32, device=DEVICE)
+    blocks = torch.empty(70 * top_k, 3, dtype=torch.int32, device=DEVICE)
+    arch, finite = torch.cuda.get_device_capability(), torch.arange(70, device=DEVICE) != 4
+    weights, experts = choose_experts(wide, top_k, sums_to_1, arch, pairs, blocks)
+    by_logit = logits.float().sort(-1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(experts.long(), by_logit)
+    torch.testing.assert_close(weights[finite], expected[finite], atol=1e-6, rtol=1e-5)
+    assert pairs.tolist() == list(range(70 * top_k))
+    assert blocks[:, 0].tolist() == experts.flatten().tolist()
+    assert torch.equal(blocks[:, 2], blocks[:, 1] + 1) and torch.equal(blocks[:, 1], pairs)
+    logits[2, 3] = float("nan")
+    weights, experts = choose_experts(logits, top_k, sums_to_1, arch)
+    assert weights[2].isnan().all() and ((experts >= 0) & (experts < num_experts)).all()
+    others = finite & (torch.arange(70, device=DEVICE) != 2)
+    torch.testing.assert_close(weights[others], expected[others], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,10 +325,11 @@ def test_moe_in_a_graph() -> None:
     logits = torch.randn(24, 16, device=DEVICE)
     gate_up = torch.randn(16, 128, 128, device=DEVICE, dtype=torch.bfloat16) / 11
     down = torch.randn(16, 128, 64, device=DEVICE, dtype=torch.bfloat16) / 8
-    fused_moe(x, logits, Stack(gate_up), Stack(down), 4, True)
+    arch = torch.cuda.get_device_capability()
+    fused_moe(x, logits, Stack(gate_up), Stack(down), 4, True, arch=arch)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = fused_moe(x, logits, Stack(gate_up), Stack(down), 4, True)
+        out = fused_moe(x, logits, Stack(gate_up), Stack(down), 4, True, arch=arch)
     for _ in range(2):
         x.normal_()
         logits.normal_()

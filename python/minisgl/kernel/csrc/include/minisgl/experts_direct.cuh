@@ -76,10 +76,12 @@ __device__ __forceinline__ void multiply_unit(const Codes& codes, uint32_t x, fl
 // Fetch `rows` rows of x from row `first` on, each filled with zeros to whole units, by all threads.
 __device__ __forceinline__ void load_rows(const DirectArgs& args, uint32_t to, int first, int rows) {
   int pieces = args.stack.units * (kUnitK / 8);
-  for (int i = threadIdx.x; i < rows * pieces; i += kDirectThreads) {
-    int row = i / pieces, k = i % pieces * 8;
-    bool inside = k < args.stack.k;
-    cp_async_or_zero(to + i * 16, args.x + (first + row) * args.x_stride + (inside ? k : 0), inside);
+  const T* x = args.x + first * args.x_stride;
+  for (int row = 0; row < rows; ++row, x += args.x_stride, to += pieces * 16) {
+    for (int i = threadIdx.x; i < pieces; i += kDirectThreads) {
+      bool inside = i * 8 < args.stack.k;
+      cp_async_or_zero(to + i * 16, x + (inside ? i * 8 : 0), inside);
+    }
   }
 }
 
@@ -193,7 +195,6 @@ struct Sum {
 // triggered: they are read early.
 __global__ void __launch_bounds__(kDirectThreads, 4) direct_sum_kernel(const __grid_constant__ DirectArgs args) {
   extern __shared__ __align__(128) char bytes[];
-  __shared__ float totals[kDirectWarps][8];
   pdl_trigger();
   uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(bytes)), x = shared + kSlotBytes;
   Sum sum(args, shared);
@@ -209,23 +210,27 @@ __global__ void __launch_bounds__(kDirectThreads, 4) direct_sum_kernel(const __g
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
+  int units = args.stack.units, unit = sum.first % units, pair = sum.first / units;
   for (int index = sum.first; index < sum.end; ++index) {
-    int units = args.stack.units, unit = index % units, pair = index / units;
     cp_async_wait<kSlots - 1>();
     __syncwarp();
     Codes codes = sum.take(index);
     int choice = min(2 * pair + lane % 2, args.top_k - 1);
     multiply_unit(codes, x + ((choice * units + unit) * (kUnitK / 8) + lane / 8) * 16, sums);
     __syncwarp();  // all of the slot was read
-    sum.load(index + kSlots);
+    if (index + kSlots < sum.end) sum.load(index + kSlots);
     cp_async_commit();
-    if (unit == units - 1 || index == sum.end - 1) sum.add(pair, sums);
+    if (++unit < units && index + 1 < sum.end) continue;
+    sum.add(pair++, sums);
+    unit = 0;
   }
-  if (lane % 4 == 0) totals[threadIdx.x / 32][lane / 4] = sum.total;
+  constexpr int kWarpFloats = kSlots * kUnitBytes / 4;  // of its slots, which it has read
+  float* totals = reinterpret_cast<float*>(bytes) + lane / 4;
+  if (lane % 4 == 0) totals[threadIdx.x / 32 * kWarpFloats] = sum.total;
   __syncthreads();
   if (threadIdx.x >= 32 || lane % 4) return;
 #pragma unroll
-  for (int warp = 0; warp < kDirectWarps; ++warp) addend += totals[warp][lane / 4];
+  for (int warp = 0; warp < kDirectWarps; ++warp) addend += totals[warp * kWarpFloats];
   *place = from_float<T>(addend);
 }
 
