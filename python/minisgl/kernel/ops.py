@@ -80,8 +80,8 @@ class PagedSequences:
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
 Stacked = Tensor | tuple[torch.dtype, Iterable[Sequence[Packed | Tensor]]]
 Biases = tuple[Tensor, Tensor] | None  # of all experts: [num_experts, 2 * n], gate's first, and [num_experts, hidden]
-# (x [num_tokens, hidden], router's logits [num_tokens, num_experts], and perhaps the residual stream, which becomes its
-# sum with the result) → [num_tokens, hidden]
+# (x [num_tokens, hidden], router's logits [num_tokens, num_experts], and perhaps a residual, which becomes its sum with
+# the result) → [num_tokens, hidden]
 Experts = Callable[..., Tensor]
 
 

@@ -145,8 +145,7 @@ class SparseMLP(Layer):
     def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
         self._ops, self._comm, self._format, self._eps, self._hidden = env.ops, env.comm, env.format, eps, hidden_size
         self._spec, self._mine = spec, env.share(spec.intermediate_size, "features of an expert")
-        share = len(self._mine)
-        router, one = (spec.num_experts, hidden_size), (1, hidden_size)
+        share, router, one = len(self._mine), (spec.num_experts, hidden_size), (1, hidden_size)
         exact = replace(env, format=DENSE)  # what small errors would change much; on every rank
         self.gate = Linear(exact, router, {"": Shard(router, (0, spec.num_experts))}, spec.bias)
         shapes = (spec.num_experts, 2 * share, hidden_size), (spec.num_experts, hidden_size, share)
@@ -164,10 +163,11 @@ class SparseMLP(Layer):
         assert norm is not None
         assert after is None, "no family has such a norm"
         hidden, logits = self.gate.matrix.norm_and_apply(x, norm, self._eps, self.gate.bias)
-        part = self._experts(hidden, logits, x if self._comm.rank == 0 else None)
+        stream = added = x if self._comm.rank == 0 else None
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            part.addcmul_(self.shared_expert.part(hidden), self.shared_expert_gate.matrix.apply(hidden).sigmoid_())
-        return self._comm.all_reduce(part)
+            added = self.shared_expert.part(hidden) * self.shared_expert_gate.matrix.apply(hidden).sigmoid_()
+        part = self._experts(hidden, logits, added)
+        return self._comm.all_reduce(part if added is stream or stream is None else stream.add_(part))
 
     def pack(self) -> None:
         super().pack()
