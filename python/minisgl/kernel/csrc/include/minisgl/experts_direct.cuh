@@ -187,7 +187,7 @@ struct Sum {
       float weight = __shfl_sync(0xffffffffu, choice.weight, c);
       sum += weight * args.stack.bias_of(__shfl_sync(0xffffffffu, choice.expert, c), tile * 16 + octet * 8 + lane / 4);
     }
-    return sum + (args.adds ? to_float(*place) : 0.f);
+    return sum + (args.adds ? to_float(__ldcg(place)) : 0.f);
   }
 };
 

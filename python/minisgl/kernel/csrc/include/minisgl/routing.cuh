@@ -23,6 +23,7 @@ __device__ __forceinline__ float number_of(uint32_t key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
+// They are read past L1: a kernel may do it before it waits for the one ahead, where that has waited for who wrote them.
 // logits: [experts], of kMost at most; top_k: 32 at most. The weights are probabilities, which `renormalize` makes sum to 1.
 template <int kMost, typename L>
 __device__ __forceinline__ Choice choose_experts(const L* logits, int experts, int top_k, bool renormalize) {
@@ -32,7 +33,7 @@ __device__ __forceinline__ Choice choose_experts(const L* logits, int experts, i
 #pragma unroll
   for (int i = 0; i < kMost / 32; ++i) {
     if (i * 32 >= experts) break;
-    keys[i] = i * 32 + lane < experts ? key_of(to_float(logits[i * 32 + lane])) : 0;
+    keys[i] = i * 32 + lane < experts ? key_of(to_float(__ldcg(logits + i * 32 + lane))) : 0;
     largest = max(largest, keys[i]);
   }
   float top = number_of(__reduce_max_sync(kAll, largest)), total = 0.f, mine = 0.f;
