@@ -96,9 +96,9 @@ def elementwise() -> None:
         x, gain, both = randn(n, hidden), randn(hidden), randn(n, 2 * hidden)
         strided = up(F.pad(x, (0, 16)))[:, :hidden]
         check(("norm", n, hidden), [ops.rms_norm(strided, up(gain), EPS)], [REFERENCE.rms_norm(x, gain, EPS)])
-        ours, theirs = ops.matrix(up(weight := randn(9, hidden))), REFERENCE.matrix(weight)
-        found = ours.norm_and_apply(strided, up(gain), EPS, None)
-        check(("norm and product", n, hidden), found, theirs.norm_and_apply(x, gain, EPS, None))
+        weight, others = randn(9, hidden), (EPS, None)
+        found = ops.matrix(up(weight)).norm_and_apply(strided, up(gain), *others)
+        check(("norm and product", n, hidden), found, REFERENCE.matrix(weight).norm_and_apply(x, gain, *others))
         check(("silu_and_mul", n, hidden), [ops.act_and_mul(up(both))], [REFERENCE.act_and_mul(both)])
     for n, num_q, num_kv, dim in ((1, 1, 1, 16), (5, 14, 2, 72), (3, 5, 1, 256), (37, 16, 8, 128)):
         cos, sin = torch.randn(2, n, 1, dim)
