@@ -336,7 +336,7 @@ def experts() -> None:
     """MXFP4, in blocks of all sizes."""
     from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
-    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 4, 96, 160
+    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 8, 96, 160
     stacks, weights = [], []
     for rows, cols in ((2 * inner, hidden), (hidden, inner)):
         data = torch.randint(0, 256, (num_experts, rows, cols // 32, 17), dtype=torch.uint8)

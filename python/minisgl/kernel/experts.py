@@ -9,7 +9,7 @@ from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.utils.math import div_ceil
 
 # Pairs of one expert that are multiplied together, by how many of them it gets on average at most; of more `WIDE`.
-BLOCKS = {5: 8, 12: 16, 24: 32, 64: 64}
+BLOCKS = {0.5: 4, 5: 8, 12: 16, 24: 32, 64: 64}
 WIDE = (64, 128)  # that the tensor cores of Hopper take
 
 
@@ -28,7 +28,7 @@ def takes(gate_up: Any, down: Any, num_pairs: int, top_k: int) -> bool:
     """Whether `mixture` of the module computes all of it: two stacks (`grouped_gemm.Stack`), and hardly two pairs of
     one expert."""
     (num_experts, _, _), inner = gate_up.data.shape, gate_up.data.shape[1] // 2
-    return bool(gate_up.unit and down.unit) and 2 * num_pairs <= num_experts <= 256 and top_k * inner <= 1 << 14
+    return bool(gate_up.unit and down.unit) and 4 * num_pairs <= num_experts <= 256 and top_k * inner <= 1 << 14
 
 
 def pack(blocks: torch.Tensor, dtype: torch.dtype, gated: bool, arch: tuple[int, int]) -> tuple[torch.Tensor, float]:

@@ -93,6 +93,8 @@ void run_few(const Args& args, const TensorView& x, int64_t num_blocks) {
 template <bool gated>
 void dispatch(const Args& args, const TensorView& x, int64_t num_blocks, int64_t block_m) {
   switch (block_m) {
+    case 4:
+      return run_few<gated, 1, 1, 12, 4>(args, x, num_blocks);
     case 8:
       return run_few<gated, 1, 2, 3, 4>(args, x, num_blocks);
     case 16:

@@ -60,7 +60,9 @@ __device__ __forceinline__ uint32_t bits_of(uint32_t word) {
   if constexpr (p < 3) {
     bits = word << (3 * p) & 0x81c081c0u;
   } else {
-    bits = (word << 1 & 0x80008000u) | (word >> 5 & 0x01000100u) | (word >> 4 & 0x00c000c0u);
+    uint32_t fifth = word >> 5, fourth;  // shifts to the left are done by another pipe than those to the right and logic
+    asm("shl.b32 %0, %1, 1;" : "=r"(fourth) : "r"(fifth));
+    bits = (word << 1 & 0x80008000u) | (fifth & 0x01000100u) | (fourth & 0x00c000c0u);
   }
 #if MINISGL_FP16
   bits = (bits & 0x80008000u) | (bits << 3 & 0x0e000e00u);

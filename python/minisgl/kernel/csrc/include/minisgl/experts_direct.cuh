@@ -65,12 +65,12 @@ constexpr float kRaise = std::is_same_v<T, __half> ? 1.f : 0x1p60f;
 
 // The power of the j-th 32 k of a row.
 __device__ __forceinline__ float power_of(uint32_t powers, int j) {
-#if MINISGL_FP16
   uint32_t power = __byte_perm(powers, 0, 0x4440 | j);
-  return power ? __uint_as_float((power + 112) << 23) : 0.f;
-#else
-  return __uint_as_float(__byte_perm(powers, 0, 0x0444 | j << 12) >> 1);
+#if MINISGL_FP16
+  if (power == 0) return 0.f;
+  power += 112;
 #endif
+  return __uint_as_float(power << 23);
 }
 
 // All of a tile's unit, times the columns at `x`, raised: of a lane, the piece of 8 k that `ldmatrix` wants of it. The powers are
