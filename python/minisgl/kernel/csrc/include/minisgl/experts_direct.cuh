@@ -2,7 +2,7 @@
 // sorted, and between the router's logits and the new residual stream there are two kernels. Each warp finds the
 // experts of its token by itself, in less time than it takes to read what another kernel has found.
 //
-// Of the first product a warp has a tile and a pair. Of the second a block has eight outputs of a token, all its experts
+// Of the first product a warp has a tile, or a part of its k, and a pair. Of the second a block has eight outputs of a token, all its experts
 // together, whose sum it writes: a tile of the tensor cores has these rows of one expert and of the next one, and what
 // both are multiplied with takes turns as columns. Its warps share out the units of all such tiles. The second kernel
 // reads its weights while the first one computes, so that little more than the arithmetic is left to it.
@@ -16,9 +16,10 @@ namespace {
 
 constexpr int kDirectThreads = 128;
 constexpr int kDirectWarps = kDirectThreads / 32;
-constexpr int kAhead = 4;                // units of the first product that a warp has in registers
-constexpr int kSlots = 4;                // units of the second one that it has in shared memory
-constexpr int kMostShared = 96 * 1024;    // bytes of a block
+constexpr int kParts = 1;               // warps that share a tile's k in the first product
+constexpr int kAhead = 4;               // units of it that a warp has in registers
+constexpr int kSlots = 4;               // units of the second one that it has in shared memory
+constexpr int kMostShared = 96 * 1024;  // bytes of a block
 constexpr int kMostExperts = 256;
 constexpr int kSlotBytes = kDirectWarps * kSlots * kUnitBytes;
 
@@ -113,12 +114,14 @@ __device__ __forceinline__ uint32_t raised(uint32_t pair) {
   return *reinterpret_cast<uint32_t*>(&y);
 }
 
-// Block (four tiles, pair): SwiGLU of the pair, raised.
+// Block (some tiles, pair): SwiGLU of the pair, raised.
 __global__ void __launch_bounds__(kDirectThreads, 5) direct_gated_kernel(const __grid_constant__ DirectArgs args) {
   extern __shared__ __align__(128) char bytes[];
+  __shared__ float2 rest[kDirectWarps][8];
   const Stack& stack = args.stack;
-  int lane = threadIdx.x % 32, pair = blockIdx.y, token = pair / args.top_k;
-  int tile = blockIdx.x * kDirectWarps + threadIdx.x / 32, row = tile * 8 + lane / 4, outputs = stack.tiles * 8;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % kParts, pair = blockIdx.y, token = pair / args.top_k;
+  int tile = (blockIdx.x * kDirectWarps + warp) / kParts, row = tile * 8 + lane / 4, outputs = stack.tiles * 8;
+  int begin = stack.units * part / kParts, end = stack.units * (part + 1) / kParts;
   uint32_t x = static_cast<uint32_t>(__cvta_generic_to_shared(bytes));
   pdl_wait();
   pdl_trigger();
@@ -128,14 +131,14 @@ __global__ void __launch_bounds__(kDirectThreads, 5) direct_gated_kernel(const _
   const char* from = stack.at(expert, min(tile, stack.tiles - 1), 0);
   Codes codes[kAhead];
   auto load = [&](Codes& to, int unit) {
-    if (unit >= stack.units) return;
+    if (unit >= end) return;
     const char* at = from + unit * kUnitBytes;
     to.octets[0] = load_once(at + lane * 16), to.octets[1] = load_once(at + kCodeBytes / 2 + lane * 16);
     const uint32_t* powers = reinterpret_cast<const uint32_t*>(at + kCodeBytes) + lane / 4;
     to.powers[0] = __ldg(powers), to.powers[1] = __ldg(powers + 8);
   };
 #pragma unroll
-  for (int s = 0; s < kAhead; ++s) load(codes[s], s);
+  for (int s = 0; s < kAhead; ++s) load(codes[s], begin + s);
   float gate_bias = 0.f, up_bias = 0.f, sums[2] = {};
   if (tile < stack.tiles) gate_bias = stack.bias_of(expert, row), up_bias = stack.bias_of(expert, outputs + row);
   cp_async_wait<0>();
@@ -145,15 +148,20 @@ __global__ void __launch_bounds__(kDirectThreads, 5) direct_gated_kernel(const _
   }
   __syncthreads();
   x += lane / 8 * 16;
-  for (int unit = 0; unit < stack.units; unit += kAhead) {
+  for (int unit = begin; unit < end; unit += kAhead) {
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      if (unit + s >= stack.units) break;
+      if (unit + s >= end) break;
       multiply_unit<2>(codes[s], x + (unit + s) * (kUnitK * 2), sums);
       load(codes[s], unit + s + kAhead);
     }
   }
-  if (tile >= stack.tiles || lane % 4) return;
+  if (kParts > 1) {
+    if (part > 0 && lane % 4 == 0) rest[warp][lane / 4] = make_float2(sums[0], sums[1]);
+    __syncthreads();
+    for (int i = 1; i < kParts; ++i) sums[0] += rest[warp - part + i][lane / 4].x, sums[1] += rest[warp - part + i][lane / 4].y;
+  }
+  if (tile >= stack.tiles || part > 0 || lane % 4) return;
   float unit = stack.unit / kRaise, y = swiglu(sums[0] * unit + gate_bias, sums[1] * unit + up_bias, args.clamped);
   args.out[static_cast<int64_t>(pair) * outputs + row] = from_float<T>(y * kRaise);
 }
