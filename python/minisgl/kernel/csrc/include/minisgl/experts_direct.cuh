@@ -16,9 +16,16 @@ namespace {
 
 constexpr int kDirectThreads = 128;
 constexpr int kDirectWarps = kDirectThreads / 32;
-constexpr int kParts = 1;               // warps that share a tile's k in the first product
-constexpr int kAhead = 4;               // units of it that a warp has in registers
-constexpr int kSlots = 4;               // units of the second one that it has in shared memory
+#ifndef MINISGL_PARTS
+#define MINISGL_PARTS 1
+#define MINISGL_AHEAD 4
+#define MINISGL_RESIDENT 5
+#define MINISGL_SLOTS 4
+#endif
+constexpr int kParts = MINISGL_PARTS;        // warps that share a tile's k in the first product
+constexpr int kAhead = MINISGL_AHEAD;        // units of it that a warp has in registers
+constexpr int kResident = MINISGL_RESIDENT;  // blocks of it that an SM has room for
+constexpr int kSlots = MINISGL_SLOTS;        // units of the second one that a warp has in shared memory
 constexpr int kMostShared = 96 * 1024;  // bytes of a block
 constexpr int kMostExperts = 256;
 constexpr int kSlotBytes = kDirectWarps * kSlots * kUnitBytes;
@@ -115,7 +122,7 @@ __device__ __forceinline__ uint32_t raised(uint32_t pair) {
 }
 
 // Block (some tiles, pair): SwiGLU of the pair, raised.
-__global__ void __launch_bounds__(kDirectThreads, 5) direct_gated_kernel(const __grid_constant__ DirectArgs args) {
+__global__ void __launch_bounds__(kDirectThreads, kResident) direct_gated_kernel(const __grid_constant__ DirectArgs args) {
   extern __shared__ __align__(128) char bytes[];
   __shared__ float2 rest[kDirectWarps][8];
   const Stack& stack = args.stack;
