@@ -25,10 +25,10 @@ def block_of(num_pairs: int, num_experts: int, arch: tuple[int, int]) -> int:
 
 
 def takes(gate_up: Any, down: Any, num_pairs: int, top_k: int) -> bool:
-    """Whether `mixture` of the module computes all of it: two stacks (`grouped_gemm.Stack`), and hardly two pairs of
-    one expert."""
-    (num_experts, _, _), inner = gate_up.data.shape, gate_up.data.shape[1] // 2
-    return bool(gate_up.unit and down.unit) and 4 * num_pairs <= num_experts <= 256 and top_k * inner <= 1 << 14
+    """Whether the module's `mixture` computes it, of two `grouped_gemm.Stack`: hardly two pairs have the same expert."""
+    num_experts, inner = len(gate_up.data), gate_up.data.shape[1] // 2
+    fits = gate_up.unit > 0 and down.unit > 0 and num_experts <= 256 and top_k * inner <= 1 << 14
+    return fits and (num_pairs == top_k or 8 * num_pairs <= num_experts)
 
 
 def pack(blocks: torch.Tensor, dtype: torch.dtype, gated: bool, arch: tuple[int, int]) -> tuple[torch.Tensor, float]:

@@ -329,7 +329,7 @@ def fused_moe(
         size = size if gate_up.unit and down.unit else min(max(size, 16), 64)
         first, second = replace(first, block_m=size), replace(second, block_m=size)
     assert first.block_m == second.block_m
-    alone = arch > (0, 0) and 4 * num_pairs <= num_experts  # hardly two have the same expert
+    alone = arch > (0, 0) and (num_tokens == 1 or 8 * num_pairs <= num_experts)  # hardly two have the same expert
     pairs = [torch.empty(n, dtype=torch.int32, device=x.device) for n in ((num_pairs,), (num_pairs, 3)) if alone]
     weights, experts = choose_experts(router_logits, top_k, renormalize, arch, *pairs)
     order, blocks = pairs or sort_pairs(experts, num_experts, first.block_m, pdl)

@@ -157,7 +157,7 @@ void mixture(TensorView x, TensorView logits, TensorView gate_up, double gate_up
                   clamped,
                   adds};
   static bool first[64] = {}, second[64] = {};
-  int64_t blocks = (args.stack.tiles * kParts + kDirectWarps - 1) / kDirectWarps, unit = kUnitK * sizeof(T);
+  int64_t blocks = (args.stack.tiles + kDirectWarps - 1) / kDirectWarps, unit = kUnitK * sizeof(T);
   run_direct(direct_gated_kernel, args, x, blocks, pairs, args.stack.units * unit, first);
   args.stack = stack_of(down, down_unit, down_bias, inner);
   args.x = args.out, args.x_stride = inner;

@@ -51,29 +51,20 @@ __device__ __forceinline__ uint4 load_once(const char* from) {
   return v;
 }
 
-// Pair p of a word, as T that are 2^126 times too small (fp16: 2^14). Three of a half's four codes lie so that a shift brings
-// them where a bf16 has its sign and the lowest bits of its exponent: pair p has sign and code at bits 15 and 8 to 6, less
-// 3p. The last one has what is left: 14, 13, 11 and 10.
+// Pair p of a word, times a power. Three of a half's four codes lie so that a shift brings them where a bf16 has its sign
+// and the lowest bits of its exponent: pair p has sign and code at bits 15 and 8 to 6, less 3p. The last one has what is
+// left: 14, 13, 11 and 10.
 template <int p>
-__device__ __forceinline__ uint32_t bits_of(uint32_t word) {
+__device__ __forceinline__ uint32_t floats(uint32_t word, uint32_t power) {
   uint32_t bits;
   if constexpr (p < 3) {
     bits = word << (3 * p) & 0x81c081c0u;
   } else {
-    uint32_t fifth = word >> 5, fourth;  // shifts to the left are done by another pipe than those to the right and logic
-    asm("shl.b32 %0, %1, 1;" : "=r"(fourth) : "r"(fifth));
-    bits = (word << 1 & 0x80008000u) | (fifth & 0x01000100u) | (fourth & 0x00c000c0u);
+    bits = (word << 1 & 0x80008000u) | (word >> 5 & 0x01000100u) | (word >> 4 & 0x00c000c0u);
   }
 #if MINISGL_FP16
   bits = (bits & 0x80008000u) | (bits << 3 & 0x0e000e00u);
 #endif
-  return bits;
-}
-
-// The same, times a power.
-template <int p>
-__device__ __forceinline__ uint32_t floats(uint32_t word, uint32_t power) {
-  uint32_t bits = bits_of<p>(word);
   T2 product = __hmul2(*reinterpret_cast<T2*>(&bits), *reinterpret_cast<T2*>(&power));
   return *reinterpret_cast<uint32_t*>(&product);
 }
