@@ -25,7 +25,7 @@ def block_of(num_pairs: int, num_experts: int, arch: tuple[int, int]) -> int:
 
 
 def takes(gate_up: Any, down: Any, num_pairs: int, top_k: int) -> bool:
-    """Whether the module's `mixture` computes it, of two `grouped_gemm.Stack`: hardly two pairs have the same expert."""
+    """Whether the module's `mixture` computes it: two `grouped_gemm.Stack`, and hardly two pairs of one expert."""
     num_experts, inner = len(gate_up.data), gate_up.data.shape[1] // 2
     fits = gate_up.unit > 0 and down.unit > 0 and num_experts <= 256 and top_k * inner <= 1 << 14
     return fits and (num_pairs == top_k or 8 * num_pairs <= num_experts)
