@@ -314,7 +314,7 @@ class StepPlan(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        return sum(req.num_new for req in self.reqs)
+        return sum([req.num_new for req in self.reqs])
 
 
 # Log-probabilities of tokens, one after the other. Of each, in words of 4 bytes of this machine's order: its own as

@@ -97,7 +97,7 @@ class Pending:
         ids = b"".join([reply.token_ids for reply in self.replies])
         packed = b"".join([reply.logprobs or b"" for reply in self.replies])
         known = wire.unpack_ids(ids), last.finish_reason, self.prompt_ids, last.num_cached_tokens, metrics, last.error
-        logprobs = LateLogprobs(lambda: self.told(ids, packed))
+        logprobs = LateLogprobs(partial(self.told, ids, packed))
         of_prompt = [token for reply in self.replies for token in reply.prompt_logprobs]
         return RequestOutput("".join([reply.text for reply in self.replies]), *known, logprobs, of_prompt, last.pooled)
 

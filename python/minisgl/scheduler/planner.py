@@ -82,8 +82,7 @@ class Planner:
             max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
         size, prefix = len(token_ids), np.array(token_ids, np.int32)
         namespace = params.cache_salt.encode("utf-8", "surrogatepass")
-        ends = frozenset(params.end_ids(self.config.eos_token_ids))
-        failed, error = list[ReqOutput](), None
+        ends, failed, error = frozenset(params.end_ids(self.config.eos_token_ids)), list[ReqOutput](), None
         if not 0 < size < max_len:
             error = f"{size} prompt tokens do not fit the context of {self.config.max_seq_len}"
         elif params.seed is None or not self._knows(prefix, params):

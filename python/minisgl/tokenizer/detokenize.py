@@ -38,14 +38,16 @@ class IncrementalDecoder:
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
         # One by one: byte fallback makes U+FFFD of a whole run of bytes while its last character is unfinished.
-        return "".join([self._push(token) for token in token_ids])
+        texts = list[str]()
+        for token in token_ids:
+            if (text := self._codec.whole(token)) and len(self._ids) == self._num_context:  # nothing waits
+                self._ids, self._num_context, self._num_chars = [token], 1, len(text)
+                texts.append(text)
+            elif self._codec.visible((token,), skip_special=self._skip_special):
+                texts.append(self._push(token))
+        return "".join(texts)
 
     def _push(self, token: int) -> str:
-        if (text := self._codec.whole(token)) and len(self._ids) == self._num_context:
-            self._ids, self._num_context, self._num_chars = [token], 1, len(text)
-            return text
-        if not self._codec.visible((token,), skip_special=self._skip_special):
-            return ""
         self._ids.append(token)
         text = self._codec.text(self._ids)
         end = len(text.rstrip(REPLACEMENT))
@@ -229,10 +231,8 @@ class Detokenizer:
 
     def _prompt_logprobs(self, message: wire.DetokenizeMsg) -> tuple[wire.TokenLogprob, ...]:
         """Of the whole prompt, with the stream's first message: nothing precedes the first token."""
-        if message.start is None or not message.start.prompt or message.finish_reason is FinishReason.ERROR:
+        start, packed, is_error = message.start, message.prompt_logprobs, message.finish_reason is FinishReason.ERROR
+        if start is None or not start.prompt or is_error or (len(start.prompt) > 4 and not packed):
             return ()
-        prompt, skips = message.start.prompt, message.start.skip_special
-        if len(prompt) > 4 and not message.prompt_logprobs:
-            return ()
-        (first,) = self.logprobs(prompt[:4], wire.pack_ids([0]), skips)
-        return (replace(first, logprob=None), *self.logprobs(prompt[4:], message.prompt_logprobs, skips))
+        (first,) = self.logprobs(start.prompt[:4], wire.pack_ids([0]), start.skip_special)
+        return (replace(first, logprob=None), *self.logprobs(start.prompt[4:], packed, start.skip_special))
