@@ -14,7 +14,7 @@ from minisgl.core import FinishReason, Logprobs, SamplingParams
 T = TypeVar("T")
 
 
-class Part(msgspec.Struct, frozen=True, tag=str.lower, forbid_unknown_fields=True, omit_defaults=True):
+class Part(msgspec.Struct, frozen=True, tag=str.lower, forbid_unknown_fields=True):
     """What messages are made of."""
 
 
@@ -180,7 +180,7 @@ def unpack_logprobs(packed: Logprobs, num: int) -> list[tuple[float, list[tuple[
     return [(bound(x), [*zip(top[::2], map(bound, top[1::2]), strict=True)]) for x, *top in words]
 
 
-class UserReply(Message, frozen=True):
+class UserReply(Message, frozen=True, omit_defaults=True):
     """More output of a request. Counts are running totals. Exactly one reply per uid has a `finish_reason`."""
 
     text: str
@@ -342,7 +342,7 @@ class StreamStart(Part, frozen=True):
     prompt: bytes = b""  # all prompt ids, packed, where they are to be shown
 
 
-class DetokenizeMsg(Message, frozen=True):
+class DetokenizeMsg(Message, frozen=True, omit_defaults=True):
     """New output tokens of a request. The last message has `finish_reason`, with `error` text if it is `error`.
 
     An end-of-sequence token that ended the request is part of `token_ids`; `num_hidden` of the last ids (0 or 1) are
