@@ -60,7 +60,7 @@ class LogprobRules:
         if self._num_top and not np.array_equal(rows, self._last[0]):
             wanted = [Wanted(i, self._num_top[row], 1) for i, row in enumerate(rows.tolist()) if row in self._num_top]
             step = LogprobStep(wanted, np.array([one.key for one in wanted]), _NONE) if wanted else None
-            self._last = rows.copy(), step
+            self._last = rows, step
         return self._last[1]
 
     def prompt(self, reqs: Sequence[ScheduledReq], offsets: IntArray) -> LogprobStep | None:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from minisgl.config.args import ServerArgs, args_from_options
 from minisgl.config.resolve import prepare
-from minisgl.core import FinishReason, Logprobs, SamplingParams
+from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message import messages as wire
 from minisgl.message.sockets import ipc_endpoints
@@ -84,7 +84,7 @@ class Pending:
     uid: int
     prompt_ids: list[int]
     submitted: float
-    told: Callable[[bytes, Logprobs], Iterable[wire.TokenLogprob]]  # of packed ids
+    told: Callable[[bytes, Any], Iterable[wire.TokenLogprob]]  # of packed ids and what replies have for these
     first_token: float = 0.0
     ended: float = 0.0
     replies: list[wire.UserReply] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Pending:
         assert last.finish_reason is not None
         metrics = RequestMetrics(self.first_token - self.submitted, self.ended - self.submitted)
         ids = b"".join([reply.token_ids for reply in self.replies])
-        packed = b"".join([reply.logprobs or b"" for reply in self.replies])
+        packed = b"".join([reply.logprobs or b"" for reply in self.replies])  # type: ignore[misc]  # (late ones)
         known = wire.unpack_ids(ids), last.finish_reason, self.prompt_ids, last.num_cached_tokens, metrics, last.error
         logprobs = LateLogprobs(partial(self.told, ids, packed))
         of_prompt = [token for reply in self.replies for token in reply.prompt_logprobs]
@@ -194,7 +194,7 @@ class LLM(AbstractContextManager["LLM"]):
         wrapped = wire.ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
         (pending,) = self.submit([wrapped], sampling_params)
         for reply in self.replies(pending):
-            logprobs = [*pending.told(reply.token_ids, reply.logprobs or b"")], [*reply.prompt_logprobs]
+            logprobs = [*pending.told(reply.token_ids, reply.logprobs)], [*reply.prompt_logprobs]
             yield Increment(reply.text, wire.unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
 
     def replies(self, request: Pending) -> Iterator[wire.UserReply]:

@@ -175,9 +175,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 def unpack_logprobs(packed: Logprobs, num: int) -> list[tuple[float, list[tuple[int, float]]]]:
     """Of so many tokens: log-probability, and (id, log-probability) of the most probable ones; none below `LEAST`."""
-    bound, num_top = lambda x: x if x > LEAST else LEAST, len(packed) // 8 // max(1, num)  # x may be NaN
-    words = iter_unpack("f" + "if" * num_top, packed)
-    return [(bound(x), [*zip(top[::2], map(bound, top[1::2]), strict=True)]) for x, *top in words]
+    rows = iter_unpack("f" + "if" * (len(packed) // 8 // max(1, num)), packed)  # `max` keeps the first beside NaN
+    return [(max(LEAST, x), [(i, max(LEAST, y)) for i, y in zip(top[::2], top[1::2], strict=True)]) for x, *top in rows]
 
 
 class UserReply(Message, frozen=True, omit_defaults=True):

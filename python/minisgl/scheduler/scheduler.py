@@ -192,16 +192,17 @@ class Scheduler:
             self._transport.send([self._message(output) for output in outputs])
 
     def _message(self, output: ReqOutput) -> wire.DetokenizeMsg:
-        req, ids, reason, num_hidden, *more = output
+        req, ids, reason, num_hidden, error, status, logprobs, of_prompt, pooled = output
         uid, start = req.uid, None
         if not self._open.get(uid):
             start, self._open[uid] = _stream_start(req), True
         if reason is not None:
             del self._open[uid]
-            why, num_output = output.error or reason.value, req.num_tokens - req.prompt_len
+            why, num_output = error or reason.value, req.num_tokens - req.prompt_len
             logger.debug("request %d: %s after %d + %d tokens", uid, why, req.prompt_len, num_output)
         packed = wire.pack_one(*ids) if len(ids) == 1 else wire.pack_ids(ids)
-        return wire.DetokenizeMsg(uid, packed, req.num_cached, num_hidden, start, reason, *more, req.drafted)
+        told = logprobs, of_prompt, pooled, req.drafted
+        return wire.DetokenizeMsg(uid, packed, req.num_cached, num_hidden, start, reason, error, status, *told)
 
 
 def _stream_start(req: Req) -> wire.StreamStart:

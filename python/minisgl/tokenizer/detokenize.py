@@ -20,9 +20,9 @@ class IncrementalDecoder:
     """Decodes one stream. The increments, put together, are the decoding of all tokens at once.
 
     A token's text depends on its neighbours: characters of several bytes spread over tokens, and sentencepiece-style
-    tokenizers drop the first space of what they decode. So a window of tokens is decoded again at each push: some that
-    are already out as context (`num_context` of `ids`), then those since the text last ended in a whole character.
-    The window is bounded, which makes a push O(1). Only a tail of U+FFFD, a possible beginning of a character, waits.
+    tokenizers drop the first space of what they decode. So, but for tokens that are `whole`, a window is decoded again
+    at each push: tokens that are already out as context (`num_context` of `ids`), and those since the text last ended
+    in a whole character. It is bounded, so a push is O(1). Only a tail of U+FFFD, which may begin a character, waits.
 
     context: the last prompt tokens.
     """
@@ -225,7 +225,7 @@ class Detokenizer:
         """Of tokens, if any are packed for them. skips: special ones do not become text."""
         token_bytes, hidden = self._codec.token_bytes, self._codec.special_ids if skips else ()
         token_ids = wire.unpack_ids(ids) if packed else []
-        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed, len(token_ids)), strict=True):
+        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed or b"", len(token_ids)), strict=True):
             most = [wire.TopLogprob(i, token_bytes(i), x) for i, x in top]
             yield wire.TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden)
 
