@@ -138,9 +138,9 @@ class Device:
         if wanted is None:
             return None
         num, num_top = len(wanted.index), max(one.num_top for one in wanted.wanted)
-        top = -np.sort(self._random.random((num, num_top), np.float32) * 9)
-        top_ids = self._random.integers(0, self._vocab_size, (num, num_top), np.int32)
-        return DeviceLogprobs(wanted, *(torch.from_numpy(part) for part in (top[:, -1].copy(), top_ids, top)))
+        words = self._random.integers(0, self._vocab_size, (num, 1 + 2 * num_top), np.int32)
+        words[:, 0::2] = -np.sort(self._random.random((num, 1 + num_top), np.float32) * 9).view(np.int32)
+        return DeviceLogprobs(wanted, torch.from_numpy(words))
 
     def close(self) -> None:
         pass

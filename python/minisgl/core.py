@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     import numpy.typing as npt
@@ -160,7 +160,7 @@ class SamplingParams:
 
     def end_ids(self, eos: Iterable[int]) -> tuple[int, ...]:
         """The tokens that end the output, where the model's end-of-sequence tokens are these."""
-        return (*self.stop_token_ids, *(() if self.ignore_eos else eos))
+        return (*self.stop_token_ids, *(() if self.ignore_eos and self.grammar is None else eos))
 
     def of_choice(self, index: int) -> SamplingParams:
         """The parameters of the output of this number: the seeds of a request's outputs follow one another."""
@@ -216,7 +216,8 @@ class Req:
     paced: bool = False  # held after each token
     borders: list[int] = field(default_factory=list)  # tokens of its prompt after which snapshots of states are due
     num_saved: int = 0  # tokens of its prefix that are cached so far; -1: the state of its row is of no use any more
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
+    prompt_logprobs: Logprobs = b""  # of the chunks so far, until its first output
+    ends: frozenset[int] = frozenset()  # tokens that end its output
 
     @property
     def tells_prompt(self) -> bool:
@@ -313,15 +314,12 @@ class StepPlan(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        return sum(req.num_new for req in self.reqs)
+        return sum([req.num_new for req in self.reqs])
 
 
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities of n tokens and of the k most probable ones in the place of each, in descending order."""
-
-    chosen: npt.NDArray[np.float32]  # [n]
-    top_ids: npt.NDArray[np.int32]  # [n, k]
-    top: npt.NDArray[np.float32]  # [n, k]
+# Log-probabilities of tokens, one after the other. Of each, in words of 4 bytes of this machine's order: its own as
+# float32, then for the k most probable tokens in its place, in descending order, id and log-probability by turns.
+Logprobs = bytes
 
 
 class StepResult(NamedTuple):
@@ -336,8 +334,8 @@ class StepResult(NamedTuple):
 
     step_id: int
     token_ids: list[tuple[int, ...]]
-    logprobs: dict[int, TokenLogprobs] | None = None
-    prompt_logprobs: dict[int, TokenLogprobs] | None = None
+    logprobs: Mapping[int, Logprobs] = {}
+    prompt_logprobs: Mapping[int, Logprobs] = {}
     pooled: Mapping[int, bytes] = {}
     drafts: Mapping[int, list[int]] = {}
 
@@ -377,12 +375,6 @@ class ReqOutput(NamedTuple):
     num_hidden: int = 0
     error: str | None = None
     error_status: int = 500
-    logprobs: Sequence[TokenLogprobs] = ()
-    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    logprobs: Logprobs = b""
+    prompt_logprobs: Logprobs = b""
     pooled: bytes = b""
-
-    def with_logprobs(self, result: StepResult, sample: int) -> ReqOutput:
-        """The output, which the step's samples from this number on are, with what it is to report."""
-        told, samples = result.logprobs or {}, range(sample, sample + len(self.token_ids))
-        prompt, self.req.prompt_logprobs = self.req.prompt_logprobs, []
-        return ReqOutput(*self[:6], tuple([told[i] for i in samples if i in told]), prompt, self.pooled)

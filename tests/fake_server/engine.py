@@ -7,12 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from minisgl.config.runtime import TokenizerConfig
-from minisgl.core import Masks, StepPlan, StepResult, TokenLogprobs
+from minisgl.core import Masks, StepPlan, StepResult
 from tests.fake_server import EOS, VOCAB
 from tests.faults.points import fault
+from tests.packing import pack_logprobs
 
 
 class FakeHandle:
@@ -65,9 +64,8 @@ class FakeExecutor:
         return ids[min(position - prompt_len, len(ids) - 1)]
 
 
-def _logprobs(count: int) -> TokenLogprobs:
-    ids = np.arange(3, 3 + count, dtype=np.int32)[None]
-    return TokenLogprobs(np.zeros(1, np.float32), ids, np.zeros((1, count), np.float32))
+def _logprobs(count: int) -> bytes:
+    return pack_logprobs([(0.0, [(token, 0.0) for token in range(3, 3 + count)])])
 
 
 class Answer:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import SamplingParams
 from minisgl.engine.engine import create_engine
+from minisgl.message.messages import unpack_logprobs
 from minisgl.scheduler.planner import Planner
 from tests.driver import engine_config
 from tests.models import hf_logits, random_prompt, tiny_model
@@ -57,18 +57,20 @@ class Session:
         """What was reported of the output, and of the prompt if anything was, is what the model computes."""
         tokens, outputs = prompt + self.tokens(uid), self.outputs[uid]
         expected = hf_logits(self.path, tokens[:-1]).log_softmax(-1)
-        reported = [part for output in outputs for part in output.logprobs]
-        if reported:
-            assert len(reported) == len(self.tokens(uid))
-            _compare(reported, expected[len(prompt) - 1 :], tokens[len(prompt) :])
-        parts = [part for output in outputs for part in output.prompt_logprobs]
-        if parts:
-            assert sum(len(part.chosen) for part in parts) == len(prompt) - 1
-            _compare(parts, expected, prompt[1:])
+        params, reported = outputs[0].req.params, b"".join(output.logprobs for output in outputs)
+        if params.logprobs is not None:
+            _compare(reported, params.logprobs, expected[len(prompt) - 1 :], tokens[len(prompt) :])
+        of_prompt = b"".join(output.prompt_logprobs for output in outputs)
+        if params.prompt_logprobs is not None:
+            _compare(of_prompt, params.prompt_logprobs, expected, prompt[1:])
+        assert (params.logprobs is not None, params.prompt_logprobs is not None) == (reported != b"", of_prompt != b"")
 
 
-def _compare(parts: list[Any], expected: torch.Tensor, targets: list[int]) -> None:
-    chosen, top_ids, top = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+def _compare(packed: bytes, num_top: int, expected: torch.Tensor, targets: list[int]) -> None:
+    assert len(packed) == 4 * (1 + 2 * num_top) * len(targets)
+    told = unpack_logprobs(packed, len(targets))
+    pairs = torch.tensor([pairs for _, pairs in told], dtype=torch.float64).view(len(targets), num_top, 2)
+    chosen, top_ids, top = torch.tensor([one for one, _ in told]), pairs[:, :, 0], pairs[:, :, 1].float()
     expected = expected[: len(targets)]
     of_targets = expected.gather(1, torch.tensor(targets)[:, None])[:, 0]
     torch.testing.assert_close(chosen, of_targets, atol=1e-3, rtol=0)
@@ -93,7 +95,7 @@ def test_equal_log_softmax_whatever_else_changes_the_logits(chunk: int) -> None:
     session.run()
     for uid, prompt in enumerate(prompts):
         session.check(uid, prompt)
-    assert [output.logprobs for output in session.outputs[3]] == [()] * 8
+    assert [output.logprobs for output in session.outputs[3]] == [b""] * 8
     assert set(session.tokens(4)) == {9}
     session.engine.close()
 

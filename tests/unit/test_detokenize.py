@@ -6,15 +6,15 @@ import gc
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minisgl.core import FinishReason, TokenLogprobs
-from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids, pack_logprobs, unpack_ids
+from minisgl.core import FinishReason
+from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids, unpack_ids
 from minisgl.tokenizer.detokenize import Detokenizer, IncrementalDecoder, StopFinder
 from minisgl.tokenizer.tokenize import HFTextCodec
+from tests.packing import pack_logprobs
 
 ANY_TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from("🙂你 \n\ufffdab"), max_size=60)
 fixtures_stay = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -181,14 +181,12 @@ def test_several_tokens_at_once_are_as_one_by_one(
     def told(pieces: list[list[int]]) -> tuple[object, ...]:
         detokenizer, replies, position = Detokenizer(byte_level), list[UserReply](), 0
         for piece in [some for some in pieces if some]:
-            is_last, logprobs = (position := position + len(piece)) == len(ids), np.arange(position, dtype=np.float32)
-            parts = [TokenLogprobs(-logprobs[-len(piece) :], *(np.empty((len(piece), 0)),) * 2)]
+            logprobs = pack_logprobs([(-float(position + i), ()) for i in range(len(piece))])
+            is_last = (position := position + len(piece)) == len(ids)
             start = None if replies else StreamStart(3, tuple(stops), b"", min_tokens=least)
             reason = finish if is_last else None
             packed = pack_ids(piece)
-            reply, _ = detokenizer.detokenize(
-                DetokenizeMsg(7, packed, 0, 0, start, reason, logprobs=pack_logprobs(parts))
-            )
+            reply, _ = detokenizer.detokenize(DetokenizeMsg(7, packed, 0, 0, start, reason, logprobs=logprobs))
             replies += [] if reply is None else [reply]
         last, wholes = replies[-1], [unpack_ids(reply.token_ids) for reply in replies]
         return (

@@ -24,7 +24,6 @@ from minisgl.message.messages import (
     ErrorReply,
     FlushMsg,
     IdsPrompt,
-    PackedLogprobs,
     PingMsg,
     RankBatch,
     StreamStart,
@@ -241,7 +240,7 @@ starts = st.builds(
     st.booleans(),
     st.binary(max_size=9),
 )
-packed = st.builds(PackedLogprobs, st.binary(max_size=12), st.binary(max_size=12), st.binary(max_size=12))
+packed = st.binary(max_size=36)
 prompts = (
     st.builds(IdsPrompt, ids)
     | st.builds(TextPrompt, texts)
@@ -259,8 +258,8 @@ odd = st.one_of(
         st.none() | st.sampled_from(FinishReason),
         st.none() | texts,
         st.integers(-1, 999),
-        st.none() | packed,
-        st.none() | packed,
+        packed,
+        packed,
     ),
     st.builds(DecodeMsg, uids, ids, st.booleans()),
     st.builds(EncodeMsg, uids, st.builds(TextPrompt, texts), st.booleans()),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
+from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.messages import (
     DetokenizeMsg,
     StreamStart,
@@ -19,7 +19,6 @@ from minisgl.message.messages import (
     TokenLogprob,
     UserReply,
     pack_ids,
-    pack_logprobs,
     unpack_logprobs,
 )
 from minisgl.server.answers.openai import CompletionRenderer, chat_logprobs
@@ -27,6 +26,7 @@ from minisgl.server.answers.renderer import Assembler
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.tokenizer.detokenize import Detokenizer, LateLogprobs
 from minisgl.tokenizer.tokenize import HFTextCodec
+from tests.packing import pack_logprobs
 from tests.tokenizers_fixture import make_byte_level, make_sentencepiece
 
 
@@ -59,22 +59,22 @@ def test_special_and_unknown_tokens_have_bytes_too(codecs: list[HFTextCodec]) ->
     assert codecs[0].token_bytes(10**6) == b""
 
 
-def logprobs_of(num: int, num_top: int) -> TokenLogprobs:
-    values = -np.arange(num * num_top, dtype=np.float32).reshape(num, num_top)
-    ids = np.arange(num * num_top, dtype=np.int32).reshape(num, num_top)
-    return TokenLogprobs(-np.arange(num, dtype=np.float32) / 2, ids, values)
+def logprobs_of(num: int, num_top: int, *chosen: float) -> bytes:
+    """chosen: of the first tokens, in place of 0, -0.5, -1 …"""
+    own = [*chosen, *(-i / 2 for i in range(len(chosen), num))]
+    return pack_logprobs(
+        [(one, [(i * num_top + j, -i * num_top - j) for j in range(num_top)]) for i, one in enumerate(own)]
+    )
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 3])
 def test_packing_keeps_numbers_and_bounds_those_that_json_has_not(num_top: int) -> None:
-    parts = [logprobs_of(2, num_top), logprobs_of(1, num_top)]
-    parts[1].chosen[0] = -np.inf
-    unpacked = unpack_logprobs(pack_logprobs(parts))
+    unpacked = unpack_logprobs(logprobs_of(2, num_top) + logprobs_of(1, num_top, -math.inf), 3)
     assert [logprob for logprob, _ in unpacked] == [0, -0.5, -9999]
     assert [len(top) for _, top in unpacked] == [num_top] * 3
     assert unpacked[1][1] == [(num_top + i, -num_top - i) for i in range(num_top)]
-    parts[0].chosen[0] = np.nan
-    assert unpack_logprobs(pack_logprobs(parts))[0][0] == -9999
+    assert unpack_logprobs(logprobs_of(1, num_top, math.nan), 1)[0][0] == -9999
+    assert unpack_logprobs(b"", 0) == []
 
 
 def replies(codec: HFTextCodec, text: str, *, echo: str = "", num_top: int = 0) -> list[UserReply]:
@@ -88,10 +88,8 @@ def replies(codec: HFTextCodec, text: str, *, echo: str = "", num_top: int = 0) 
             token_ids=pack_ids([token]),
             start=None if i else start,
             finish_reason=FinishReason.LENGTH if i == len(ids) - 1 else None,
-            logprobs=pack_logprobs([logprobs_of(1, num_top)]),
-            prompt_logprobs=pack_logprobs([logprobs_of(len(prompt) - 1, num_top)])
-            if not i and len(prompt) > 1
-            else None,
+            logprobs=logprobs_of(1, num_top),
+            prompt_logprobs=b"" if i else logprobs_of(len(prompt) - 1, num_top),
         )
         for i, token in enumerate(ids)
     ]
@@ -141,12 +139,13 @@ def test_log_probabilities_that_are_made_late_are_the_same(codecs: list[HFTextCo
     asked = list[int]()
     codec = codecs[0]
     ids = codec.encode("abc", special=False)
-    message = DetokenizeMsg(
-        1, pack_ids(ids), start=StreamStart(1, (), b""), logprobs=pack_logprobs([logprobs_of(3, 2)])
-    )
-    (whole, _), (late, _) = (one.detokenize(message) for one in (Detokenizer(codec), Detokenizer(codec, LateLogprobs)))
-    assert whole is not None and late is not None and len(whole.logprobs) == 3
-    for copied in (copy.copy(late.logprobs), late.logprobs, pickle.loads(pickle.dumps(late.logprobs))):
+    message = DetokenizeMsg(1, pack_ids(ids), start=StreamStart(1, (), b""), logprobs=logprobs_of(3, 2))
+    packing = Detokenizer(codec, late=True)
+    (whole, _), (packed, _) = (one.detokenize(message) for one in (Detokenizer(codec), packing))
+    assert whole is not None and packed is not None and len(whole.logprobs) == 3
+    assert (packed.token_ids, packed.logprobs) == (message.token_ids, message.logprobs)
+    late = LateLogprobs(lambda: packing.logprobs(message.token_ids, message.logprobs, skips=True))
+    for copied in (copy.copy(late), late, pickle.loads(pickle.dumps(late))):
         assert copied == list(whole.logprobs) and copied[1] == whole.logprobs[1] and len(copied) == 3
 
     def made() -> Iterator[TokenLogprob]:

@@ -9,12 +9,12 @@ import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import IntArray, to_device
-from minisgl.core import Admission, ScheduledReq, TokenLogprobs
+from minisgl.core import Admission, Logprobs, ScheduledReq
 from minisgl.engine.rules import ROWS_AT_ONCE
 from minisgl.kernel.ops import StepOps
 
 Tensor = torch.Tensor
-_NONE = np.empty(0, np.int32)
+_NONE, _NO_ROWS = np.empty(0, np.int32), np.empty(0, np.int64)
 
 
 class Wanted(NamedTuple):
@@ -25,13 +25,14 @@ class Wanted(NamedTuple):
     num: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LogprobStep:
     """n tokens whose log-probabilities a step reports."""
 
     wanted: list[Wanted]  # of n tokens together, in order
     index: IntArray  # [n]: whose logits they are sampled from, or would be
     targets: npt.NDArray[np.int32]  # [n] token ids; []: sampled ones, which are not known on the host
+    on_device: Tensor | None = None  # the index, once it was sent
 
 
 class LogprobRules:
@@ -40,10 +41,12 @@ class LogprobRules:
     def __init__(self) -> None:
         self._num_top: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, npt.NDArray[np.int32]]] = {}  # alternatives, and token ids
+        self._last: tuple[IntArray, LogprobStep | None] = _NO_ROWS, None  # most steps sample for the same rows
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests want, and forget who had their rows before."""
         for row, token_ids, params, prompt_len, _ in admissions:
+            self._last = _NO_ROWS, None
             self._num_top.pop(row, None)
             self._prompts.pop(row, None)
             if params.logprobs is not None:
@@ -54,10 +57,11 @@ class LogprobRules:
 
     def sampled(self, rows: IntArray) -> LogprobStep | None:
         """Of the tokens that these rows sample. Keys and indices count the rows."""
-        if not self._num_top:
-            return None
-        wanted = [Wanted(i, self._num_top[row], 1) for i, row in enumerate(rows.tolist()) if row in self._num_top]
-        return LogprobStep(wanted, np.array([one.key for one in wanted]), _NONE) if wanted else None
+        if self._num_top and not np.array_equal(rows, self._last[0]):
+            wanted = [Wanted(i, self._num_top[row], 1) for i, row in enumerate(rows.tolist()) if row in self._num_top]
+            step = LogprobStep(wanted, np.array([one.key for one in wanted]), _NONE) if wanted else None
+            self._last = rows, step
+        return self._last[1]
 
     def prompt(self, reqs: Sequence[ScheduledReq], offsets: IntArray) -> LogprobStep | None:
         """Of prompt tokens, from the logits of the tokens before them. Keys count `reqs`; indices are those of the
@@ -76,20 +80,17 @@ class LogprobRules:
 
 
 class DeviceLogprobs(NamedTuple):
-    """Results on their way to the host: chosen [n], top_ids [n, k] and top [n, k]; to be read when the step is done."""
+    """Results on their way to the host, to be read when the step is done. words: [n, 1 + 2k] int32, `core.Logprobs` of
+    as many alternatives as any of them wants."""
 
     step: LogprobStep
-    chosen: Tensor
-    top_ids: Tensor
-    top: Tensor
+    words: Tensor
 
-    def result(self) -> dict[int, TokenLogprobs]:
+    def result(self) -> dict[int, Logprobs]:
         """By key of what was wanted."""
-        chosen, top_ids, top = self.chosen.numpy(), self.top_ids.numpy(), self.top.numpy()
-        results, begin = {}, 0
+        words, results, begin = self.words.numpy(), {}, 0
         for key, num_top, num in self.step.wanted:
-            part = slice(begin, begin + num)
-            results[key] = TokenLogprobs(chosen[part], top_ids[part, :num_top], top[part, :num_top])
+            results[key] = words[begin : begin + num, : 1 + 2 * num_top].tobytes()
             begin += num
         return results
 
@@ -103,15 +104,15 @@ def gather_logprobs(
     these m. The copies to the host are not waited for.
     """
     parts, num_top = [], max(wanted.num_top for wanted in step.wanted)
-    for first in range(0, len(step.index), ROWS_AT_ONCE):
-        part = slice(first, first + ROWS_AT_ONCE)
-        index = to_device(step.index[part], device)
-        logits = logits_of(index)
-        if ids is None:
-            targets, index = to_device(step.targets[part], device), torch.arange(len(index), device=device)
-        else:
-            targets = ids.index_select(0, index)
-        parts.append(ops.logprobs(logits, index, targets, num_top))
-    columns = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    # Such copies go to pinned memory.
-    return DeviceLogprobs(step, *(column.to("cpu", non_blocking=True) for column in columns))
+    index = step.on_device = to_device(step.index, device) if step.on_device is None else step.on_device
+    if ids is None:
+        ids = to_device(step.targets, device)
+    elif len(ids) > len(index):
+        ids = ids.index_select(0, index)
+    for first in range(0, len(index), ROWS_AT_ONCE):
+        rows, targets = (column[first : first + ROWS_AT_ONCE] for column in (index, ids))
+        logits = logits_of(rows)
+        rows = torch.arange(len(rows), device=device) if len(step.targets) else rows
+        parts.append(ops.logprobs(logits, rows, targets, num_top))
+    words = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return DeviceLogprobs(step, words.to("cpu", non_blocking=True))  # such copies go to pinned memory

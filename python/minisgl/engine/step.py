@@ -44,7 +44,7 @@ class Launched(NamedTuple):
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
-        logprobs, prompts = (told and told.result() for told in (self.logprobs, self.prompt_logprobs))
+        logprobs, prompts = ({} if told is None else told.result() for told in (self.logprobs, self.prompt_logprobs))
         left = iter(self.ids.tolist())
         if plan.drafts:
             token_ids = [tuple(islice(left, share.num_samples)) for share in plan.reqs if share.num_samples]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from struct import pack
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,8 @@ class StepIndex(NamedTuple):
     @staticmethod
     def of(reqs: Sequence[ScheduledReq]) -> "StepIndex":
         """reqs: not empty."""
-        table = np.fromiter(chain.from_iterable(reqs), np.int64).reshape(len(reqs), -1)
+        words = pack(f"{len(reqs) * len(reqs[0])}q", *chain.from_iterable(reqs))  # numpy's own ways take twice as long
+        table = np.frombuffer(words, np.int64).reshape(len(reqs), -1)
         rows, starts, num_new, num_samples, num_drafts, num_held = table.T.copy()
         seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
         counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0)))

@@ -281,17 +281,17 @@ class StepOps:
         (`engine.rules.StepRules`); "log_probabilities": what `logprobs` takes and gives."""
         return False
 
-    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Tensor:
         """logits: [m, vocab]; rows: [n] int64 of them; targets: [n] int32, negative ones count as 0 → log-probabilities
-        of targets [n], and the largest of each row: ids [n, num_top] int32 and values [n, num_top] float32."""
-        top = torch.empty(len(rows), min(num_top, logits.shape[1]), dtype=torch.float32, device=rows.device)
-        found = top.new_empty(len(rows)), torch.empty_like(top, dtype=torch.int32), top
-        if self.by_kernel("log_probabilities", logits, rows, targets, *found):
-            return found
-        logits = logits.index_select(0, rows).float()
-        total = logits.logsumexp(-1, keepdim=True)
-        top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-        return (logits.gather(1, targets[:, None].long().clamp(min=0)) - total)[:, 0], ids.int(), top - total
+        of targets and the largest ones of each row: [n, 1 + 2 * min(num_top, vocab)] int32, as `core.Logprobs`."""
+        num_top = min(num_top, logits.shape[1])
+        words = torch.empty(len(rows), 1 + 2 * num_top, dtype=torch.int32, device=rows.device)
+        if not self.by_kernel("log_probabilities", logits, rows, targets, words):
+            logits, values = logits.index_select(0, rows).float(), words.view(torch.float32)
+            total, (top, ids) = logits.logsumexp(-1, keepdim=True), logits.topk(num_top, dim=-1)
+            values[:, :1] = logits.gather(1, targets[:, None].long().clamp(min=0)) - total
+            words[:, 1::2], values[:, 2::2] = ids, top - total
+        return words
 
     def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
         """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some

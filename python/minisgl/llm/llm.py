@@ -4,9 +4,10 @@ import atexit
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import Signature, signature
 from typing import Any, TypeGuard
 
@@ -83,6 +84,7 @@ class Pending:
     uid: int
     prompt_ids: list[int]
     submitted: float
+    told: Callable[[bytes, Any], Iterable[wire.TokenLogprob]]  # of packed ids and what replies have for these
     first_token: float = 0.0
     ended: float = 0.0
     replies: list[wire.UserReply] = field(default_factory=list)
@@ -92,9 +94,10 @@ class Pending:
         last = self.replies[-1]
         assert last.finish_reason is not None
         metrics = RequestMetrics(self.first_token - self.submitted, self.ended - self.submitted)
-        token_ids = wire.unpack_ids(b"".join([reply.token_ids for reply in self.replies]))
-        known = token_ids, last.finish_reason, self.prompt_ids, last.num_cached_tokens, metrics, last.error
-        logprobs = LateLogprobs(lambda: (token for reply in self.replies for token in reply.logprobs))
+        ids = b"".join([reply.token_ids for reply in self.replies])
+        packed = b"".join([reply.logprobs or b"" for reply in self.replies])  # type: ignore[misc]  # (late ones)
+        known = wire.unpack_ids(ids), last.finish_reason, self.prompt_ids, last.num_cached_tokens, metrics, last.error
+        logprobs = LateLogprobs(partial(self.told, ids, packed))
         of_prompt = [token for reply in self.replies for token in reply.prompt_logprobs]
         return RequestOutput("".join([reply.text for reply in self.replies]), *known, logprobs, of_prompt, last.pooled)
 
@@ -121,7 +124,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.endpoints = ipc_endpoints(self._closers.enter_context(private_folder()), tp_size=engine.tp_size)
         try:
             self.tokenizer = Tokenizer(self.config.tokenizer)
-            self._detokenizer = Detokenizer(self.tokenizer.codec, LateLogprobs)
+            self._detokenizer = Detokenizer(self.tokenizer.codec, late=True)
             self._supervisor = Supervisor(Launcher(), rank_specs(engine, scheduler, self.endpoints, first=1))
             self._closers.callback(self._supervisor.stop)
             self._supervisor.start()  # they meet rank 0 when its engine starts
@@ -191,7 +194,7 @@ class LLM(AbstractContextManager["LLM"]):
         wrapped = wire.ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
         (pending,) = self.submit([wrapped], sampling_params)
         for reply in self.replies(pending):
-            logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
+            logprobs = [*pending.told(reply.token_ids, reply.logprobs)], [*reply.prompt_logprobs]
             yield Increment(reply.text, wire.unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
 
     def replies(self, request: Pending) -> Iterator[wire.UserReply]:
@@ -237,8 +240,9 @@ class LLM(AbstractContextManager["LLM"]):
                 raise RequestError(f"{where}{message.message}", param=message.param, code=message.code)
             messages.append(message)
         self._next_uid += len(messages)
-        now = time.perf_counter()
-        requests = [Pending(message.uid, wire.unpack_ids(message.prompt), now) for message in messages]
+        now, read = time.perf_counter(), self._detokenizer.logprobs
+        told = [partial(read, skips=message.params.skip_special_tokens) for message in messages]
+        requests = [Pending(one.uid, wire.unpack_ids(one.prompt), now, told[i]) for i, one in enumerate(messages)]
         self.pending.update((request.uid, request) for request in requests)
         self.transport.put(messages)
         return requests
@@ -251,6 +255,7 @@ class LLM(AbstractContextManager["LLM"]):
         ended = []
         with held_interrupts() as self._release_interrupts:
             self.scheduler.turn()
+            now = time.perf_counter()
             for message in self.transport.take_outputs():
                 if isinstance(message, wire.ErrorReply):
                     uid, reason = message.uid, FinishReason.ERROR
@@ -260,8 +265,7 @@ class LLM(AbstractContextManager["LLM"]):
                     self.transport.put([abort])
                 if reply is None or (request := self.pending.get(reply.uid)) is None:
                     continue
-                request.ended = time.perf_counter()
-                request.first_token = request.first_token or request.ended
+                request.ended, request.first_token = now, request.first_token or now
                 request.replies.append(reply)
                 if reply.finish_reason is not None:
                     ended.append(self.pending.pop(reply.uid))

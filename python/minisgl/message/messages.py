@@ -4,11 +4,12 @@ list of messages per frame, no pickle). What a child tells its supervisor goes o
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from struct import Struct, iter_unpack
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
-from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
+from minisgl.core import FinishReason, Logprobs, SamplingParams
 
 T = TypeVar("T")
 
@@ -49,6 +50,9 @@ class Codec(Generic[T]):
 def pack_ids(token_ids: Sequence[int]) -> bytes:
     """Token ids as int32 bytes, of this machine's order."""
     return array("i", token_ids).tobytes()
+
+
+pack_one: Callable[[int], bytes] = Struct("i").pack  # the same of one id
 
 
 def unpack_ids(data: bytes) -> list[int]:
@@ -151,14 +155,6 @@ rank_codec: Codec[RankBatch] = Codec(RankBatch)
 LEAST = -9999.0  # for what is less, or no number: JSON has no infinities, and this is OpenAI's
 
 
-class PackedLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """`TokenLogprobs` as bytes, of this machine's order."""
-
-    chosen: bytes  # [n] float32
-    top_ids: bytes  # [n, k] int32
-    top: bytes  # [n, k] float32
-
-
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One of the most probable tokens at a position. `token`: the bytes that it stands for."""
 
@@ -177,19 +173,13 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     is_text: bool = True  # part of the text: no special token, unless those are
 
 
-def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:
-    """One record of all parts, one after the other."""
-    return PackedLogprobs(*[b"".join([array.tobytes() for array in arrays]) for arrays in zip(*parts, strict=True)])
+def unpack_logprobs(packed: Logprobs, num: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Of so many tokens: log-probability, and (id, log-probability) of the most probable ones; none below `LEAST`."""
+    rows = iter_unpack("f" + "if" * (len(packed) // 8 // max(1, num)), packed)  # `max` keeps the first beside NaN
+    return [(max(LEAST, x), [(i, max(LEAST, y)) for i, y in zip(top[::2], top[1::2], strict=True)]) for x, *top in rows]
 
 
-def unpack_logprobs(packed: PackedLogprobs) -> list[tuple[float, list[tuple[int, float]]]]:
-    """For each token its log-probability, and (id, log-probability) of the most probable ones. Not below `LEAST`."""
-    chosen, top = ([x if x > LEAST else LEAST for x in array("f", data)] for data in (packed.chosen, packed.top))
-    pairs, num_top = list(zip(array("i", packed.top_ids), top, strict=True)), len(top) // max(1, len(chosen))
-    return [(one, pairs[i * num_top : (i + 1) * num_top]) for i, one in enumerate(chosen)]
-
-
-class UserReply(Message, frozen=True):
+class UserReply(Message, frozen=True, omit_defaults=True):
     """More output of a request. Counts are running totals. Exactly one reply per uid has a `finish_reason`."""
 
     text: str
@@ -351,7 +341,7 @@ class StreamStart(Part, frozen=True):
     prompt: bytes = b""  # all prompt ids, packed, where they are to be shown
 
 
-class DetokenizeMsg(Message, frozen=True):
+class DetokenizeMsg(Message, frozen=True, omit_defaults=True):
     """New output tokens of a request. The last message has `finish_reason`, with `error` text if it is `error`.
 
     An end-of-sequence token that ended the request is part of `token_ids`; `num_hidden` of the last ids (0 or 1) are
@@ -365,8 +355,8 @@ class DetokenizeMsg(Message, frozen=True):
     finish_reason: FinishReason | None = None
     error: str | None = None
     error_status: int = 500
-    logprobs: PackedLogprobs | None = None  # of `token_ids`
-    prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
+    logprobs: Logprobs = b""  # of `token_ids`
+    prompt_logprobs: Logprobs = b""  # of all prompt ids but the first
     pooled: bytes = b""
     drafted: tuple[int, int] = (0, 0)
 

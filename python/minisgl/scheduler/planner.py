@@ -54,7 +54,6 @@ class Planner:
         self.inflight: deque[Planned] = deque()
         self.pages = Pages(config)
         self.speculation = Speculation(config, drafter)
-        self._eos = frozenset(config.eos_token_ids)
         self._step_id = self._num_admitted = 0
         every = config.check_integrity  # steps; by default a walk, of 0.2 microseconds a page, takes next to no time
         self._check_every = max(256, config.num_pages // 50) if every is None else every
@@ -83,14 +82,14 @@ class Planner:
             max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
         size, prefix = len(token_ids), np.array(token_ids, np.int32)
         namespace = params.cache_salt.encode("utf-8", "surrogatepass")
-        failed, error = list[ReqOutput](), None
+        ends, failed, error = frozenset(params.end_ids(self.config.eos_token_ids)), list[ReqOutput](), None
         if not 0 < size < max_len:
             error = f"{size} prompt tokens do not fit the context of {self.config.max_seq_len}"
         elif params.seed is None or not self._knows(prefix, params):
             error = "a token is not in the vocabulary, or there is no seed"
         for index in range(count):
             choice = params.of_choice(index)
-            req = Req(uid + index, token_ids, prefix, size, choice, max_len, size, namespace)
+            req = Req(uid + index, token_ids, prefix, size, choice, max_len, size, namespace, ends=ends)
             if (why := f"request id {req.uid} is in use" if req.uid in self.reqs else error) is not None:
                 req.state = ReqState.FINISHED
                 failed.append(ReqOutput(req, (), FinishReason.ERROR, error=why))
@@ -188,41 +187,42 @@ class Planner:
         return num_new, num_new * each + (num_new + _READING) * start // span
 
     def _schedule(self, req: Req, num_new: int, step: Growing) -> None:
-        start = req.num_computed
+        start, pages = req.num_computed, self.pages
         end = req.num_computed = start + num_new
         req.num_inflight += 1
         num_samples = int(end == req.num_tokens and not req.params.pooling)
-        if start < len(req.prefix) and not req.tells_prompt and (end in req.borders or not self.pages.slots):
-            self.pages.share(req, end)
+        if start < len(req.prefix) and not req.tells_prompt and (end in req.borders or not pages.slots):
+            pages.share(req, end)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
         reqs, shares = step.decode if num_new == num_samples else step.prefill
         reqs.append(req)
-        shares.append(ScheduledReq(req.row, start, num_new, num_samples, 0, self.pages.held.pop(req.row, 0)))
+        shares.append(ScheduledReq(req.row, start, num_new, num_samples, 0, pages.held.pop(req.row, 0)))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
         plan, reqs = self.inflight.popleft()
         assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
-        outputs, token_ids, sample = list[ReqOutput](), iter(result.token_ids), 0
-        drafts = {draft.row: draft.ids for draft in plan.drafts}
+        outputs, token_ids, sample, ended = list[ReqOutput](), iter(result.token_ids), 0, ReqState.FINISHED
+        drafts, told, prompts = {draft.row: draft.ids for draft in plan.drafts}, result.logprobs, result.prompt_logprobs
         for index, (req, scheduled) in enumerate(zip(reqs, plan.reqs, strict=True)):
             req.num_inflight -= 1
-            if result.prompt_logprobs is not None and index in result.prompt_logprobs:
-                req.prompt_logprobs.append(result.prompt_logprobs[index])
-            if (vector := result.pooled.get(index)) is not None and req.state is not ReqState.FINISHED:
+            if prompts:
+                req.prompt_logprobs += prompts.get(index, b"")
+            if result.pooled and (vector := result.pooled.get(index)) is not None and req.state is not ended:
                 end = ReqOutput(req, (), FinishReason.STOP, pooled=vector)
                 outputs.append(self._finish(end) if vector else self._accept(req, (-1,)))
             if scheduled.num_samples:
                 ids = sampled = next(token_ids)
-                if draft := drafts.get(scheduled.row):
+                if drafts and (draft := drafts.get(scheduled.row)):
                     ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
                 if req.num_stale:
                     req.num_stale -= 1
-                elif req.state is not ReqState.FINISHED:
-                    output = self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids)
-                    has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
-                    outputs.append(output.with_logprobs(result, sample) if has_more else output)
+                elif req.state is not ended and ids[0] == NOT_READY:
+                    outputs.append(self._sit_out(req))
+                elif req.state is not ended:
+                    logprobs = b"".join([told.get(sample + i, b"") for i in range(len(ids))]) if told else b""
+                    outputs.append(self._accept(req, ids, logprobs))
                 sample += len(sampled)
         self.speculation.hear(reqs, plan, result)
         self._release_leaving()
@@ -318,7 +318,7 @@ class Planner:
         self.waiting.remove(req.params.client, req.uid)
         self.running.append(req)
         self._num_admitted += 1
-        req.state, req.prompt_logprobs = ReqState.RUNNING, []
+        req.state, req.prompt_logprobs = ReqState.RUNNING, b""
         req.row = pages.rows.pop()
         req.handle, req.num_computed = match.handle, num_cached
         if not req.started:
@@ -371,26 +371,26 @@ class Planner:
         req.num_stale, req.held, req.num_saved = req.num_inflight, True, -1
         return ReqOutput(req, ())
 
-    def _accept(self, req: Req, ids: tuple[int, ...]) -> ReqOutput:
-        """The tokens that a step has sampled: one, and as many more as its draft was right."""
-        params, tokens, num_before = req.params, req.tokens, len(req.tokens)
-        eos, least = self._eos, req.prompt_len + params.min_tokens
-        if params.ignore_eos and params.grammar is None:
-            eos = frozenset()
-        for num, token_id in enumerate(ids, 1):
-            req.num_tokens += num > 1
+    def _accept(self, req: Req, ids: tuple[int, ...], logprobs: bytes = b"") -> ReqOutput:
+        """The tokens that a step has sampled: one, and as many more as its draft was right. logprobs: of these."""
+        tokens, params, prompt, req.prompt_logprobs = req.tokens, req.params, req.prompt_logprobs, b""
+        num_hidden, reason, error = 0, None, None
+        for num, token_id in enumerate(ids):  # so many before it are kept
+            req.num_tokens += num > 0
             if token_id < 0:
-                error = "the model's output was not finite (NaN or infinity)"
-                return self._finish(ReqOutput(req, ids[: num - 1], FinishReason.ERROR, error=error))
-            if params.max_tokens == 0:
-                return self._finish(ReqOutput(req, (), FinishReason.LENGTH))
-            tokens.append(token_id)
-            if (token_id in eos or token_id in params.stop_token_ids) and num_before + num > least:
-                num_hidden = 0 if params.include_stop_str_in_output else 1
-                return self._finish(ReqOutput(req, ids[:num], FinishReason.STOP, num_hidden))
-            if num_before + num >= req.max_len:
-                return self._finish(ReqOutput(req, ids[:num], FinishReason.LENGTH))
-        return ReqOutput(req, ids)
+                reason, error = FinishReason.ERROR, "the model's output was not finite (NaN or infinity)"
+            elif params.max_tokens == 0:
+                reason = FinishReason.LENGTH
+            else:
+                tokens.append(token_id)
+                if token_id in req.ends and len(tokens) > req.prompt_len + params.min_tokens:
+                    num, num_hidden, reason = num + 1, int(not params.include_stop_str_in_output), FinishReason.STOP
+                elif len(tokens) >= req.max_len:
+                    num, reason = num + 1, FinishReason.LENGTH
+            if reason is not None:
+                logprobs = logprobs[: len(logprobs) // len(ids) * num]
+                return self._finish(ReqOutput(req, ids[:num], reason, num_hidden, error, 500, logprobs, prompt))
+        return ReqOutput(req, ids, None, 0, None, 500, logprobs, prompt)
 
     def _wait(self, req: Req, *, first: bool = False) -> None:
         self.reqs[req.uid] = req

@@ -192,19 +192,17 @@ class Scheduler:
             self._transport.send([self._message(output) for output in outputs])
 
     def _message(self, output: ReqOutput) -> wire.DetokenizeMsg:
-        req = output.req
-        start = None if self._open.get(req.uid) else _stream_start(req)
-        self._open[req.uid] = True
-        if output.finish_reason is not None:
-            del self._open[req.uid]
-            num_output = req.num_tokens - req.prompt_len
-            reason = output.error or output.finish_reason.value
-            logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
-        tokens = (req.uid, wire.pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
-        ending = output.finish_reason, output.error, output.error_status
-        logprobs = wire.pack_logprobs(output.logprobs) if output.logprobs else None
-        of_prompt = wire.pack_logprobs(output.prompt_logprobs) if output.prompt_logprobs else None
-        return wire.DetokenizeMsg(*tokens, *ending, logprobs, of_prompt, output.pooled, req.drafted)
+        req, ids, reason, num_hidden, error, status, logprobs, of_prompt, pooled = output
+        uid, start = req.uid, None
+        if not self._open.get(uid):
+            start, self._open[uid] = _stream_start(req), True
+        if reason is not None:
+            del self._open[uid]
+            why, num_output = error or reason.value, req.num_tokens - req.prompt_len
+            logger.debug("request %d: %s after %d + %d tokens", uid, why, req.prompt_len, num_output)
+        packed = wire.pack_one(*ids) if len(ids) == 1 else wire.pack_ids(ids)
+        told = logprobs, of_prompt, pooled, req.drafted
+        return wire.DetokenizeMsg(uid, packed, req.num_cached, num_hidden, start, reason, error, status, *told)
 
 
 def _stream_start(req: Req) -> wire.StreamStart:

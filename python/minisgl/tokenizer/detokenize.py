@@ -3,10 +3,12 @@
 import time
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any
 
-from minisgl.core import FinishReason
+from msgspec.structs import replace
+
+from minisgl.core import FinishReason, Logprobs
 from minisgl.message import messages as wire
 from minisgl.tokenizer.tokenize import HFTextCodec
 
@@ -18,9 +20,9 @@ class IncrementalDecoder:
     """Decodes one stream. The increments, put together, are the decoding of all tokens at once.
 
     A token's text depends on its neighbours: characters of several bytes spread over tokens, and sentencepiece-style
-    tokenizers drop the first space of what they decode. So a window of tokens is decoded again at each push: some that
-    are already out as context (`num_context` of `ids`), then those since the text last ended in a whole character.
-    The window is bounded, which makes a push O(1). Only a tail of U+FFFD, a possible beginning of a character, waits.
+    tokenizers drop the first space of what they decode. So, but for tokens that are `whole`, a window is decoded again
+    at each push: tokens that are already out as context (`num_context` of `ids`), and those since the text last ended
+    in a whole character. It is bounded, so a push is O(1). Only a tail of U+FFFD, which may begin a character, waits.
 
     context: the last prompt tokens.
     """
@@ -36,8 +38,14 @@ class IncrementalDecoder:
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
         # One by one: byte fallback makes U+FFFD of a whole run of bytes while its last character is unfinished.
-        ids = self._codec.visible(token_ids, skip_special=self._skip_special)
-        return "".join([self._push(token) for token in ids])
+        texts: list[str] = []  # `list[str]()` would take as long as all the rest
+        for token in token_ids:
+            if (text := self._codec.whole(token)) and len(self._ids) == self._num_context:  # nothing waits
+                self._ids, self._num_context, self._num_chars = [token], 1, len(text)
+                texts.append(text)
+            elif self._codec.visible((token,), skip_special=self._skip_special):
+                texts.append(self._push(token))
+        return "".join(texts)
 
     def _push(self, token: int) -> str:
         self._ids.append(token)
@@ -86,24 +94,24 @@ class StopFinder:
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._include = include  # the stop string stays
-        self._stops = tuple(stops)
-        self._max_len = max(map(len, self._stops), default=0)
+        self.stops = tuple(stops)
+        self._max_len = max(map(len, self.stops), default=0)
         self._held = ""
         self.found: str | None = None  # the stop string that was
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text to let out, and whether a stop string was found (then it ends there)."""
-        if not self._stops:
+        if not self.stops:
             return text, False
         text = self._held + text
-        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        matches = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
         if matches:
             self._held = ""
             end, start = min(matches)
             self.found = text[start:end]
             return text[: end if self._include else start], True
         counts = range(min(len(text), self._max_len - 1), 0, -1)
-        keep = next((n for n in counts if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+        keep = next((n for n in counts if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -119,18 +127,14 @@ class _Stream:
         self.start = start = start or wire.StreamStart(0, (), b"")
         self.decoder = IncrementalDecoder(codec, wire.unpack_ids(start.prompt_tail), skip_special=start.skip_special)
         self.stop = StopFinder(start.stop, include=start.include_stop)
-        self.hidden = codec.special_ids if start.skip_special else frozenset()  # tokens that do not become text
         self.stopped = False  # the terminal reply went out at a stop string
         self.num_output = self.num_cached = 0
-
-
-_Make = Callable[[], Iterable[wire.TokenLogprob]]
 
 
 class LateLogprobs(UserList[wire.TokenLogprob]):
     """Log-probabilities, which are made when somebody first looks at them: that is most of what they cost."""
 
-    def __init__(self, values: Iterable[wire.TokenLogprob] | _Make) -> None:
+    def __init__(self, values: Iterable[wire.TokenLogprob] | Callable[[], Iterable[wire.TokenLogprob]]) -> None:
         self._values = values  # or what makes them, anew each time: it may be interrupted
 
     @cached_property
@@ -144,10 +148,11 @@ class LateLogprobs(UserList[wire.TokenLogprob]):
 
 
 class Detokenizer:
-    """Owns the text state of every running request, by uid. collect: what a reply has of log-probabilities."""
+    """Owns the text state of every running request, by uid. late: those of output tokens stay packed in replies, for
+    whoever calls `logprobs`."""
 
-    def __init__(self, codec: HFTextCodec, collect: Callable[[_Make], Any] = lambda make: tuple(make())) -> None:
-        self._codec, self._collect = codec, collect
+    def __init__(self, codec: HFTextCodec, *, late: bool = False) -> None:
+        self._codec, self._late = codec, late
         self._echo = lru_cache(maxsize=1)(  # outputs of one prompt follow one another
             lambda prompt, skip_special: codec.decode(wire.unpack_ids(prompt), skip_special=skip_special)
         )
@@ -178,18 +183,23 @@ class Detokenizer:
             self._streams[uid].stopped = True
 
     def _advance(self, stream: _Stream, message: wire.DetokenizeMsg) -> wire.UserReply:
-        token_ids = wire.unpack_ids(message.token_ids)
-        num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
-        start, packed, ids, found = message.start, message.logprobs, message.token_ids, False
-        head = self._echo(start.prompt, start.skip_special) if start is not None and start.echo else ""
+        start, finish_reason, ids, packed = message.start, message.finish_reason, message.token_ids, message.logprobs
+        token_ids, num_prompt, found = wire.unpack_ids(ids), stream.start.num_prompt_tokens, False
         stream.num_cached = max(stream.num_cached, message.num_cached)
-        finish_reason = message.finish_reason
+        if start is None and finish_reason is None and not stream.stop.stops:  # as nearly all are
+            stream.num_output += len(token_ids)
+            counts, text = (num_prompt, stream.num_output, stream.num_cached), stream.decoder.push(token_ids)
+            logprobs = self._told(stream, ids, packed) if packed else ()
+            return wire.UserReply(message.uid, text, ids, *counts, logprobs=logprobs, drafted=message.drafted)
+        num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
+        head = self._echo(start.prompt, start.skip_special) if start is not None and start.echo else ""
         shown = token_ids[: len(token_ids) - message.num_hidden] if message.num_hidden else token_ids
         for count, token in enumerate(shown, 1):  # what comes behind a stop string was never said
             delta = stream.decoder.push((token,))
             text, found = stream.stop.push(delta) if count > num_free else (delta, False)
             head += text
             if found:
+                packed = packed[: len(packed) // len(token_ids) * count]
                 ids = wire.pack_ids(token_ids := token_ids[:count])
                 break
         if finish_reason is not None and not found:
@@ -200,28 +210,29 @@ class Detokenizer:
             finish_reason = FinishReason.STOP
         elif finish_reason is not None and not found:
             head += stream.stop.flush()
-        counts = stream.start.num_prompt_tokens, stream.num_output, stream.num_cached
+        counts = num_prompt, stream.num_output, stream.num_cached
         ending = finish_reason, message.error, message.error_status
-        logprobs = () if packed is None else self._collect(partial(self._logprobs, token_ids, packed, stream.hidden))
-        of_prompt, prompt_end = self._prompt_logprobs(message, stream.hidden), start and stream.decoder.context_text
+        logprobs = self._told(stream, ids, packed) if packed else ()
+        of_prompt, prompt_end = self._prompt_logprobs(message), start and stream.decoder.context_text
         when = 0.0 if start is None and finish_reason is None else time.time()
         told = (*counts, *ending, logprobs, of_prompt, prompt_end or "", stream.stop.found, when)
         return wire.UserReply(message.uid, head, ids, *told, message.pooled, message.drafted)
 
-    def _logprobs(
-        self, token_ids: Sequence[int], packed: wire.PackedLogprobs | None, hidden: frozenset[int]
-    ) -> Iterator[wire.TokenLogprob]:
-        token_bytes = self._codec.token_bytes
-        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed) if packed else (), strict=False):
+    def _told(self, stream: _Stream, ids: bytes, packed: Logprobs) -> Any:
+        return packed if self._late else tuple(self.logprobs(ids, packed, stream.start.skip_special))
+
+    def logprobs(self, ids: bytes, packed: Logprobs, skips: bool) -> Iterator[wire.TokenLogprob]:
+        """Of tokens, if any are packed for them. skips: special ones do not become text."""
+        token_bytes, hidden = self._codec.token_bytes, self._codec.special_ids if skips else ()
+        token_ids = wire.unpack_ids(ids) if packed else []
+        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed or b"", len(token_ids)), strict=True):
             most = [wire.TopLogprob(i, token_bytes(i), x) for i, x in top]
             yield wire.TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden)
 
-    def _prompt_logprobs(self, message: wire.DetokenizeMsg, hidden: frozenset[int]) -> tuple[wire.TokenLogprob, ...]:
+    def _prompt_logprobs(self, message: wire.DetokenizeMsg) -> tuple[wire.TokenLogprob, ...]:
         """Of the whole prompt, with the stream's first message: nothing precedes the first token."""
-        if message.start is None or not message.start.prompt or message.finish_reason is FinishReason.ERROR:
+        start, packed, is_error = message.start, message.prompt_logprobs, message.finish_reason is FinishReason.ERROR
+        if start is None or not start.prompt or is_error or (len(start.prompt) > 4 and not packed):
             return ()
-        first, *others = wire.unpack_ids(message.start.prompt)
-        if others and message.prompt_logprobs is None:
-            return ()
-        logprobs = self._logprobs(others, message.prompt_logprobs, hidden)
-        return (wire.TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs)
+        (first,) = self.logprobs(start.prompt[:4], wire.pack_ids([0]), start.skip_special)
+        return (replace(first, logprob=None), *self.logprobs(start.prompt[4:], packed, start.skip_special))

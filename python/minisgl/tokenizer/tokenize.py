@@ -67,6 +67,8 @@ class HFTextCodec:
         self.max_chars = 2**30
         self.token_bytes = cache(self._token_bytes)
         self._text_of_one = cache(lambda token: self._text([token]))  # streams ask for them again and again
+        # The text that an id has wherever it stands. "": it depends on those around it, or is none.
+        self.whole = cache(lambda one: text if self._joins and _PART_OF_ONE not in (text := self.decode([one])) else "")
         self._control = ControlTokens(self.tokenizer)
         self._guard = self._encode(_GUARD, special=False)
         self.call_form: CallForm | None = None  # not known until a conversation has calls

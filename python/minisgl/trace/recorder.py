@@ -106,8 +106,8 @@ class Recorder(Observer):
         self._last_end = now
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
-        for req, reason, num in [(one.req, one.finish_reason, len(one.token_ids)) for one in outputs]:
-            if (reason is None and num < 2) or (output := self._open.get(req.uid)) is None:
+        for req, token_ids, reason, *_ in outputs:
+            if ((num := len(token_ids)) < 2 and reason is None) or (output := self._open.get(req.uid)) is None:
                 continue
             output.num_accepted, output.num_drafted = req.drafted[0], sum(req.drafted)
             if num > 1:  # all but the first had been guessed

@@ -136,11 +136,11 @@ void sample_rows(Workers& workers, float* logits, int64_t rows, int64_t vocab, i
 }
 
 void log_probabilities(Workers& workers, const float* logits, int64_t vocab, int64_t stride, const int64_t* rows, const int32_t* tokens,
-                       int64_t n, int64_t num_top, float* chosen, int32_t* top_ids, float* top) {
+                       int64_t n, int64_t num_top, int32_t* words) {
   for_rows(workers, n, [&](int64_t i) {
     thread_local LogProbabilities of_row;
     const float* row = logits + rows[i] * stride;
-    chosen[i] = of_row(row, vocab, std::max(tokens[i], 0), num_top, top_ids + i * num_top, top + i * num_top);
+    of_row(row, vocab, std::max(tokens[i], 0), num_top, words + i * (1 + 2 * num_top));
   });
 }
 

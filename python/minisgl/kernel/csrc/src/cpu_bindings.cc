@@ -212,12 +212,10 @@ void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView
               reinterpret_cast<const SamplingParams*>(data_of<int32_t>(params)), rules, data_of<int32_t>(out));
 }
 
-// logits: [m, vocab] float32; rows: [n] int64; tokens: [n] int32; chosen: [n], top_ids, top: [n, k].
-void py_log_probabilities(int64_t workers, TensorView logits, TensorView rows, TensorView tokens, TensorView chosen, TensorView top_ids,
-                          TensorView top) {
+// logits: [m, vocab] float32; rows: [n] int64; tokens: [n] int32; words: [n, 1 + 2k] int32.
+void py_log_probabilities(int64_t workers, TensorView logits, TensorView rows, TensorView tokens, TensorView words) {
   log_probabilities(at<Workers>(workers), data_of<float>(logits, true), logits.size(1), logits.stride(0), data_of<int64_t>(rows),
-                    data_of<int32_t>(tokens), rows.numel(), top.size(1), data_of<float>(chosen), data_of<int32_t>(top_ids),
-                    data_of<float>(top));
+                    data_of<int32_t>(tokens), rows.numel(), words.size(1) / 2, data_of<int32_t>(words));
 }
 
 int64_t py_create_model(int64_t workers, double eps, double scale, int64_t embedding, int64_t head, TensorView norm) {

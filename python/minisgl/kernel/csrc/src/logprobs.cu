@@ -15,9 +15,7 @@ struct LogprobArgs {
   const void* logits;      // [m, vocab], rows `stride` elements apart
   const int64_t* rows;     // [n]
   const int32_t* targets;  // [n]
-  float* chosen;           // [n]
-  int32_t* top_ids;        // [n, num_top]
-  float* top;              // [n, num_top]
+  int32_t* words;          // [n, 1 + 2 * num_top]
   int64_t stride;
   int vocab, num_top;
 };
@@ -118,11 +116,12 @@ __global__ void __launch_bounds__(kThreads) logprob_kernel(const LogprobArgs arg
   part.raise(is_finite ? most : part.most);
   const float total = sum_of(part.sum, shared);
   const float log_total = is_finite ? logf(total) : __uint_as_float(0x7fffffffu);  // NaN
-  if (threadIdx.x == 0) args.chosen[number] = to_float(row[max(args.targets[number], 0)]) - most - log_total;
+  int32_t* words = args.words + number * (1 + 2 * args.num_top);
+  if (threadIdx.x == 0) words[0] = __float_as_int(to_float(row[max(args.targets[number], 0)]) - most - log_total);
   for (int i = 0; i < args.num_top; ++i) {
     if (threadIdx.x == 0) {
-      args.top_ids[number * args.num_top + i] = is_finite ? index_of(best) : 0;
-      args.top[number * args.num_top + i] = logit_of(best) - most - log_total;
+      words[2 * i + 1] = is_finite ? index_of(best) : 0;
+      words[2 * i + 2] = __float_as_int(logit_of(best) - most - log_total);
     }
     if (i + 1 == args.num_top || !is_finite) continue;
     if (own == best) {  // only one thread's
@@ -155,20 +154,19 @@ T* column(const TensorView& t, bool is_right_type, int64_t size) {
 }  // namespace
 
 // logits: [m, vocab] bf16, fp16 or fp32, any row stride; rows: [n] int64 of them; targets: [n] int32, negative ones
-// count as 0; chosen: [n] float32; top_ids, top: [n, k] int32 and float32, in descending order, of equal ones the first.
-// Log-probabilities are NaN, and ids 0, where a row's largest logit is not finite.
-void log_probabilities(TensorView logits, TensorView rows, TensorView targets, TensorView chosen, TensorView top_ids,
-                       TensorView top) {
-  MINISGL_CHECK(logits.ndim() == 2 && top.ndim() == 2 && logits.size(1) > 0 && top.size(1) <= logits.size(1));
-  const int64_t count = rows.numel(), num_top = top.size(1);
+// count as 0; words: [n, 1 + 2k] int32, of each row the target's log-probability (float32), and then id and
+// log-probability of the k largest by turns, in descending order, of equal ones the first. Log-probabilities are NaN,
+// and ids 0, where a row's largest logit is not finite.
+void log_probabilities(TensorView logits, TensorView rows, TensorView targets, TensorView words) {
+  MINISGL_CHECK(logits.ndim() == 2 && words.ndim() == 2 && logits.size(1) > 0 && words.size(1) % 2 == 1);
+  const int64_t count = rows.numel(), num_top = words.size(1) / 2;
+  MINISGL_CHECK(num_top <= logits.size(1));
   if (count == 0) return;
   MINISGL_CHECK(logits.stride(1) == 1 || logits.size(1) == 1);
   const LogprobArgs args{logits.data_ptr(),
                          column<const int64_t>(rows, is_int64(rows), count),
                          column<const int32_t>(targets, is_int32(targets), count),
-                         column<float>(chosen, is_fp32(chosen), count),
-                         column<int32_t>(top_ids, is_int32(top_ids), count * num_top),
-                         column<float>(top, is_fp32(top), count * num_top),
+                         column<int32_t>(words, is_int32(words), count * (1 + 2 * num_top)),
                          logits.stride(0),
                          static_cast<int>(logits.size(1)),
                          static_cast<int>(num_top)};

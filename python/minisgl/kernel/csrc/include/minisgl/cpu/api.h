@@ -282,9 +282,10 @@ void delta_net(Workers& workers, const DeltaNet& net, const DeltaInput& in, cons
 // Logits are as before when it is done.
 void sample_rows(Workers& workers, float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
                  const LogitRules& rules, int32_t* ids);
-// Of tokens, [n], where negative ones count as 0, and of the `num_top` largest, [n, num_top], from rows of logits.
+// Of tokens, [n], where negative ones count as 0, and of the `num_top` largest, from rows of logits. words: [n, 1 + 2 * num_top],
+// of each row its token's log-probability, and then id and log-probability of the largest, by turns.
 void log_probabilities(Workers& workers, const float* logits, int64_t vocab, int64_t stride, const int64_t* rows, const int32_t* tokens,
-                       int64_t n, int64_t num_top, float* chosen, int32_t* top_ids, float* top);
+                       int64_t n, int64_t num_top, int32_t* words);
 
 // The whole model, to which rotations are given and blocks added. scale: of embeddings.
 Model* create_model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm);

@@ -151,22 +151,24 @@ class LogitChanges {
 // logit is not finite or there is a NaN. A thread has one, with room of its own.
 class LogProbabilities {
  public:
-  float operator()(const float* logits, int64_t count, int64_t token, int64_t top_k, int32_t* top_ids, float* top) {
+  // words: 1 + 2 * top_k.
+  void operator()(const float* logits, int64_t count, int64_t token, int64_t top_k, int32_t* words) {
+    auto put = [&](int64_t at, float value) { words[at] = std::bit_cast<int32_t>(value); };
     float most = find_tops(logits, count);
     if (!std::isfinite(most)) {
-      std::fill(top_ids, top_ids + top_k, 0);
-      std::fill(top, top + top_k, NAN);
-      return NAN;
+      std::fill(words, words + 1 + 2 * top_k, 0);
+      for (int64_t i = 0; i <= top_k; ++i) put(2 * i, NAN);
+      return;
     }
     float total = float(std::log(sum_of_exponentials(logits, count, most)));
     if (top_k > 0) find_between(logits, count, tops_.get(), bound_of(top_k, tops_.get(), count, sorted_), INFINITY, largest_);
     auto is_before = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
     if (top_k > 0) std::partial_sort(largest_.begin(), largest_.begin() + top_k, largest_.end(), is_before);
     for (int64_t i = 0; i < top_k; ++i) {
-      top_ids[i] = largest_[i];
-      top[i] = logits[largest_[i]] - most - total;
+      words[2 * i + 1] = largest_[i];
+      put(2 * i + 2, logits[largest_[i]] - most - total);
     }
-    return logits[token] - most - total;
+    put(0, logits[token] - most - total);
   }
 
  private:
