@@ -10,6 +10,7 @@ from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from concurrent.futures import Future
 
     import numpy as np
     import numpy.typing as npt
@@ -287,11 +288,13 @@ class StateCopy(NamedTuple):
 class Masks(Protocol):
     """Which tokens may be sampled, for each of a plan's `masked`: bit t % 32 of word t // 32 is set if token t may.
 
-    [len(masked), ceil(vocab_size / 32)] int32: an array, or what behaves like one. It may wait for the step before to
-    end when it is first indexed, so that is done as late as can be. A row without words is not ready.
+    An engine asks once, as late as can be: they may depend on tokens of the step before.
     """
 
-    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
+    shape: tuple[int, int]  # len(masked), ceil(vocab_size / 32)
+
+    def __call__(self, words: npt.NDArray[np.int32]) -> Future[npt.NDArray[np.bool_]]:
+        """Have them written there. → which are ready; if no thread does that, it waits for the step before."""
 
 
 class StepPlan(NamedTuple):

@@ -5,7 +5,10 @@ import ctypes
 import functools
 import math
 import random
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,17 @@ from minisgl.attention.base import AttentionBackend, AttentionStep
 from minisgl.attention.sdpa import attend
 from minisgl.config.model import AttentionSpec
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
-from minisgl.core import Masks, ReqOutput, ScheduledReq, StepPlan, StepResult
+from minisgl.core import (
+    NOT_READY,
+    Admission,
+    Masks,
+    PageUpdate,
+    ReqOutput,
+    SamplingParams,
+    ScheduledReq,
+    StepPlan,
+    StepResult,
+)
 from minisgl.distributed.comm import Communicator
 from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
@@ -106,7 +119,13 @@ class RuleOps(Ops):
         changed = self._changed(logits, columns, store)[index]
         apply_bitmask(changed, masks[mask_of[index].long()])
         out[index] = super().sample(changed, columns.select(index), torch.empty_like(out[: len(index)]))
-        return out
+        return out.masked_fill_(mask_of == NOT_READY, NOT_READY)
+
+    def wait_for(self, on: Tensor, told: Tensor, number: int) -> None:
+        deadline = time.monotonic() + 60
+        while told[0] < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
     def _changed(self, logits: Tensor, columns: SamplingColumns, store: TokenStore) -> Tensor:
         assert store.entries is not None
@@ -151,14 +170,16 @@ class Engine:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     """Those that engines make."""
-    made, empty = list[Graphs](), torch.empty
+    made = list[Graphs]()
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
 
     def make(*args: Any) -> Graphs:
         made.append(Graphs(*args))
         return made[-1]
 
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
+    for name in ("empty", "zeros", "full"):
+        create = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, pin_memory=False, create=create, **how: create(*size, **how))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(cuda, "DecodeGraphs", make)
     return made
@@ -273,3 +294,67 @@ def test_every_step_with_drafts_fits_a_shape(draft_len: int, most: int) -> None:
             together = (*reqs, *padding)
             assert (sum(req.num_new for req in together), len(together)) == shape
             assert all(req.row == 999 and req.num_new == req.num_samples > 0 for req in padding)
+
+
+class LateMasks:
+    """They come from a thread, after `seconds`; the last row's are not ready."""
+
+    def __init__(self, words: np.ndarray, seconds: float = 0.2) -> None:
+        self.shape, self._words, self._seconds = words.shape, words, seconds
+
+    def __call__(self, words: np.ndarray) -> Future[np.ndarray]:
+        found = Future[np.ndarray]()
+
+        def compute() -> None:
+            time.sleep(self._seconds)
+            words[:] = self._words
+            found.set_result(np.arange(len(words)) < len(words) - 1)
+
+        threading.Thread(target=compute).start()
+        return found
+
+
+@pytest.mark.parametrize("ops", [Ops, RuleOps])
+def test_masks_of_captured_steps_forbid_tokens(graphs: list[Graphs], ops: type[Ops]) -> None:
+    """Steps with a grammar beside plain ones, one with a mask that is not ready; the same as a CPU's engine samples.
+    With kernels that follow rules it is the device that waits for masks."""
+    config = uncaptured("qwen3")[0]
+    engines = Engine(replace(config, cuda_graph_max_bs=8), ops()), create_engine(config)
+    words = np.zeros((2, -(-config.model.vocab_size // 32)), np.int32)
+    words[:, 1] = 0b1000
+    pages = tuple(PageUpdate(row, 0, (row,), (row,)) for row in range(3))
+    ids = np.array([5, 6, 7], np.int32)
+    admissions = tuple(Admission(row, ids, SamplingParams(4, 0.0, seed=row), 3, ()) for row in range(3))
+    first = StepPlan(0, admissions, pages, tuple(ScheduledReq(row, 0, 3, 1) for row in range(3)), 0)
+    second = StepPlan(1, (), (), tuple(ScheduledReq(row, 3, 1, 1) for row in range(3)), 3, masked=(0, 2))
+    found = []
+    for engine in engines:
+        handles = [engine.submit(first), engine.submit(second, LateMasks(words))]
+        found.append([handle.result().token_ids for handle in handles])
+        engine.close()
+    assert graphs and found[0] == found[1]
+    assert found[0][1][0] == (35,) and found[0][1][2] == (NOT_READY,)
+
+
+class FailedMasks:
+    def __init__(self, failed: Future[np.ndarray], num_words: int) -> None:
+        self.shape, self._failed = (1, num_words), failed
+
+    def __call__(self, words: np.ndarray) -> Future[np.ndarray]:
+        return self._failed
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+@pytest.mark.usefixtures("graphs")
+def test_masks_that_fail_leave_their_rows_out(is_cancelled: bool) -> None:
+    """And the device does not wait for ever."""
+    config, failed = uncaptured("qwen3")[0], Future[np.ndarray]()
+    if is_cancelled:
+        failed.cancel()
+    else:
+        failed.set_exception(ValueError("no memory"))
+    engine, ids = Engine(replace(config, cuda_graph_max_bs=8), RuleOps()), np.array([5, 6, 7], np.int32)
+    admission, page = Admission(0, ids, SamplingParams(4, 0.0, seed=1), 3, ()), PageUpdate(0, 0, (0,), (0,))
+    plan = StepPlan(0, (admission,), (page,), (ScheduledReq(0, 0, 3, 1),), 0, masked=(0,))
+    handle = engine.submit(plan, FailedMasks(failed, -(-config.model.vocab_size // 32)))
+    assert handle.result().token_ids == [(NOT_READY,)]

@@ -8,20 +8,22 @@ which the planners draft (docs/adr/0027-prescribed-tokens.md).
 
 import logging
 import os
+import sys
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
+from llguidance import LLExecutor
 
 from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message import messages as wire
-from minisgl.scheduler.matching import NO_WORDS, Matching, Words
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Shared, Words, masks_together
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
@@ -30,15 +32,14 @@ logger = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
-# Of the time between the masks of two steps, beyond so many seconds, what masks may take. On a CPU nothing else of
-# the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
-CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002, 2.0)
-# Masks that take so few seconds may take more of it: a row that sits out has been computed in vain, for more than that.
-CHEAP_SECONDS, CHEAP_SHARE = 0.00025, 0.4
+# Of a step's time without its masks, what these may take; and what cheap ones may: a row that sits out has been
+# computed in vain, for more than that. On a CPU nothing else of the step goes on meanwhile.
+CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.5, 2.0)
+_LATE_SECONDS = 0.0003  # from masks to the next step's: if it is no more, the GPU has waited for them
+_SWITCH_SECONDS = 5e-5  # a thread beside this one waits no longer for Python's lock
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
-# What the masks of one request may take beyond a millisecond each, in seconds of a core.
-FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
+MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
 
 Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
@@ -56,8 +57,8 @@ class _Row(NamedTuple):
 class Grammars:
     """Owns the matcher of every request with a grammar that was let in, by uid.
 
-    store: None refuses them all. is_gpu: a GPU computes meanwhile, see `Masks`. tells_forced: planners are told which
-    tokens are prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
+    store: None refuses them all. is_gpu: a GPU computes meanwhile, and masks have a thread. tells_forced: planners are
+    told which tokens are prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
     """
 
     def __init__(self, store: GrammarStore | None, is_gpu: bool = False, tells_forced: bool = False) -> None:
@@ -70,9 +71,14 @@ class Grammars:
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
+        # Matchers of one grammar share a lock: for these a second thread would only wait.
+        self._executors, self._is_late = [LLExecutor(n) for n in (1, max(1, num_threads // 2))], False
+        self.beside = ThreadPoolExecutor(1, "minisgl-masks-beside") if is_gpu and not tells_forced else None
+        if self.beside is not None:
+            sys.setswitchinterval(_SWITCH_SECONDS)
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
-        self._share, self._unshared, self._cheap_share = _GPU_SHARE if is_gpu else (*CPU_SHARE, CHEAP_SHARE)
-        self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
+        self._share, self._cheap_share = _GPU_SHARES if is_gpu else CPU_SHARES
+        self._last_step, self._last_begin, self._last_end, self._interval = 0, 0.0, 0.0, _LONGEST_INTERVAL / 4
         self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
         self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
         self._step_seconds = [_LONGEST_INTERVAL / 4] * 2  # that one takes without masks, and with them
@@ -110,8 +116,8 @@ class Grammars:
         return admitted, replies
 
     def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> "LateMasks | None":
-        """The masks of a step's rows that have to match a grammar, computed when the engine asks for them. submitted:
-        the steps before it that are not retired, oldest first."""
+        """The masks of a step's rows that have to match a grammar, computed after the engine has asked for them.
+        submitted: the steps before it that are not retired, oldest first."""
         plan = planned.plan
         self._pace(plan, has_others=any(req.params.grammar is None for req in planned.reqs))
         if not plan.masked or self._store is None:
@@ -156,40 +162,55 @@ class Grammars:
                 told.append(output)
         return told
 
-    def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None]) -> list[Words]:
-        """The words of a step's samples that have masks, for `LateMasks`, which call it in the order of the steps.
+    def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None], words: Words) -> Flags:
+        """What `Masks` give, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
-        interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
-        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
-        self._last_step, self._late_cost, start = plan.step_id, 0.0, time.thread_time()
-        self._budget = max(0.0, self._share * (self._interval - self._unshared))
-        is_alone = len(plan.reqs) == 1
-        words = [[NO_WORDS] * (1 + len(row.draft)) for row in rows]
-        for row in rows:
-            if row.output.matcher is None:
-                row.output.cost = max(row.output.cost, row.output.grammar.cost)
-        for index in sorted(range(len(rows)), key=lambda index: rows[index].output.cost):
-            row, ids, output = rows[index], new_ids[index], rows[index].output
+        self._measure(plan.step_id)
+        shares, is_alone = self.beside is not None and not self._is_late, len(plan.reqs) == 1
+        places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
+        is_ready = np.zeros(len(words), np.bool_)
+        for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
+            output, found = row.output, list[Words]()
             if output.ready[0] == row.length:
-                words[index][0] = output.ready[1]
+                found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
             elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
-                is_alone or output.error is not None or output.cost + time.thread_time() - start <= self._most(output)
+                is_alone or output.error is not None or spent + output.cost <= self._most(output)
             ):
-                words[index] = self._mask(row, ids)
-                self._late_cost += output.cost
+                if shares and output.cost <= CHEAP_SECONDS and len(ids) <= 1 and not row.draft and output.error is None:
+                    output.matcher = output.matcher or output.grammar.matcher.deep_copy()
+                    shared.append((output.matcher, output, ids, place))
+                else:
+                    found = self._mask(row, ids)
+                spent += output.cost
             else:
                 self._start(row._replace(draft=()), ids)
-        self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
-        return [*chain.from_iterable(words)]
+            for i, one in enumerate(found, place):
+                words[i], is_ready[i] = one, True
+        self._late_cost, most = spent, self._cheap_share * self._interval
+        # If it took too long one of them may have become dear: next time each has a time of its own.
+        executor = self._executors[len({output.grammar for _, output, _, _ in shared}) > 1]
+        self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most
+        self._last_end = time.perf_counter()
+        return is_ready
+
+    def _measure(self, step_id: int) -> None:
+        """How long a step takes but for its masks: they would get ever more."""
+        begin, num_steps = time.perf_counter(), max(1, step_id - self._last_step)
+        seconds = min((begin - self._last_end) / num_steps, _LONGEST_INTERVAL)
+        if self.beside is not None:  # the device computes meanwhile; unless it had to wait
+            is_late, seconds = seconds <= _LATE_SECONDS, min((begin - self._last_begin) / num_steps, _LONGEST_INTERVAL)
+            seconds = min(seconds, self._interval) if is_late else seconds
+        self._interval += (seconds - self._interval) / 8
+        self._last_step, self._last_begin, self._budget = step_id, begin, self._share * self._interval
 
     def _most(self, output: Matching) -> float:
         """Seconds that the masks of a step may take, to the end of this one's."""
         return max(self._budget, self._cheap_share * self._interval * (output.cost <= CHEAP_SECONDS))
 
     def close(self) -> None:
-        for threads in self._threads:
+        for threads in (*self._threads, *([self.beside] if self.beside else ())):
             threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
@@ -254,47 +275,45 @@ class Grammars:
         if output.error is not None:
             words = [self.all_allowed]
         output.ready = row.length, words[0]
-        return words + [NO_WORDS] * (1 + len(row.draft) - len(words))
+        return words
 
 
 class LateMasks:
-    """A step's masks. They depend on the tokens of the step before, so they are computed at the first look at them:
-    after the engine has launched all of the step that comes before sampling. That may be on the engine's thread.
+    """A step's masks. They depend on the tokens of the step before, so they are computed when the engine asks for them:
+    after it has launched all of the step that comes before sampling. That may be on the engine's thread. Beside a GPU
+    it is on one of their own, which waits for these tokens, and the engine goes on.
     """
 
     def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
         self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
-        self._words: list[Words] | None = None
+        self.shape = len(plan.masked), len(grammars.all_allowed)
 
-    def __getitem__(self, index: int) -> Words:
-        if self._words is None:
-            self._words = self._look_back()
-            self._before = []
-        return self._words[index]
+    def __call__(self, words: Words) -> Future[Flags]:
+        if self._grammars.beside is not None:
+            return self._grammars.beside.submit(self._look_back, words)
+        found = Future[Flags]()
+        found.set_result(self._look_back(words))
+        return found
 
-    def _look_back(self) -> list[Words]:
+    def _look_back(self, words: Words) -> Flags:
         try:
             if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                sampled = [_sampled(*step) for step in self._before]
-                new_ids = [self._new_ids(row, sampled) for row in self._rows]
-                return self._grammars.compute(self._plan, self._rows, new_ids)
+                return self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words)
         except EngineError:
             logger.debug("no tokens come from the step before")
-        return [self._grammars.all_allowed] * len(self._plan.masked)  # the requests end with that step
+        words[:] = -1  # the requests end with that step
+        return np.ones(len(words), np.bool_)
 
-    def _new_ids(self, row: _Row, sampled: list[dict[int, list[int]]]) -> list[int] | None:
-        """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the
-        first of them, and the steps before have the others."""
-        req = row.req
-        late = [token for ids in sampled for token in ids.get(req.uid, ())]
-        if NOT_READY in late:
-            return None
-        ids = req.tokens[req.prompt_len + row.output.num_tokens : row.length]
-        missing = row.length - req.prompt_len - row.output.num_tokens - len(ids)
-        return [token for token in ids + late[len(late) - missing :] if token >= 0]
-
-
-def _sampled(planned: Planned, handle: StepHandle) -> dict[int, list[int]]:
-    """What a step has sampled with masks, by uid."""
-    reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
-    return {reqs[i].uid: token_ids[i : i + 1] for i in planned.plan.masked}
+    def _new_ids(self) -> Iterator[list[int] | None]:
+        """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
+        where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
+        sampled = defaultdict[int, list[int]](list)
+        for planned, handle in self._before:
+            reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
+            for i in planned.plan.masked:
+                sampled[reqs[i].uid].append(token_ids[i])
+        for req, output, length, _ in self._rows:
+            late, begin = sampled[req.uid], req.prompt_len + output.num_tokens
+            ids = req.tokens[begin:length]
+            ids += late[len(late) - length + begin + len(ids) :]
+            yield None if NOT_READY in late else [token for token in ids if token >= 0]
