@@ -74,7 +74,7 @@ class LogitRules:
         is_pinned = torch.cuda.is_initialized()  # from there a GPU takes them without being waited for
         words = torch.empty(masks.shape, dtype=torch.int32, pin_memory=is_pinned)
         mask_of = torch.full((len(rows),), NO_MASK, dtype=torch.int32, pin_memory=is_pinned)
-        numbers, samples, told = mask_of.numpy(), list(masked), self.told
+        numbers, samples, told = mask_of.numpy(), list(masked), None if self.told is None else self.told.numpy()
         numbers[samples] = NOT_READY
         number = self._number = self._number + 1
 
