@@ -71,7 +71,7 @@ class Steps:
         self.shape = num_rows, div_ceil(model.vocab_size, 32)
         self._words = rng.integers(-(2**31), 2**31, self.shape).astype(np.int32)
 
-    def __call__(self, words: npt.NDArray[np.int32]) -> Future[npt.NDArray[np.bool_]]:
+    def __call__(self, words: npt.NDArray[np.int32], at_once: bool) -> Future[npt.NDArray[np.bool_]]:
         """As `Masks`."""
         words[:] = self._words
         found = Future[npt.NDArray[np.bool_]]()

@@ -293,8 +293,8 @@ class Masks(Protocol):
 
     shape: tuple[int, int]  # len(masked), ceil(vocab_size / 32)
 
-    def __call__(self, words: npt.NDArray[np.int32]) -> Future[npt.NDArray[np.bool_]]:
-        """Have them written there. → which are ready; if no thread does that, it waits for the step before."""
+    def __call__(self, words: npt.NDArray[np.int32], at_once: bool) -> Future[npt.NDArray[np.bool_]]:
+        """Have them written there. → which are ready. at_once: the caller waits for that; else the device may."""
 
 
 class StepPlan(NamedTuple):

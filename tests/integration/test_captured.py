@@ -302,7 +302,7 @@ class LateMasks:
     def __init__(self, words: np.ndarray, seconds: float = 0.2) -> None:
         self.shape, self._words, self._seconds = words.shape, words, seconds
 
-    def __call__(self, words: np.ndarray) -> Future[np.ndarray]:
+    def __call__(self, words: np.ndarray, at_once: bool) -> Future[np.ndarray]:
         found = Future[np.ndarray]()
 
         def compute() -> None:
@@ -340,7 +340,7 @@ class FailedMasks:
     def __init__(self, failed: Future[np.ndarray], num_words: int) -> None:
         self.shape, self._failed = (1, num_words), failed
 
-    def __call__(self, words: np.ndarray) -> Future[np.ndarray]:
+    def __call__(self, words: np.ndarray, at_once: bool) -> Future[np.ndarray]:
         return self._failed
 
 

@@ -71,7 +71,7 @@ class Given:
         rows, num_words = words.shape
         self.shape, self._words, self._is_ready = (rows, num_words), words, ~np.isin(np.arange(rows), missing)
 
-    def __call__(self, words: np.ndarray) -> Future[np.ndarray]:
+    def __call__(self, words: np.ndarray, at_once: bool) -> Future[np.ndarray]:
         words[self._is_ready] = self._words[self._is_ready]
         found = Future[np.ndarray]()
         found.set_result(self._is_ready)

@@ -56,7 +56,7 @@ class Handle:
     def __init__(self, engine: Engine, plan: StepPlan, masks: Masks | None) -> None:
         self._engine, self._plan, self._lock = engine, plan, threading.Lock()
         self._words = np.zeros((0, 0) if masks is None else masks.shape, np.int32)
-        self._found = None if masks is None else masks(self._words)
+        self._found = None if masks is None else masks(self._words, at_once=False)
         self._ids: list[tuple[int, ...]] | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -193,10 +193,7 @@ class Room:
 
     def compute(self, *ids: list[int]) -> None:
         self.is_ready[:] = False
-        taken = list[Shared]()
-        for place, (output, new) in enumerate(zip(self.outputs, ids, strict=True)):
-            assert output.matcher is not None
-            taken.append((output.matcher, output, new, place))
+        taken: list[Shared] = [(output, new, i) for i, (output, new) in enumerate(zip(self.outputs, ids, strict=True))]
         assert masks_together(self.executor, taken, self.words, self.is_ready) > 0
 
 

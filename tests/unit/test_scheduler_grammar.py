@@ -113,7 +113,7 @@ class MaskedEngine(SimulatedEngine):
         if plan.masked:
             assert masks is not None
             words = np.zeros(masks.shape, np.int32)
-            is_ready = masks(words).result()
+            is_ready = masks(words, at_once=True).result()
             self.missing = [sample for sample, ready in zip(plan.masked, is_ready, strict=True) if not ready]
             self.words += (words[is_ready, 0] & 255).tolist()
         return super().submit(plan, masks)

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import accumulate, chain
@@ -79,7 +79,9 @@ class Grammars:
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._share, self._cheap_share = _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_begin, self._last_end, self._interval = 0, 0.0, 0.0, _LONGEST_INTERVAL / 4
-        self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
+        self._late: LateMasks | None = None  # of the last step
+        # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
+        self._late_cost, self._most = 0.0, (0.0, 0.0)
         self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
         self._step_seconds = [_LONGEST_INTERVAL / 4] * 2  # that one takes without masks, and with them
         self._next_masks = 0.0  # when rows that wait may come with the next ones
@@ -100,7 +102,7 @@ class Grammars:
         may_resume = time.perf_counter() >= self._next_masks
         for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
             own = self._waiting.pop(uid)
-            cost, most = self._late_cost + own.cost, self._most(own)
+            cost, most = self._late_cost + own.cost, self._most[own.cost <= CHEAP_SECONDS]
             admitted.append(wire.ResumeMsg(uid, paced=cost > most / 2))
             self._late_cost = min(cost, most)
         for message in messages:
@@ -126,7 +128,14 @@ class Grammars:
         for req, share in zip(planned.reqs, plan.reqs, strict=True):
             if share.num_samples and req.params.grammar is not None:
                 rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ())))
-        return LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
+        self.begin()
+        self._late = LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
+        return self._late
+
+    def begin(self) -> None:
+        """With the last step's masks, if they have a thread: the steps before it have ended."""
+        if self.beside is not None and self._late is not None:
+            self._late.begin()
 
     def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
         """A step with masks takes longer, for all of its rows: others must not lose more by that than a share."""
@@ -166,32 +175,32 @@ class Grammars:
         """What `Masks` give, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
         self._measure(plan.step_id)
-        shares, is_alone = self.beside is not None and not self._is_late, len(plan.reqs) == 1
+        shares, is_alone, most = self.beside is not None and not self._is_late, len(plan.reqs) == 1, self._most
         places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
         is_ready = np.zeros(len(words), np.bool_)
         for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
-            output, found = row.output, list[Words]()
+            output, found = row.output, ()
+            is_cheap = output.cost <= CHEAP_SECONDS
             if output.ready[0] == row.length:
-                found = [output.ready[1]]
+                found = output.ready[1:]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
             elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
-                is_alone or output.error is not None or spent + output.cost <= self._most(output)
+                spent + output.cost <= most[is_cheap] or is_alone or output.error is not None
             ):
-                if shares and output.cost <= CHEAP_SECONDS and len(ids) <= 1 and not row.draft and output.error is None:
-                    output.matcher = output.matcher or output.grammar.matcher.deep_copy()
-                    shared.append((output.matcher, output, ids, place))
+                spent += output.cost
+                if shares and is_cheap and len(ids) <= 1 and not row.draft and output.error is None:
+                    shared.append((output, ids, place))
                 else:
                     found = self._mask(row, ids)
-                spent += output.cost
             else:
                 self._start(row._replace(draft=()), ids)
             for i, one in enumerate(found, place):
                 words[i], is_ready[i] = one, True
-        self._late_cost, most = spent, self._cheap_share * self._interval
+        self._late_cost = spent
         # If it took too long one of them may have become dear: next time each has a time of its own.
-        executor = self._executors[len({output.grammar for _, output, _, _ in shared}) > 1]
-        self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most
+        executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]
+        self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most[True]
         self._last_end = time.perf_counter()
         return is_ready
 
@@ -203,11 +212,9 @@ class Grammars:
             is_late, seconds = seconds <= _LATE_SECONDS, min((begin - self._last_begin) / num_steps, _LONGEST_INTERVAL)
             seconds = min(seconds, self._interval) if is_late else seconds
         self._interval += (seconds - self._interval) / 8
-        self._last_step, self._last_begin, self._budget = step_id, begin, self._share * self._interval
-
-    def _most(self, output: Matching) -> float:
-        """Seconds that the masks of a step may take, to the end of this one's."""
-        return max(self._budget, self._cheap_share * self._interval * (output.cost <= CHEAP_SECONDS))
+        self._last_step, self._last_begin = step_id, begin
+        most = self._share * self._interval
+        self._most = most, max(most, self._cheap_share * self._interval)
 
     def close(self) -> None:
         for threads in (*self._threads, *([self.beside] if self.beside else ())):
@@ -281,19 +288,35 @@ class Grammars:
 class LateMasks:
     """A step's masks. They depend on the tokens of the step before, so they are computed when the engine asks for them:
     after it has launched all of the step that comes before sampling. That may be on the engine's thread. Beside a GPU
-    it is on one of their own, which waits for these tokens, and the engine goes on.
+    it is on one of their own when these tokens are there, and the engine goes on.
     """
 
     def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
         self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
         self.shape = len(plan.masked), len(grammars.all_allowed)
+        self._words: Words | None = None  # where to, until they are begun
+        self._found = Future[Flags]()
 
-    def __call__(self, words: Words) -> Future[Flags]:
-        if self._grammars.beside is not None:
-            return self._grammars.beside.submit(self._look_back, words)
-        found = Future[Flags]()
-        found.set_result(self._look_back(words))
-        return found
+    def __call__(self, words: Words, at_once: bool) -> Future[Flags]:
+        self._words = words
+        if at_once or self._grammars.beside is None or not self._before:
+            self.begin()
+        return self._found
+
+    def begin(self) -> None:
+        """Once they were asked for, and only once."""
+        words, self._words = self._words, None
+        if words is not None:
+            if self._grammars.beside is None:
+                self._fill(words)
+            else:
+                self._grammars.beside.submit(self._fill, words)
+
+    def _fill(self, words: Words) -> None:
+        try:
+            self._found.set_result(self._look_back(words))
+        except Exception as error:  # the device waits
+            self._found.set_exception(error)
 
     def _look_back(self, words: Words) -> Flags:
         try:
@@ -307,13 +330,13 @@ class LateMasks:
     def _new_ids(self) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
         where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
-        sampled = defaultdict[int, list[int]](list)
+        sampled = dict[int, list[int]]()
         for planned, handle in self._before:
             reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
             for i in planned.plan.masked:
-                sampled[reqs[i].uid].append(token_ids[i])
+                sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
         for req, output, length, _ in self._rows:
-            late, begin = sampled[req.uid], req.prompt_len + output.num_tokens
-            ids = req.tokens[begin:length]
-            ids += late[len(late) - length + begin + len(ids) :]
-            yield None if NOT_READY in late else [token for token in ids if token >= 0]
+            late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
+            if num := length - begin - len(late):  # before them, or of them
+                late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]
+            yield None if NOT_READY in late else [token for token in late if token >= 0]

@@ -78,15 +78,18 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
     return masks, not matcher.is_error() and (len(masks) < 2 or matcher.rollback(len(masks) - 1))
 
 
-Shared = tuple[LLMatcher, Matching, list[int], int]  # one, its new tokens (one at most), and the place of its words
+Shared = tuple[Matching, list[int], int]  # one, its new tokens (one at most), and the place of its words
 
 
-def masks_together(executor: LLExecutor, taken: Sequence[Shared], words: Words, is_ready: Flags) -> float:
+def masks_together(executor: LLExecutor, rows: Sequence[Shared], words: Words, is_ready: Flags) -> float:
     """Have each matcher take its new token, if there is one, and put its next mask into its place, in two calls that do
     not hold Python's lock. None is ready where a matcher breaks: it has to begin anew. → the seconds that it took."""
-    start, is_whole = time.perf_counter(), True
-    tokens = [(matcher, ids[0]) for matcher, _, ids, _ in taken if ids and not matcher.is_stopped()]
-    places = [(matcher, place) for matcher, _, _, place in taken]
+    start, is_whole, tokens, places = time.perf_counter(), True, [], []
+    for output, ids, place in rows:
+        matcher = output.matcher = output.matcher or output.grammar.matcher.deep_copy()
+        places.append((matcher, place))
+        if ids and not matcher.is_stopped():
+            tokens.append((matcher, ids[0]))
     try:
         if tokens:  # of none it makes an error
             executor.consume_token_par(tokens)
@@ -94,10 +97,11 @@ def masks_together(executor: LLExecutor, taken: Sequence[Shared], words: Words, 
     except BaseException:  # a panic of llguidance is no Exception
         is_whole = False
     seconds = time.perf_counter() - start
-    for matcher, output, ids, place in taken:
-        output.num_tokens += len(ids)
-        output.cost = max(min(CHEAP_SECONDS, seconds / len(taken)), output.cost / 4)
-        is_ready[place] = is_whole and not matcher.is_error()
-        if not is_ready[place]:
+    cost = min(CHEAP_SECONDS, seconds / len(rows))
+    for (output, ids, _), (matcher, place) in zip(rows, places, strict=True):
+        if is_whole and not matcher.is_error():
+            output.num_tokens += len(ids)
+            output.cost, is_ready[place] = max(cost, output.cost / 4), True
+        else:
             output.matcher, output.num_tokens = None, 0
     return seconds
