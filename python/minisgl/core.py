@@ -10,7 +10,6 @@ from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from concurrent.futures import Future
 
     import numpy as np
     import numpy.typing as npt
@@ -293,8 +292,11 @@ class Masks(Protocol):
 
     shape: tuple[int, int]  # len(masked), ceil(vocab_size / 32)
 
-    def __call__(self, words: npt.NDArray[np.int32], at_once: bool) -> Future[npt.NDArray[np.bool_]]:
-        """Have them written there. → which are ready. at_once: the caller waits for that; else the device may."""
+    def __call__(
+        self, words: npt.NDArray[np.int32], mask_of: npt.NDArray[np.int32], told: npt.NDArray[np.int64] | None
+    ) -> None:
+        """Write them to `words`, and which of these a sample has, or `NOT_READY`, to `mask_of`, by its number: at once,
+        or with `told` later, and then add 1 to told[0], in the order of the steps."""
 
 
 class StepPlan(NamedTuple):

@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +37,7 @@ from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
 from minisgl.engine.engine import create_engine
 from minisgl.engine.graph import RunStep
-from minisgl.engine.rules import apply_bitmask
+from minisgl.engine.rules import NO_MASK, apply_bitmask
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.staging import DeviceTables
@@ -297,21 +296,22 @@ def test_every_step_with_drafts_fits_a_shape(draft_len: int, most: int) -> None:
 
 
 class LateMasks:
-    """They come from a thread, after `seconds`; the last row's are not ready."""
+    """Of samples 0 and 2, of which the second is not ready. With `told` they come from a thread, after a while."""
 
-    def __init__(self, words: np.ndarray, seconds: float = 0.2) -> None:
-        self.shape, self._words, self._seconds = words.shape, words, seconds
+    def __init__(self, words: np.ndarray) -> None:
+        self.shape, self._words = words.shape, words
 
-    def __call__(self, words: np.ndarray, at_once: bool) -> Future[np.ndarray]:
-        found = Future[np.ndarray]()
-
+    def __call__(self, words: np.ndarray, mask_of: np.ndarray, told: np.ndarray | None) -> None:
         def compute() -> None:
-            time.sleep(self._seconds)
-            words[:] = self._words
-            found.set_result(np.arange(len(words)) < len(words) - 1)
+            words[:], mask_of[0] = self._words, 0
+            if told is not None:
+                told[0] += 1
 
-        threading.Thread(target=compute).start()
-        return found
+        assert mask_of.tolist() == [NOT_READY, NO_MASK, NOT_READY]
+        if told is None:
+            compute()
+        else:
+            threading.Timer(0.2, compute).start()
 
 
 @pytest.mark.parametrize("ops", [Ops, RuleOps])
@@ -334,27 +334,3 @@ def test_masks_of_captured_steps_forbid_tokens(graphs: list[Graphs], ops: type[O
         engine.close()
     assert graphs and found[0] == found[1]
     assert found[0][1][0] == (35,) and found[0][1][2] == (NOT_READY,)
-
-
-class FailedMasks:
-    def __init__(self, failed: Future[np.ndarray], num_words: int) -> None:
-        self.shape, self._failed = (1, num_words), failed
-
-    def __call__(self, words: np.ndarray, at_once: bool) -> Future[np.ndarray]:
-        return self._failed
-
-
-@pytest.mark.parametrize("is_cancelled", [True, False])
-@pytest.mark.usefixtures("graphs")
-def test_masks_that_fail_leave_their_rows_out(is_cancelled: bool) -> None:
-    """And the device does not wait for ever."""
-    config, failed = uncaptured("qwen3")[0], Future[np.ndarray]()
-    if is_cancelled:
-        failed.cancel()
-    else:
-        failed.set_exception(ValueError("no memory"))
-    engine, ids = Engine(replace(config, cuda_graph_max_bs=8), RuleOps()), np.array([5, 6, 7], np.int32)
-    admission, page = Admission(0, ids, SamplingParams(4, 0.0, seed=1), 3, ()), PageUpdate(0, 0, (0,), (0,))
-    plan = StepPlan(0, (admission,), (page,), (ScheduledReq(0, 0, 3, 1),), 0, masked=(0,))
-    handle = engine.submit(plan, FailedMasks(failed, -(-config.model.vocab_size // 32)))
-    assert handle.result().token_ids == [(NOT_READY,)]

@@ -79,7 +79,7 @@ def test_rows_of_all_kinds(ops: Any, given: dict[str, float], vocab: int, dtype:
 
 def test_only_masks_that_are_not_ready(ops: Any) -> None:
     rows, nothing = Rows(3), np.zeros((2, 3), np.int32)
-    step = OnDevice(rows, [0, 1, 2], [5, 6, 7], (0, 2), Given(nothing, 0, 1))
+    step = OnDevice(rows, [0, 1, 2], [5, 6, 7], (0, 2), Given(nothing, (0, 2), 0, 1))
     source = randn(3, 70)
     found = step.by_kernels(ops, source)
     assert found[[0, 2]].tolist() == [NOT_READY] * 2 and found[1] == step.by_torch(ops, source)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,21 @@ class Handle:
     def __init__(self, engine: Engine, plan: StepPlan, masks: Masks | None) -> None:
         self._engine, self._plan, self._lock = engine, plan, threading.Lock()
         self._words = np.zeros((0, 0) if masks is None else masks.shape, np.int32)
-        self._found = None if masks is None else masks(self._words, at_once=False)
+        self._mask_of = np.full(len(plan.reqs), NOT_READY, np.int32)
+        self._told, self._number = np.zeros(1, np.int64), 0
+        if masks is not None:
+            self._number = 1
+            masks(self._words, self._mask_of, self._told)
         self._ids: list[tuple[int, ...]] | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
         with self._lock:  # the next step's masks ask for its tokens, too
             if self._ids is None:
-                is_ready = [] if self._found is None else self._found.result(60).tolist()
+                deadline = time.monotonic() + 60
+                while self._told[0] < self._number:
+                    assert time.monotonic() < deadline
+                    time.sleep(1e-4)
+                is_ready = (self._mask_of[list(self._plan.masked)] >= 0).tolist()
                 self._ids = self._engine.sample(self._plan, self._words, is_ready)
         return True
 

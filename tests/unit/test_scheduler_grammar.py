@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
+from minisgl.core import NOT_READY, FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar
 from minisgl.message.messages import AbortMsg, ErrorReply, UserMsg, pack_ids, unpack_ids
@@ -113,9 +113,10 @@ class MaskedEngine(SimulatedEngine):
         if plan.masked:
             assert masks is not None
             words = np.zeros(masks.shape, np.int32)
-            is_ready = masks(words, at_once=True).result()
-            self.missing = [sample for sample, ready in zip(plan.masked, is_ready, strict=True) if not ready]
-            self.words += (words[is_ready, 0] & 255).tolist()
+            mask_of = np.zeros(sum(share.num_samples for share in plan.reqs), np.int32)
+            masks(words, mask_of, None)
+            self.missing = [sample for sample in plan.masked if mask_of[sample] == NOT_READY]
+            self.words += [int(words[mask_of[sample], 0]) & 255 for sample in plan.masked if mask_of[sample] >= 0]
         return super().submit(plan, masks)
 
 

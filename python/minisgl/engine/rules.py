@@ -8,11 +8,9 @@ look at a few zeros.
 """
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import IntArray, to_device
@@ -51,8 +49,8 @@ class LogitRules:
         self._until = np.zeros(num_rows, np.int64)  # the position from which on a row's logits stay as they are
         self._entries = [np.empty(0, _ENTRY)] * num_rows
         self.lists = _together(self._entries)  # `bounds`, `ids` and `values`
-        self.told: Tensor | None = None  # [1] int32, pinned: of which steps masks are there, for a device that waits
-        self._number = 0  # of the last one
+        self.told: Tensor | None = None  # [1] int64, pinned: of how many steps masks are there, for a device that waits
+        self._number = 0  # of all steps with masks
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests ask for, and forget who had their rows before."""
@@ -74,21 +72,10 @@ class LogitRules:
         is_pinned = torch.cuda.is_initialized()  # from there a GPU takes them without being waited for
         words = torch.empty(masks.shape, dtype=torch.int32, pin_memory=is_pinned)
         mask_of = torch.full((len(rows),), NO_MASK, dtype=torch.int32, pin_memory=is_pinned)
-        numbers, samples, told = mask_of.numpy(), list(masked), None if self.told is None else self.told.numpy()
-        numbers[samples] = NOT_READY
-        number = self._number = self._number + 1
-
-        def tell(found: Future[npt.NDArray[np.bool_]]) -> None:
-            if not found.cancelled() and found.exception() is None:
-                numbers[samples] = np.where(found.result(), np.arange(len(samples)), NOT_READY)
-            if told is not None:
-                told[0] = number
-
-        found = masks(words.numpy(), at_once=told is None)
-        if told is None:  # nobody else waits for them
-            found.result()
-        found.add_done_callback(tell)
-        return StepRules(rows, positions, *self.lists, words, mask_of, number)
+        mask_of[list(masked)] = NOT_READY
+        masks(words.numpy(), mask_of.numpy(), None if self.told is None else self.told.numpy())
+        self._number += 1
+        return StepRules(rows, positions, *self.lists, words, mask_of, self._number)
 
     def sample(
         self, ops: StepOps, logits: Tensor, columns: SamplingColumns, ids: Tensor, store: TokenStore, rules: StepRules,
@@ -104,8 +91,8 @@ class LogitRules:
         if store.entries is not None and rules.mask_of is not None and rules.masks is not None:
             if self.told is not None:
                 ops.wait_for(ids, self.told, rules.number)
-            mask_of, masks = (found.to(ids.device, non_blocking=True) for found in (rules.mask_of, rules.masks))
-            ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], masks, mask_of))
+            which, masks = (found.to(ids.device, non_blocking=True) for found in (rules.mask_of, rules.masks))
+            ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], masks, which))
             ops.store_ids(*store[:2], columns["position"], ids)
             return
         mask_of = np.array(NO_MASK) if rules.mask_of is None else rules.mask_of.numpy()

@@ -271,7 +271,7 @@ class StepOps:
         return out
 
     def wait_for(self, on: Tensor, told: Tensor, number: int) -> None:
-        """The device of `on` waits, a second at most, until `told`, [1] int32 in pinned memory, is `number` or more."""
+        """The device of `on` waits, a second at most, until `told`, [1] int64 in pinned memory, is `number` or more."""
 
     def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:  # noqa: ARG002
         """Whether a kernel has done it all at once. "sample": records, ids, tokens, rows, and what changes logits first

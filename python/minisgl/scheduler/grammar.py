@@ -9,6 +9,7 @@ which the planners draft (docs/adr/0027-prescribed-tokens.md).
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,14 @@ logger = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
-# Of a step's time without its masks, what these may take; and what cheap ones may: a row that sits out has been
+# Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
 # computed in vain, for more than that. On a CPU nothing else of the step goes on meanwhile.
-CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.5, 2.0)
-_LATE_SECONDS = 0.0003  # from masks to the next step's: if it is no more, the GPU has waited for them
+CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.5, 8.0)
 _SWITCH_SECONDS = 5e-5  # a thread beside this one waits no longer for Python's lock
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
-_PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
+
+_NOTHING: list[Words] = []
 
 Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
@@ -77,14 +78,11 @@ class Grammars:
         if self.beside is not None:
             sys.setswitchinterval(_SWITCH_SECONDS)
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
-        self._share, self._cheap_share = _GPU_SHARES if is_gpu else CPU_SHARES
-        self._last_step, self._last_begin, self._last_end, self._interval = 0, 0.0, 0.0, _LONGEST_INTERVAL / 4
+        self._shares = _GPU_SHARES if is_gpu else CPU_SHARES
+        self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
         self._late: LateMasks | None = None  # of the last step
         # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
-        self._late_cost, self._most = 0.0, (0.0, 0.0)
-        self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
-        self._step_seconds = [_LONGEST_INTERVAL / 4] * 2  # that one takes without masks, and with them
-        self._next_masks = 0.0  # when rows that wait may come with the next ones
+        self._late_cost, self._most = 0.0, tuple(share * self._interval for share in self._shares)
 
     @property
     def is_holding(self) -> bool:
@@ -99,8 +97,7 @@ class Grammars:
     def admit(self, messages: Sequence[wire.RankMsg]) -> tuple[list[wire.RankMsg], list[Reply]]:
         """What the planners are told, of these messages and those held back until now; and who is not let in, why."""
         admitted: list[wire.RankMsg] = [self._news.popleft() for _ in range(len(self._news))]
-        may_resume = time.perf_counter() >= self._next_masks
-        for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
+        for uid in [uid for uid, own in self._waiting.items() if own.job is None or own.job.done()]:
             own = self._waiting.pop(uid)
             cost, most = self._late_cost + own.cost, self._most[own.cost <= CHEAP_SECONDS]
             admitted.append(wire.ResumeMsg(uid, paced=cost > most / 2))
@@ -121,7 +118,6 @@ class Grammars:
         """The masks of a step's rows that have to match a grammar, computed after the engine has asked for them.
         submitted: the steps before it that are not retired, oldest first."""
         plan = planned.plan
-        self._pace(plan, has_others=any(req.params.grammar is None for req in planned.reqs))
         if not plan.masked or self._store is None:
             return None
         drafts, rows = {draft.row: draft.ids for draft in plan.drafts}, list[_Row]()
@@ -133,17 +129,9 @@ class Grammars:
         return self._late
 
     def begin(self) -> None:
-        """With the last step's masks, if they have a thread: the steps before it have ended."""
-        if self.beside is not None and self._late is not None:
-            self._late.begin()
-
-    def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
-        """A step with masks takes longer, for all of its rows: others must not lose more by that than a share."""
-        now, seconds = time.perf_counter(), self._step_seconds
-        seconds[self._has_masks] += (min(now - self._planned, _LONGEST_INTERVAL) - seconds[self._has_masks]) / 8
-        self._planned, self._has_masks = now, bool(plan.masked)
-        if self._has_masks:
-            self._next_masks = now + has_others * max(0.0, seconds[True] - seconds[False]) / _PACED_SHARE
+        """With the last step's masks: the steps before it have ended."""
+        if self._late is not None:
+            self._late.is_known.set()
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
@@ -171,18 +159,20 @@ class Grammars:
                 told.append(output)
         return told
 
-    def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None], words: Words) -> Flags:
-        """What `Masks` give, for `LateMasks`, which call it in the order of the steps.
+    def compute(
+        self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None], words: Words, is_ready: Flags
+    ) -> None:
+        """Write masks, as far as there is time, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
-        self._measure(plan.step_id)
-        shares, is_alone, most = self.beside is not None and not self._is_late, len(plan.reqs) == 1, self._most
+        interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
+        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
+        self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
+        shares, is_alone = self.beside is not None and not self._is_late, len(plan.reqs) == 1
         places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
-        is_ready = np.zeros(len(words), np.bool_)
         for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
-            output, found = row.output, ()
-            is_cheap = output.cost <= CHEAP_SECONDS
+            output, found, is_cheap = row.output, _NOTHING, row.output.cost <= CHEAP_SECONDS
             if output.ready[0] == row.length:
-                found = output.ready[1:]
+                found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
             elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
@@ -197,24 +187,11 @@ class Grammars:
                 self._start(row._replace(draft=()), ids)
             for i, one in enumerate(found, place):
                 words[i], is_ready[i] = one, True
-        self._late_cost = spent
+        self._most, self._late_cost = most, spent
         # If it took too long one of them may have become dear: next time each has a time of its own.
         executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]
         self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most[True]
-        self._last_end = time.perf_counter()
-        return is_ready
-
-    def _measure(self, step_id: int) -> None:
-        """How long a step takes but for its masks: they would get ever more."""
-        begin, num_steps = time.perf_counter(), max(1, step_id - self._last_step)
-        seconds = min((begin - self._last_end) / num_steps, _LONGEST_INTERVAL)
-        if self.beside is not None:  # the device computes meanwhile; unless it had to wait
-            is_late, seconds = seconds <= _LATE_SECONDS, min((begin - self._last_begin) / num_steps, _LONGEST_INTERVAL)
-            seconds = min(seconds, self._interval) if is_late else seconds
-        self._interval += (seconds - self._interval) / 8
-        self._last_step, self._last_begin = step_id, begin
-        most = self._share * self._interval
-        self._most = most, max(most, self._cheap_share * self._interval)
+        self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
 
     def close(self) -> None:
         for threads in (*self._threads, *([self.beside] if self.beside else ())):
@@ -293,39 +270,32 @@ class LateMasks:
 
     def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
         self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
-        self.shape = len(plan.masked), len(grammars.all_allowed)
-        self._words: Words | None = None  # where to, until they are begun
-        self._found = Future[Flags]()
+        self.shape, self.is_known = (len(plan.masked), len(grammars.all_allowed)), threading.Event()
+        if not before:
+            self.is_known.set()
 
-    def __call__(self, words: Words, at_once: bool) -> Future[Flags]:
-        self._words = words
-        if at_once or self._grammars.beside is None or not self._before:
-            self.begin()
-        return self._found
+    def __call__(self, words: Words, mask_of: Words, told: Words | None) -> None:
+        if told is None or self._grammars.beside is None:
+            self.is_known.set()
+            self._fill(words, mask_of, told)
+        else:
+            self._grammars.beside.submit(self._fill, words, mask_of, told)
 
-    def begin(self) -> None:
-        """Once they were asked for, and only once."""
-        words, self._words = self._words, None
-        if words is not None:
-            if self._grammars.beside is None:
-                self._fill(words)
-            else:
-                self._grammars.beside.submit(self._fill, words)
-
-    def _fill(self, words: Words) -> None:
+    def _fill(self, words: Words, mask_of: Words, told: Words | None) -> None:
+        is_ready = np.zeros(len(words), np.bool_)
         try:
-            self._found.set_result(self._look_back(words))
-        except Exception as error:  # the device waits
-            self._found.set_exception(error)
-
-    def _look_back(self, words: Words) -> Flags:
-        try:
-            if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                return self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words)
+            if self.is_known.wait(_STEP_SECONDS) and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+                self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
         except EngineError:
             logger.debug("no tokens come from the step before")
-        words[:] = -1  # the requests end with that step
-        return np.ones(len(words), np.bool_)
+            words[:], is_ready[:] = -1, True  # the requests end with that step
+        except Exception:
+            if told is None:
+                raise
+            logger.exception("step %d has no masks", self._plan.step_id)
+        mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
+        if told is not None:
+            told[0] += 1
 
     def _new_ids(self) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None

@@ -129,12 +129,12 @@ __device__ __forceinline__ uint64_t nanoseconds() {
 }
 
 // One thread, which looks at memory of the host.
-__global__ void wait_kernel(const int32_t* told, int32_t number) {
+__global__ void wait_kernel(const int64_t* told, int64_t number) {
   const uint64_t start = nanoseconds();
-  int32_t found = number - 1;
+  int64_t found;
   do {
-    asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(found) : "l"(told) : "memory");
-    if (found - number >= 0) return;
+    asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(found) : "l"(told) : "memory");
+    if (found >= number) return;
     __nanosleep(500);
   } while (nanoseconds() - start < kLongestWait);
 }
@@ -278,10 +278,10 @@ void sample(TensorView logits, TensorView params, TensorView out, MaybeView toke
   });
 }
 
-// On the stream of the device of `on`: what follows waits until `told`, [1] int32 in pinned memory, is `number` or more,
+// On the stream of the device of `on`: what follows waits until `told`, [1] int64 in pinned memory, is `number` or more,
 // or for a second.
 void wait_for(TensorView on, TensorView told, int64_t number) {
-  wait_kernel<<<1, 1, 0, current_stream(on)>>>(column<int32_t>(told, is_int32(told), 1), static_cast<int32_t>(number));
+  wait_kernel<<<1, 1, 0, current_stream(on)>>>(column<int64_t>(told, is_int64(told), 1), number);
   MINISGL_CUDA_CHECK(cudaGetLastError());
 }
 
