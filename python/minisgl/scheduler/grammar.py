@@ -8,8 +8,6 @@ which the planners draft (docs/adr/0027-prescribed-tokens.md).
 
 import logging
 import os
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from llguidance import LLExecutor
 
 from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
@@ -35,8 +34,7 @@ _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
 # computed in vain, for more than that. On a CPU nothing else of the step goes on meanwhile.
-CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.5, 8.0)
-_SWITCH_SECONDS = 5e-5  # a thread beside this one waits no longer for Python's lock
+CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
 
@@ -58,8 +56,8 @@ class _Row(NamedTuple):
 class Grammars:
     """Owns the matcher of every request with a grammar that was let in, by uid.
 
-    store: None refuses them all. is_gpu: a GPU computes meanwhile, and masks have a thread. tells_forced: planners are
-    told which tokens are prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
+    store: None refuses them all. is_gpu: a GPU computes meanwhile. tells_forced: planners are told which tokens are
+    prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
     """
 
     def __init__(self, store: GrammarStore | None, is_gpu: bool = False, tells_forced: bool = False) -> None:
@@ -74,11 +72,8 @@ class Grammars:
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
         # Matchers of one grammar share a lock: for these a second thread would only wait.
         self._executors, self._is_late = [LLExecutor(n) for n in (1, max(1, num_threads // 2))], False
-        self.beside = ThreadPoolExecutor(1, "minisgl-masks-beside") if is_gpu and not tells_forced else None
-        if self.beside is not None:
-            sys.setswitchinterval(_SWITCH_SECONDS)
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
-        self._shares = _GPU_SHARES if is_gpu else CPU_SHARES
+        self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
         self._late: LateMasks | None = None  # of the last step
         # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
@@ -131,7 +126,7 @@ class Grammars:
     def begin(self) -> None:
         """With the last step's masks: the steps before it have ended."""
         if self._late is not None:
-            self._late.is_known.set()
+            self._late.begin()
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
@@ -167,7 +162,7 @@ class Grammars:
         interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
-        shares, is_alone = self.beside is not None and not self._is_late, len(plan.reqs) == 1
+        shares, is_alone = self._is_gpu and not self._is_late, len(plan.reqs) == 1
         places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
         for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
             output, found, is_cheap = row.output, _NOTHING, row.output.cost <= CHEAP_SECONDS
@@ -194,7 +189,7 @@ class Grammars:
         self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
 
     def close(self) -> None:
-        for threads in (*self._threads, *([self.beside] if self.beside else ())):
+        for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
@@ -264,35 +259,32 @@ class Grammars:
 
 class LateMasks:
     """A step's masks. They depend on the tokens of the step before, so they are computed when the engine asks for them:
-    after it has launched all of the step that comes before sampling. That may be on the engine's thread. Beside a GPU
-    it is on one of their own when these tokens are there, and the engine goes on.
+    after it has launched all of the step that comes before sampling. That may be on the engine's thread. Where the
+    device waits for them by itself, they are computed when the step before has ended.
     """
 
     def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
         self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
-        self.shape, self.is_known = (len(plan.masked), len(grammars.all_allowed)), threading.Event()
-        if not before:
-            self.is_known.set()
+        self.shape = len(plan.masked), len(grammars.all_allowed)
+        self._asked: tuple[Words, Words, npt.NDArray[np.int64] | None] | None = None
 
-    def __call__(self, words: Words, mask_of: Words, told: Words | None) -> None:
-        if told is None or self._grammars.beside is None:
-            self.is_known.set()
-            self._fill(words, mask_of, told)
-        else:
-            self._grammars.beside.submit(self._fill, words, mask_of, told)
+    def __call__(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
+        self._asked = words, mask_of, told
+        if told is None or not self._before:
+            self.begin()
 
-    def _fill(self, words: Words, mask_of: Words, told: Words | None) -> None:
+    def begin(self) -> None:
+        """If they were asked for, and only once."""
+        if self._asked is None:
+            return
+        (words, mask_of, told), self._asked = self._asked, None
         is_ready = np.zeros(len(words), np.bool_)
         try:
-            if self.is_known.wait(_STEP_SECONDS) and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+            if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
                 self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
         except EngineError:
             logger.debug("no tokens come from the step before")
             words[:], is_ready[:] = -1, True  # the requests end with that step
-        except Exception:
-            if told is None:
-                raise
-            logger.exception("step %d has no masks", self._plan.step_id)
         mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
         if told is not None:
             told[0] += 1
