@@ -33,7 +33,7 @@ _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
-# computed in vain, for more than that. On a CPU nothing else of the step goes on meanwhile.
+# computed in vain, for more than that. A GPU computes meanwhile.
 CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
