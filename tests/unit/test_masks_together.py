@@ -19,7 +19,7 @@ from minisgl.core import NOT_READY, FinishReason, Grammar, Masks, SamplingParams
 from minisgl.grammar.source import VocabularyConfig
 from minisgl.grammar.store import GrammarStore
 from minisgl.message.messages import DetokenizeMsg, UserMsg, pack_ids, unpack_ids
-from minisgl.scheduler.grammar import Grammars
+from minisgl.scheduler.grammar import Grammars, LateMasks
 from minisgl.scheduler.matching import Matching, Shared, masks_together
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
@@ -216,3 +216,21 @@ def test_a_matcher_that_breaks_begins_anew(store: GrammarStore) -> None:
     room.compute([first], [banned], [first])
     assert room.is_ready.tolist() == [True, False, True]
     assert [output.num_tokens for output in room.outputs] == [1, 0, 1] and room.outputs[1].matcher is None
+
+
+@pytest.mark.parametrize("is_device", [True, False])
+def test_a_failure_is_told_and_the_device_goes_on(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch, is_device: bool
+) -> None:
+    """It waits for a number of steps: one that is never told would hold up all that come after it."""
+    grammars, told = Grammars(store, is_gpu=True), np.zeros(1, np.int64)
+    words, mask_of = np.zeros((1, VOCAB // 32), np.int32), np.full(1, NOT_READY, np.int32)
+    masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [], [])
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(grammars, "compute", fail)
+    with pytest.raises(MemoryError):
+        masks(words, mask_of, told if is_device else None)
+    assert mask_of[0] == NOT_READY and told[0] == is_device

@@ -285,9 +285,10 @@ class LateMasks:
         except EngineError:
             logger.debug("no tokens come from the step before")
             words[:], is_ready[:] = -1, True  # the requests end with that step
-        mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
-        if told is not None:
-            told[0] += 1
+        finally:
+            mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
+            if told is not None:
+                told[0] += 1
 
     def _new_ids(self) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
