@@ -31,7 +31,7 @@ class Lengths:
     def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int) -> None:
         self._row_cost, self._verify_cost = row_cost, verify_cost
         self._plain_tokens, self._plain_cost = float(num_samples), 1 + row_cost * num_rows
-        self._grown = self._tokens, self._cost = self._plain_tokens, self._plain_cost
+        self._tokens, self._cost = self._plain_tokens, self._plain_cost
         self.least = row_cost * num_samples / self._cost
 
     def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
@@ -40,12 +40,12 @@ class Lengths:
         length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
         while length < most and chance * cost > self._row_cost * tokens:
             length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
-        self._grown = tokens, cost
         return length
 
-    def add(self) -> None:
-        """It has a draft of the length that `best` has just told."""
-        self._tokens, self._cost = self._grown
+    def add(self, rate: float, num_pending: int, num: int) -> None:
+        """The request has a draft of so many tokens."""
+        self._tokens += sum(rate ** (1 + num_pending + i) for i in range(num))
+        self._cost += self._row_cost * num
 
     @property
     def pays(self) -> bool:
@@ -120,7 +120,7 @@ class Speculation:
             if share.num_samples and not req.num_stale and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
                 wanted[share.row] = length = lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate)
-                lengths.add()
+                lengths.add(rate, 0, length)
                 room -= length
         return wanted if lengths.pays else {}
 
@@ -142,16 +142,12 @@ class Speculation:
     ) -> tuple[int, ...]:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
-        num_right, holds = 0, False
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
-        while num_right < len(draft):
-            holds = draft[num_right] == ids[num_right]
-            if not holds or ids[num_right + 1] < -1:
-                break
-            num_right += 1
+        num, name = len(draft), self._names.get(req.uid, "")
+        num_right = next((i for i in range(num) if draft[i] != ids[i] or ids[i + 1] < -1), num)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
-        num_wrong, name = 0 if holds else len(draft) - num_right, self._names.get(req.uid, "")
+        num_wrong = num - num_right if num_right < num and draft[num_right] != ids[num_right] else 0
         self.num_drafted[name] += num_right + num_wrong
         self.num_right[name] += num_right
         req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
@@ -187,9 +183,7 @@ class Speculation:
                 most = self._config.draft_len, req.params.speculate, budget, req.max_len - req.num_tokens
                 length = lengths.best(rate, num_pending, *most)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
-                    if len(ids) < length:  # it knows of no more
-                        lengths.best(rate, num_pending, len(ids))
-                    lengths.add()
+                    lengths.add(rate, num_pending, len(ids))
                     drafts[share.row], budget = ids, budget - len(ids)
             if not length and 0 <= rate < _FIRST_RATE:  # no draft would have paid: in time there is another try
                 self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
