@@ -17,6 +17,8 @@ from minisgl.kernel.cpu import CpuOps
 from minisgl.models.heads import Head
 
 Tensor = torch.Tensor
+# A step's numbers, as far as attention reads the host's; what can be captured reads the device's.
+Known = Callable[[Tensor], IntArray]
 
 
 class SecondModel(ModelShard):
@@ -41,18 +43,15 @@ class SecondModel(ModelShard):
 class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
-    def __init__(
-        self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
-    ) -> None:
-        """layers: with the cache, the tables and the operations that the steps have. known: numbers of a step as far as
-        attention reads the host's; what can be captured reads the device's."""
+    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Known) -> None:
+        """layers: with the cache, the tables and the operations that the steps have."""
         self._head, self._steps, self._layers, self._known = head, steps, layers, known
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
         are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's."""
-        tensors, context, skips_last = batch.tensors, computed.context, self._head.skips_last
-        context = context or self._layers.context(batch)
+        tensors, skips_last = batch.tensors, self._head.skips_last
+        context = computed.context or self._layers.context(batch)
         following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         x = computed.hidden(torch.arange(len(following), device=ids.device))
         x = self._head.forward(following if skips_last else context.input_ids, x, context, of_model=True)
@@ -83,8 +82,7 @@ class HeadDrafter:
 
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
-    """To a CPU's steps, if there is one. model: of the kernels, which compute a head that they can in one call, too,
-    and own it; 0: they compute no model in one call."""
+    """To a CPU's steps, if there is one. model: of the kernels, which owns a head that they compute; 0: none."""
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
