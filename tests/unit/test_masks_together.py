@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -234,3 +235,14 @@ def test_a_failure_is_told_and_the_device_goes_on(
     with pytest.raises(MemoryError):
         masks(words, mask_of, told if is_device else None)
     assert mask_of[0] == NOT_READY and told[0] == is_device
+
+
+def test_an_interrupt_goes_on_and_matchers_begin_anew(store: GrammarStore) -> None:
+    """It may come while the main thread, as on a GPU, computes masks: nobody knows how far that had got."""
+    room = Room(store, 2)
+    room.compute([], [])
+    room.executor = Mock(unsafe_compute_mask_ptr=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        room.compute([1], [])
+    assert not room.is_ready.any()
+    assert all(output.matcher is None and output.num_tokens == 0 for output in room.outputs)

@@ -38,8 +38,6 @@ CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
 
-_NOTHING: list[Words] = []
-
 Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
 
@@ -84,10 +82,11 @@ class Grammars:
         """A request waits for its grammar, or for its next mask."""
         return bool(self._held or self._waiting)
 
-    def wait(self) -> None:
-        """For one of them, a moment."""
+    def wait(self) -> bool:
+        """For one of them, a moment. Whether there was one."""
         jobs: list[Future[Any]] = [output.job for output in self._waiting.values() if output.job is not None]
         wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
+        return self.is_holding
 
     def admit(self, messages: Sequence[wire.RankMsg]) -> tuple[list[wire.RankMsg], list[Reply]]:
         """What the planners are told, of these messages and those held back until now; and who is not let in, why."""
@@ -98,14 +97,23 @@ class Grammars:
             admitted.append(wire.ResumeMsg(uid, paced=cost > most / 2))
             self._late_cost = min(cost, most)
         for message in messages:
-            if isinstance(message, wire.UserMsg) and message.params.grammar is not None:
-                self._hold(message)
+            if isinstance(message, wire.UserMsg) and (grammar := message.params.grammar) is not None:
+                if self._store is not None:
+                    self._held[message.uid] = (message, self._store.request(grammar, message.params.client))
+                    continue
+                text = f"{grammar.param} is not available"
+                self._replies += [wire.ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
             elif not (isinstance(message, wire.AbortMsg) and self._release(message.uid)):
                 admitted.append(message)
         for uid in [uid for uid, (_, future) in self._held.items() if future.done()]:
             message, future = self._held.pop(uid)
-            if self._let_in(message.uids, future):
+            if (error := future.exception()) is None:
+                self.outputs |= {uid: Matching(future.result(), self._tells_forced) for uid in message.uids}
                 admitted.append(message)
+                continue
+            if not isinstance(error, RequestError):
+                error = RequestError(f"structured output failed: {type(error).__name__}", status=500)
+            self._replies += [wire.ErrorReply(uid, str(error), error.status, error.param) for uid in message.uids]
         replies, self._replies = self._replies, []
         return admitted, replies
 
@@ -165,7 +173,7 @@ class Grammars:
         shares, is_alone = self._is_gpu and not self._is_late, len(plan.reqs) == 1
         places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
         for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
-            output, found, is_cheap = row.output, _NOTHING, row.output.cost <= CHEAP_SECONDS
+            output, found, is_cheap = row.output, list[Words](), row.output.cost <= CHEAP_SECONDS
             if output.ready[0] == row.length:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
@@ -194,15 +202,6 @@ class Grammars:
         if self._store is not None:
             self._store.close()
 
-    def _hold(self, message: wire.UserMsg) -> None:
-        grammar = message.params.grammar
-        assert grammar is not None
-        if self._store is None:
-            text = f"{grammar.param} is not available"
-            self._replies += [wire.ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
-        else:
-            self._held[message.uid] = (message, self._store.request(grammar, message.params.client))
-
     def _release(self, uid: int) -> bool:
         """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
         compilation: the next request may ask for the same."""
@@ -213,16 +212,6 @@ class Grammars:
         self._held |= {part.uid: (part, future) for part in message.without(uid)}
         self._replies.append(wire.DetokenizeMsg(uid, b"", finish_reason=FinishReason.ABORT))
         return True
-
-    def _let_in(self, uids: Sequence[int], future: Future[CompiledGrammar]) -> bool:
-        error = future.exception()
-        if error is None:
-            self.outputs |= {uid: Matching(future.result(), self._tells_forced) for uid in uids}
-            return True
-        if not isinstance(error, RequestError):
-            error = RequestError(f"structured output failed: {type(error).__name__}", status=500)
-        self._replies += [wire.ErrorReply(uid, str(error), error.status, error.param) for uid in uids]
-        return False
 
     def _start(self, row: _Row, ids: list[int]) -> None:
         row.output.job = self._threads[row.output.cost > FREE_SECONDS].submit(self._mask, row, ids)
