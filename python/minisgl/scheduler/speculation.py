@@ -34,9 +34,9 @@ class Lengths:
         self._tokens, self._cost = self._plain_tokens, self._plain_cost
         self.least = row_cost * num_samples / self._cost  # the share of right tokens below which no draft pays
 
-    def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
+    def best(self, rate: float, num_pending: int, most: int, asked: int | None = None) -> int:
         """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
-        most = min([self._room, *(limit for limit in limits if limit is not None)])
+        most = min(self._room, most, most if asked is None else asked)
         length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
         while length < most and chance * cost > self._row_cost * tokens:
             length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
@@ -44,7 +44,7 @@ class Lengths:
 
     def add(self, rate: float, num_pending: int, num: int) -> None:
         """The request has a draft of so many tokens."""
-        self._tokens += sum(rate ** (1 + num_pending + i) for i in range(num))
+        self._tokens += rate ** (1 + num_pending) * (num if rate == 1 else (1 - rate**num) / (1 - rate))
         self._cost, self._room = self._cost + self._row_cost * num, self._room - num
 
     @property
@@ -178,8 +178,8 @@ class Speculation:
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
-                most = self._config.draft_len, req.params.speculate, req.max_len - req.num_tokens
-                length = lengths.best(rate, num_pending, *most)
+                most = min(self._config.draft_len, req.max_len - req.num_tokens)
+                length = lengths.best(rate, num_pending, most, req.params.speculate)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
