@@ -96,7 +96,7 @@ class Steps(cuda.CapturedSteps):
         """Prompts are not computed."""
         if any(share.num_new != share.num_samples for share in plan.reqs):
             num = sum(share.num_samples for share in plan.reqs)
-            told = {i: [TOKEN] * DRAFT_LEN for i in range(len(plan.reqs))}
+            told = torch.full((len(plan.reqs), DRAFT_LEN), TOKEN, dtype=torch.int32)
             return Launched(torch.full((num,), TOKEN, dtype=torch.int32), drafts=told)
         return super()._launch(plan, masks)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.benchmark import run_script
@@ -66,8 +67,15 @@ class Steps:
         self._ids = rng.integers(0, min(model.vocab_size, 4000), (num_rows, length)).astype(np.int32)
         self._pages = tuple(PageUpdate(row, 0, tuple(range(row * pages, (row + 1) * pages))) for row in range(num_rows))
         self._reqs = tuple(ScheduledReq(row, length - 1, 1, 1) for row in range(num_rows))
-        words = div_ceil(model.vocab_size, 32)
-        self._masks = rng.integers(-(2**31), 2**31, (num_rows, words)).astype(np.int32)
+        self.shape = num_rows, div_ceil(model.vocab_size, 32)
+        self._words = rng.integers(-(2**31), 2**31, self.shape).astype(np.int32)
+
+    def __call__(
+        self, words: npt.NDArray[np.int32], mask_of: npt.NDArray[np.int32], told: npt.NDArray[np.int64] | None
+    ) -> None:
+        """As `Masks`, of all rows."""
+        assert told is None
+        words[:], mask_of[:] = self._words, np.arange(len(words))
 
     def time(self, kind: str, num_steps: int) -> float:
         """Median seconds of a step, once the requests are of this kind."""
@@ -81,7 +89,7 @@ class Steps:
             news = ((), ()) if step else (admissions, self._pages)
             plan = StepPlan(self._num, *news, self._reqs, num_rows, masked=masked)
             begin = time.perf_counter()
-            self._steps.launch(plan, self._masks if masked else None).result(plan)
+            self._steps.launch(plan, self if masked else None).result(plan)
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds[1:])
 

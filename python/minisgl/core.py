@@ -288,11 +288,16 @@ class StateCopy(NamedTuple):
 class Masks(Protocol):
     """Which tokens may be sampled, for each of a plan's `masked`: bit t % 32 of word t // 32 is set if token t may.
 
-    [len(masked), ceil(vocab_size / 32)] int32: an array, or what behaves like one. It may wait for the step before to
-    end when it is first indexed, so that is done as late as can be. A row without words is not ready.
+    An engine asks once, as late as can be: they may depend on tokens of the step before.
     """
 
-    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
+    shape: tuple[int, int]  # len(masked), ceil(vocab_size / 32)
+
+    def __call__(
+        self, words: npt.NDArray[np.int32], mask_of: npt.NDArray[np.int32], told: npt.NDArray[np.int64] | None
+    ) -> None:
+        """Write them to `words`, and which of these a sample has, or `NOT_READY`, to `mask_of`, by its number: at once,
+        or with `told` later, and then add 1 to told[0], in the order of the steps."""
 
 
 class StepPlan(NamedTuple):

@@ -102,8 +102,7 @@ def test_waiting_changes_no_token(words_path: Path, monkeypatch: pytest.MonkeyPa
     outputs = []
     setups = (1e6, True, "ngram"), (0.0, True, "off"), (0.0, False, "ngram")
     for share, overlap, speculate in setups[: 4 - tp_size]:
-        monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (share, 0.0))
-        monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SHARE", min(share, 0.4))
+        monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARES", (share, min(share, 0.4)))
         options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_pages": 4096, "tp": tp_size}
         options |= {"disable_overlap": not overlap, "speculate": speculate}
         with LLM(str(words_path), dummy_weight=True, **options) as llm:

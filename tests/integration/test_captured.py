@@ -5,6 +5,8 @@ import ctypes
 import functools
 import math
 import random
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +21,23 @@ from minisgl.attention.base import AttentionBackend, AttentionStep
 from minisgl.attention.sdpa import attend
 from minisgl.config.model import AttentionSpec
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
-from minisgl.core import Masks, ReqOutput, ScheduledReq, StepPlan, StepResult
+from minisgl.core import (
+    NOT_READY,
+    Admission,
+    Masks,
+    PageUpdate,
+    ReqOutput,
+    SamplingParams,
+    ScheduledReq,
+    StepPlan,
+    StepResult,
+)
 from minisgl.distributed.comm import Communicator
 from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
 from minisgl.engine.engine import create_engine
 from minisgl.engine.graph import RunStep
-from minisgl.engine.rules import apply_bitmask
+from minisgl.engine.rules import NO_MASK, apply_bitmask
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.staging import DeviceTables
@@ -106,7 +118,13 @@ class RuleOps(Ops):
         changed = self._changed(logits, columns, store)[index]
         apply_bitmask(changed, masks[mask_of[index].long()])
         out[index] = super().sample(changed, columns.select(index), torch.empty_like(out[: len(index)]))
-        return out
+        return out.masked_fill_(mask_of == NOT_READY, NOT_READY)
+
+    def wait_for(self, on: Tensor, told: Tensor, number: int) -> None:
+        deadline = time.monotonic() + 60
+        while told[0] < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
     def _changed(self, logits: Tensor, columns: SamplingColumns, store: TokenStore) -> Tensor:
         assert store.entries is not None
@@ -151,14 +169,16 @@ class Engine:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     """Those that engines make."""
-    made, empty = list[Graphs](), torch.empty
+    made = list[Graphs]()
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
 
     def make(*args: Any) -> Graphs:
         made.append(Graphs(*args))
         return made[-1]
 
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
+    for name in ("empty", "zeros", "full"):
+        create = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, pin_memory=False, create=create, **how: create(*size, **how))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(cuda, "DecodeGraphs", make)
     return made
@@ -273,3 +293,44 @@ def test_every_step_with_drafts_fits_a_shape(draft_len: int, most: int) -> None:
             together = (*reqs, *padding)
             assert (sum(req.num_new for req in together), len(together)) == shape
             assert all(req.row == 999 and req.num_new == req.num_samples > 0 for req in padding)
+
+
+class LateMasks:
+    """Of samples 0 and 2, of which the second is not ready. With `told` they come from a thread, after a while."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.shape, self._words = words.shape, words
+
+    def __call__(self, words: np.ndarray, mask_of: np.ndarray, told: np.ndarray | None) -> None:
+        def compute() -> None:
+            words[:], mask_of[0] = self._words, 0
+            if told is not None:
+                told[0] += 1
+
+        assert mask_of.tolist() == [NOT_READY, NO_MASK, NOT_READY]
+        if told is None:
+            compute()
+        else:
+            threading.Timer(0.2, compute).start()
+
+
+@pytest.mark.parametrize("ops", [Ops, RuleOps])
+def test_masks_of_captured_steps_forbid_tokens(graphs: list[Graphs], ops: type[Ops]) -> None:
+    """Steps with a grammar beside plain ones, one with a mask that is not ready; the same as a CPU's engine samples.
+    With kernels that follow rules it is the device that waits for masks."""
+    config = uncaptured("qwen3")[0]
+    engines = Engine(replace(config, cuda_graph_max_bs=8), ops()), create_engine(config)
+    words = np.zeros((2, -(-config.model.vocab_size // 32)), np.int32)
+    words[:, 1] = 0b1000
+    pages = tuple(PageUpdate(row, 0, (row,), (row,)) for row in range(3))
+    ids = np.array([5, 6, 7], np.int32)
+    admissions = tuple(Admission(row, ids, SamplingParams(4, 0.0, seed=row), 3, ()) for row in range(3))
+    first = StepPlan(0, admissions, pages, tuple(ScheduledReq(row, 0, 3, 1) for row in range(3)), 0)
+    second = StepPlan(1, (), (), tuple(ScheduledReq(row, 3, 1, 1) for row in range(3)), 3, masked=(0, 2))
+    found = []
+    for engine in engines:
+        handles = [engine.submit(first), engine.submit(second, LateMasks(words))]
+        found.append([handle.result().token_ids for handle in handles])
+        engine.close()
+    assert graphs and found[0] == found[1]
+    assert found[0][1][0] == (35,) and found[0][1][2] == (NOT_READY,)

@@ -12,7 +12,7 @@ from minisgl.core import NOT_READY, Masks
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from tests.integration.test_cuda_ops import DTYPES, no_ids, ops, randn
-from tests.integration.test_rules import Rows, mixed_rows, spoilt
+from tests.integration.test_rules import Given, Rows, mixed_rows, spoilt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]  # the first test compiles
 __all__ = ["ops"]  # a fixture
@@ -78,8 +78,8 @@ def test_rows_of_all_kinds(ops: Any, given: dict[str, float], vocab: int, dtype:
 
 
 def test_only_masks_that_are_not_ready(ops: Any) -> None:
-    rows, nothing = Rows(3), np.empty(0, np.int32)
-    step = OnDevice(rows, [0, 1, 2], [5, 6, 7], (0, 2), [nothing, nothing])
+    rows, nothing = Rows(3), np.zeros((2, 3), np.int32)
+    step = OnDevice(rows, [0, 1, 2], [5, 6, 7], (0, 2), Given(nothing, (0, 2), 0, 1))
     source = randn(3, 70)
     found = step.by_kernels(ops, source)
     assert found[[0, 2]].tolist() == [NOT_READY] * 2 and found[1] == step.by_torch(ops, source)[1]

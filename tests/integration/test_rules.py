@@ -63,7 +63,21 @@ class Rows:
         return ids
 
 
-def changed(source: torch.Tensor, masks: Masks | None = None, **params: Any) -> torch.Tensor:
+class Given:
+    """Masks of samples that somebody has computed. missing: those that are not ready."""
+
+    def __init__(self, words: np.ndarray, samples: Sequence[int], *missing: int) -> None:
+        rows, num_words = words.shape
+        self.shape, self._words, self._samples = (rows, num_words), words, list(samples)
+        self._numbers = np.where(np.isin(np.arange(rows), missing), NOT_READY, np.arange(rows))
+
+    def __call__(self, words: np.ndarray, mask_of: np.ndarray, told: np.ndarray | None) -> None:
+        words[:], mask_of[self._samples] = self._words, self._numbers
+        if told is not None:
+            told[0] += 1
+
+
+def changed(source: torch.Tensor, masks: Given | None = None, **params: Any) -> torch.Tensor:
     """What row 2 of an engine samples from, after `PROMPT` and `OUTPUT`, behind which others have left tokens."""
     rows, known = Rows(4), torch.tensor(PROMPT + OUTPUT)
     rows.tokens[2, : len(known)] = known
@@ -107,7 +121,7 @@ def test_a_bitmask_forbids_what_it_leaves_out_and_nothing_undoes_it() -> None:
     allowed[[3, 31]] = False, True
     bits = np.packbits(np.pad(allowed, (0, 96 - VOCAB)), bitorder="little").view(np.int32)
     source = logits()
-    found = changed(source, bits[None], logit_bias=((3, 100.0), (31, 1.0)))
+    found = changed(source, Given(bits[None], (0,)), logit_bias=((3, 100.0), (31, 1.0)))
     expected = source.clone()
     expected[0, 31] += 1
     expected[0, ~torch.from_numpy(allowed)] = float("-inf")
@@ -122,13 +136,13 @@ def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
     allowed = (words.view(np.uint32)[:, :, None] >> np.arange(32, dtype=np.uint32) & 1).reshape(3, -1)[:, :VOCAB] > 0
     source, rows = logits(4).to(dtype), Rows(4)
     for samples in ((0, 2, 3), (3, 1, 0), (0, 1, 2)):
-        found = rows.changed(source, range(4), range(1, 5), samples, words)
+        found = rows.changed(source, range(4), range(1, 5), samples, Given(words, samples))
         assert found.dtype == dtype
         for sample, row in enumerate(found):
             banned = ~torch.from_numpy(allowed[samples.index(sample)]) if sample in samples else torch.tensor(False)
             assert torch.equal(row, source[sample].masked_fill(banned, float("-inf")))
     rows.admit(1, 1, logit_bias=((2, 1.0),))
-    found = rows.changed(source, range(4), range(1, 5), (3,), words[:1])
+    found = rows.changed(source, range(4), range(1, 5), (3,), Given(words[:1], (3,)))
     assert found.dtype == torch.float32
     assert torch.equal(found[3], source[3].float().masked_fill(~torch.from_numpy(allowed[0]), float("-inf")))
 
@@ -143,7 +157,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def spoilt(source: torch.Tensor) -> tuple[list[Any], tuple[int, ...]]:
+def spoilt(source: torch.Tensor) -> tuple[Given, tuple[int, ...]]:
     """Make some of 64 rows of logits not finite, in place. → masks, one not there yet, and the rows that have them."""
     num, vocab = source.shape
     rng = np.random.default_rng(3)
@@ -153,9 +167,8 @@ def spoilt(source: torch.Tensor) -> tuple[list[Any], tuple[int, ...]]:
     words = rng.integers(-(2**31), 2**31, (num, -(-vocab // 32))).astype(np.int32)
     words[:, 0] = (words[:, 0] | 1) & ~2
     words[9] = 0  # nothing is allowed
-    masks = [*words[:8], words[0][:0], *words[8:]]  # one is not there yet
     masked = (6, 7, 8, 9, 10, 11, 12, 13, 20, *range(30, 50))
-    return masks, masked
+    return Given(words[: len(masked)], masked, 8), masked
 
 
 def mixed_rows(num: int, vocab: int = VOCAB, **params: Any) -> tuple[Rows, list[int]]:

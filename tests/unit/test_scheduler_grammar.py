@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
+from minisgl.core import NOT_READY, FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar
 from minisgl.message.messages import AbortMsg, ErrorReply, UserMsg, pack_ids, unpack_ids
@@ -112,9 +112,11 @@ class MaskedEngine(SimulatedEngine):
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         if plan.masked:
             assert masks is not None
-            words = dict(zip(plan.masked, (masks[i] for i in range(len(plan.masked))), strict=True))
-            self.missing = [sample for sample, row in words.items() if not len(row)]
-            self.words += [int(row[0]) & 255 for row in words.values() if len(row)]
+            words = np.zeros(masks.shape, np.int32)
+            mask_of = np.zeros(sum(share.num_samples for share in plan.reqs), np.int32)
+            masks(words, mask_of, None)
+            self.missing = [sample for sample in plan.masked if mask_of[sample] == NOT_READY]
+            self.words += [int(words[mask_of[sample], 0]) & 255 for sample in plan.masked if mask_of[sample] >= 0]
         return super().submit(plan, masks)
 
 
@@ -169,7 +171,7 @@ class Loop:
 @pytest.fixture(autouse=True)
 def time_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, cheap masks are computed within their steps."""
-    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (1e6, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARES", (1e6, 0.4))
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -317,7 +319,7 @@ def test_a_slow_row_sits_out_and_gets_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch, overlap: bool, cost: float
 ) -> None:
     """Slow from the start, or found to be when others have spent the time that there is for masks."""
-    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARES", (0.0, 0.4))
     loop = Loop(overlap=overlap, seconds=0.02, cost=cost)
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=4)
@@ -332,7 +334,7 @@ def test_a_slow_row_sits_out_and_gets_the_same_tokens(
 
 
 def test_rows_that_wait_do_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARES", (0.0, 0.4))
     loop = Loop(seconds=0.1, cost=1.0)
     loop.compiled()
     for uid in (1, 2):
@@ -345,7 +347,7 @@ def test_rows_that_wait_do_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("after", range(0, 40, 3))
 def test_an_abort_of_a_row_that_waits_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARES", (0.0, 0.4))
     loop = Loop(seconds=0.001, cost=1.0)
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=30)

@@ -107,7 +107,7 @@ def test_no_other_length_gives_more(rate: float) -> None:
     def value(length: int) -> float:
         return (1 + sum(rate**i for i in range(1, length + 1))) / (1 + 0.2 * (1 + length))
 
-    best = Lengths(0.2, 0.0, 1, 1).best(rate, 0, 16)
+    best = Lengths(0.2, 0.0, 1, 1, 32).best(rate, 0, 16)
     assert value(best) == max(value(length) for length in range(17))
 
 

@@ -170,10 +170,10 @@ class CapturedSteps(StepRunner):
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        config, head, self._teller = shard.config, shard.head, None
+        config, head = shard.config, shard.head
         if head is not None:
-            self._teller = HeadDrafter(head, self, self._layers, lambda numbers: np.zeros(len(numbers), np.int64))
-            self.propose = self._teller.propose
+            known = lambda numbers: np.zeros(len(numbers), np.int64)  # noqa: E731
+            self.propose = HeadDrafter(head, self, self._layers, known).propose
         longest, kinds = config.draft_len, config.model.states
         self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
@@ -185,7 +185,7 @@ class CapturedSteps(StepRunner):
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
-        asks = self._teller is not None and any(share.num_drafts for share in plan.reqs)
+        asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._verifying(plan)
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
@@ -237,16 +237,14 @@ class CapturedSteps(StepRunner):
         """What is captured: a step from the staging buffer, which now has nobody's → its results and logits."""
         index = StepIndex.of(shape.padding((), self.tables.padding_row) or ())
         self.tables.send(_NO_STEP, index)
-        batch, teller, most = self._batch(index, shape), self._teller, self.shard.config.draft_len * shape.is_wide
+        batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
         self._batches[shape] = batch
         metadata = self._prepare(batch, captures=True)
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
             computed = self._layers(batch, metadata)
-            logits, told = computed.logits(None), None
+            logits = computed.logits(None)
             ids = self._sample(logits, batch.tensors)
-            if teller is not None:
-                told = teller.tell(batch, self._layers.context(batch, metadata), computed, ids, most)
-            return (ids, told), logits
+            return (ids, propose and propose(batch, computed, ids, most)), logits
 
         return run

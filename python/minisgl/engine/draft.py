@@ -9,16 +9,16 @@ import torch
 from minisgl.attention.base import IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import ModelConfig
-from minisgl.core import StepPlan
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.step import LayerByLayer, StepRunner, Told
+from minisgl.engine.step import LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, StepTensors
 from minisgl.kernel.cpu import CpuOps
-from minisgl.layers.base import CpuSpec
 from minisgl.models.heads import Head
 
 Tensor = torch.Tensor
+# A step's numbers, as far as attention reads the host's; what can be captured reads the device's.
+Known = Callable[[Tensor], IntArray]
 
 
 class SecondModel(ModelShard):
@@ -30,7 +30,7 @@ class SecondModel(ModelShard):
         super().__init__(replace(first.config, model_path=path, model=model), first.device, first.comm, first.ops)
         self._kv = self.create_kv(self.config.num_pages + 1, self.config.num_window_pages + 1)
 
-    def forward(self, tokens: Tensor, hidden: Tensor, step: StepContext) -> Tensor:  # noqa: ARG002
+    def forward(self, tokens: Tensor, x: Tensor, step: StepContext, of_model: bool = False) -> Tensor:  # noqa: ARG002
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
         ropes = [rope(step.positions) for rope in self.ropes]
         return self.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
@@ -39,41 +39,31 @@ class SecondModel(ModelShard):
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
         return self.comm.broadcast(self.model.logits(x, None).argmax(-1).int())
 
-    def hidden(self, x: Tensor, of_model: bool = False) -> Tensor:  # noqa: ARG002
-        return x
-
 
 class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
-    def __init__(
-        self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Callable[[Tensor], IntArray]
-    ) -> None:
-        """layers: with the cache, the tables and the operations that the steps have. known: numbers of a step as far as
-        attention reads the host's; what can be captured reads the device's."""
+    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Known) -> None:
+        """layers: with the cache, the tables and the operations that the steps have."""
         self._head, self._steps, self._layers, self._known = head, steps, layers, known
 
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
-        """Of a step that is not captured."""
-        return self.tell(batch, self._layers.context(batch), computed, ids, max(req.num_drafts for req in plan.reqs))
-
-    def tell(self, batch: Batch, context: StepContext, computed: Computed, ids: Tensor, most: int) -> Tensor:
+    def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
         are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's."""
-        tensors, token_ids, skips_last = batch.tensors, self._steps.tables.token_ids, self._head.skips_last
-        following = token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
-        hidden = self._head.hidden(computed.hidden(torch.arange(len(following), device=ids.device)), of_model=True)
-        x = self._head.forward(following if skips_last else context.input_ids, hidden, context)
+        tensors, skips_last = batch.tensors, self._head.skips_last
+        context = computed.context or self._layers.context(batch)
+        following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
+        x = computed.hidden(torch.arange(len(following), device=ids.device))
+        x = self._head.forward(following if skips_last else context.input_ids, x, context, of_model=True)
         if not most:
             return ids.new_empty(len(tensors.rows), 0)
-        assert computed.input_ids is not None
         last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
         x, position, token = x[last], tensors.positions[last], following[last]
         for num_told in range(most):
             if num_told or not skips_last:
                 one = self._one_each(batch, position + num_told + (not skips_last), num_told)
                 context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
-                x = self._head.forward(token, self._head.hidden(x), context)
+                x = self._head.forward(token, x, context)
             told.append(self._head.choose(x))
             token = told[-1].long()
         return torch.stack(told, 1)
@@ -92,22 +82,19 @@ class HeadDrafter:
 
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
-    """To a CPU's steps, if there is one. model: of the kernels, which compute it in one call; 0: they do not."""
+    """To a CPU's steps, if there is one. model: of the kernels, which owns a head that they compute; 0: none."""
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
-    if ops is not None and model and isinstance(head, Head) and (spec := head.cpu_spec()) is not None:
-        _add_whole(steps, spec, ops, model)
-    elif head is not None:
+    spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
+    if head is not None:
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
+    if ops is None or spec is None:
+        return
+    layer: int = ops.module.add_draft_head(model, spec.matrices[0][0], *spec.norms)
+    spec.build(ops.module, layer, shard.config.model.num_layers, steps.kv)
 
-
-def _add_whole(steps: StepRunner, head: CpuSpec, ops: CpuOps, model: int) -> None:
-    """A head that the kernels compute in one call, beside a model that they compute in one call; the model owns it."""
-    layer: int = ops.module.add_draft_head(model, head.matrices[0][0], *head.norms)
-    head.build(ops.module, layer, steps.shard.config.model.num_layers, steps.kv)
-
-    def propose(plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
-        told = torch.empty((len(plan.reqs), int(batch.index.num_drafts.max())), dtype=torch.int32)
+    def propose(batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
+        told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
         ops.module.draft(model, steps.tables.token_ids, *CpuBackend(ops).prepare(batch.attention), *sampled, told)
         return told

@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
-Results = tuple[Tensor, Tensor | None]  # ids [num_samples] int32; drafts, as in `step.Told`
+Results = tuple[Tensor, Tensor | None]  # ids [num_samples] int32; drafts, as of `step.Launched`
 RunStep = Callable[[], tuple[Results, Tensor]]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minisgl.attention.base import IntArray, to_device
+from minisgl.attention.base import IntArray, StepContext, to_device
 from minisgl.core import Admission, ScheduledReq
 from minisgl.engine.shard import ModelShard
 
@@ -22,7 +22,8 @@ class Computed(NamedTuple):
 
     logits: Callable[[Tensor | None], Tensor]
     hidden: Callable[[Tensor], Tensor]
-    input_ids: Tensor | None = None  # of all tokens
+    input_ids: Tensor  # of all tokens
+    context: StepContext | None = None  # if they were computed one after the other
 
 
 class PooledRows:

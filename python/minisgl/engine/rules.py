@@ -39,6 +39,7 @@ class StepRules(NamedTuple):
     values: Tensor  # float32
     masks: Tensor | None = None  # [k, ceil(vocab / 32)] int32: `core.Masks`
     mask_of: Tensor | None = None  # [n] int32: which of them a row has; or NO_MASK, or NOT_READY
+    number: int = 0  # the last two are complete when `LogitRules.told` has come so far
 
 
 class LogitRules:
@@ -48,6 +49,8 @@ class LogitRules:
         self._until = np.zeros(num_rows, np.int64)  # the position from which on a row's logits stay as they are
         self._entries = [np.empty(0, _ENTRY)] * num_rows
         self.lists = _together(self._entries)  # `bounds`, `ids` and `values`
+        self.told: Tensor | None = None  # [1] int64, pinned: of how many steps masks are there, for a device that waits
+        self._number = 0  # of all steps with masks
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests ask for, and forget who had their rows before."""
@@ -66,14 +69,13 @@ class LogitRules:
         """What is done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
         if not masked or masks is None:
             return StepRules(rows, positions, *self.lists) if masked or (positions < self._until[rows]).any() else None
-        mask_of, words, stacked = np.full(len(rows), NO_MASK, np.int32), [masks[i] for i in range(len(masked))], None
-        is_ready = np.array([len(one) > 0 for one in words])
-        mask_of[list(masked)] = np.where(is_ready, is_ready.cumsum() - 1, NOT_READY)
-        if found := [one for one in words if len(one)]:  # from pinned memory a GPU takes them without being waited for
-            size = len(found), len(found[0])
-            stacked = torch.empty(size, dtype=torch.int32, pin_memory=torch.cuda.is_initialized())
-            np.stack(found, out=stacked.numpy())
-        return StepRules(rows, positions, *self.lists, stacked, torch.from_numpy(mask_of))
+        is_pinned = torch.cuda.is_initialized()  # from there a GPU takes them without being waited for
+        words = torch.empty(masks.shape, dtype=torch.int32, pin_memory=is_pinned)
+        mask_of = torch.full((len(rows),), NO_MASK, dtype=torch.int32, pin_memory=is_pinned)
+        mask_of[list(masked)] = NOT_READY
+        masks(words.numpy(), mask_of.numpy(), None if self.told is None else self.told.numpy())
+        self._number += 1
+        return StepRules(rows, positions, *self.lists, words, mask_of, self._number)
 
     def sample(
         self, ops: StepOps, logits: Tensor, columns: SamplingColumns, ids: Tensor, store: TokenStore, rules: StepRules,
@@ -82,16 +84,20 @@ class LogitRules:
         """Into `ids` and `store`, n rows of logits. Where the step was captured, or with `store.entries`, `ids` are
         there: those with rules, or with masks, are sampled again, and no other row pays for them. Where no kernel does
         it, that is done with changed copies of their logits."""
-        if not is_captured and ops.by_kernel("sample", logits, columns.words, ids, *store[:2], *rules[2:]):
+        if not is_captured and ops.by_kernel("sample", logits, columns.words, ids, *store[:2], *rules[2:-1]):
             return
         if not is_captured:
             ops.sample(logits, columns, ids)
+        if store.entries is not None and rules.mask_of is not None and rules.masks is not None:
+            if self.told is not None:
+                ops.wait_for(ids, self.told, rules.number)
+            which, masks = (found.to(ids.device, non_blocking=True) for found in (rules.mask_of, rules.masks))
+            ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], masks, which))
+            ops.store_ids(*store[:2], columns["position"], ids)
+            return
         mask_of = np.array(NO_MASK) if rules.mask_of is None else rules.mask_of.numpy()
         has_rules = (rules.positions < self._until[rules.rows]) | (mask_of != NO_MASK)
-        found = np.flatnonzero(has_rules & (store.entries is None))
-        if store.entries is not None and rules.masks is not None:
-            masks = rules.masks.to(ids.device, non_blocking=True), to_device(mask_of, ids.device)
-            ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], *masks))
+        found = np.flatnonzero(has_rules)
         for first in range(0, len(found), ROWS_AT_ONCE):
             samples = found[first : first + ROWS_AT_ONCE]
             index, changed = to_device(samples, ids.device), self.changed(logits, columns, store, rules, samples)

@@ -36,11 +36,9 @@ def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[Gr
     further shapes, of requests with a whole draft each, and of one more, nobody's, for what others lack.
     """
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
-    shapes, each = [GraphShape(size, size) for size in sizes], 1 + draft_len
-    for size in sizes if draft_len else ():
-        if size * each <= min(max_batch, max_seq_len):
-            shapes += [GraphShape(size * each, size), GraphShape(size * each, size + 1)]
-    return sorted(shapes)
+    each, most = 1 + draft_len, min(max_batch, max_seq_len) * (draft_len > 0)
+    wide = [GraphShape(size * each, size + more) for size in sizes for more in (0, 1) if size * each <= most]
+    return sorted([GraphShape(size, size) for size in sizes] + wide)
 
 
 def fit(

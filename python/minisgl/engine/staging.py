@@ -73,6 +73,7 @@ class DeviceTables:
         self._drafted, self._sent = list[Tensor](), tuple[Tensor, ...]()
         takes_rules = config.model.vocab_size <= ops.most_ruled
         self.entries = torch.zeros(1, dtype=torch.int64, device=device) if takes_rules else None
+        self.host.logit_rules.told = torch.zeros(1, dtype=torch.int64, pin_memory=True) if takes_rules else None
         self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
 
     def tensors(self, index: StepIndex) -> StepTensors:

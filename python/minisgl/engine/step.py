@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,8 +25,6 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
-# `StepResult.drafts`; or of all m requests, as far as they have `num_drafts`: [m, longest].
-Told = Mapping[int, list[int]] | Tensor
 Sequences = tuple[IntArray, IntArray, IntArray, IntArray]  # rows, starts, num_new and offsets of `AttentionStep`
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
 Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
@@ -40,7 +37,7 @@ class Launched(NamedTuple):
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
-    drafts: Told = MappingProxyType({})
+    drafts: Tensor | None = None  # [m, longest] int32: of all m requests, as far as they have `num_drafts`
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
@@ -50,7 +47,7 @@ class Launched(NamedTuple):
             token_ids = [tuple(islice(left, share.num_samples)) for share in plan.reqs if share.num_samples]
         else:  # each request samples one
             token_ids = [*zip(left)]
-        told = enumerate(self.drafts.tolist()) if isinstance(self.drafts, Tensor) else self.drafts.items()
+        told = () if self.drafts is None else enumerate(self.drafts.tolist())
         drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].num_drafts)}
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
@@ -86,6 +83,7 @@ class LayerByLayer:
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
             context.input_ids,
+            context,
         )
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:
@@ -102,15 +100,15 @@ class StepRunner:
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
-        self.propose: Callable[[StepPlan, Batch, Computed, Tensor], Told] | None = None
+        self.propose: Callable[[Batch, Computed, Tensor, int], Tensor] | None = None
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Its results are on their way to the host, from a GPU to pinned memory."""
         self.tables.host.apply(plan)
         self.kv.states.copy(plan.states)
         launched = self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
-        told = launched.drafts.to("cpu", non_blocking=True) if isinstance(launched.drafts, Tensor) else launched.drafts
-        return launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=told)
+        drafts = None if launched.drafts is None else launched.drafts.to("cpu", non_blocking=True)
+        return launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=drafts)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Launch a step that computes something, op by op."""
@@ -125,18 +123,18 @@ class StepRunner:
         logits, launched = computed.logits(None), Launched(self.tables.token_ids[0, :0])
         if len(logits):
             launched = self._finish(plan, masks, index, None, lambda: (logits, batch.tensors))
-        drafts = self._drafts(plan, batch, computed, launched.ids)
+        drafts = self._drafts(batch, computed, launched.ids)
         return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
 
-    def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
+    def _drafts(self, batch: Batch, computed: Computed, ids: Tensor) -> Tensor | None:
         try:
-            return {} if self.propose is None else self.propose(plan, batch, computed, ids)
+            return self.propose and self.propose(batch, computed, ids, int(batch.index.num_drafts.max()))
         except Exception:
             if self.shard.comm.size > 1:  # other ranks may be in a collective
                 raise
             logger.exception("there are no more drafts: their drafter has failed")
             self.propose = None
-            return {}
+            return None
 
     def batch(self, index: StepIndex, num_decode: int) -> Batch:
         """Of a step whose numbers were sent."""

@@ -110,6 +110,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         self._elementwise, self._sampling, self._logprobs, self._step, _ = (load_kernel(name, arch) for name in KERNELS)
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
+        self.wait_for = self._sampling.wait_for  # type: ignore[method-assign]
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         return CudaMatrix(self, weight, activation, self._elementwise)

@@ -120,6 +120,5 @@ class PyNccl:
 
 def _message(x: torch.Tensor, *others: torch.Tensor) -> tuple[int, int, int]:
     """How many elements, NCCL's number of their type, and the current stream."""
-    for tensor in (x, *others):
-        assert tensor.is_contiguous(), tensor.stride()
+    assert not (strides := [one.stride() for one in (x, *others) if not one.is_contiguous()]), strides
     return x.numel(), DTYPES[x.dtype], torch.cuda.current_stream(x.device).cuda_stream

@@ -50,16 +50,20 @@ class Head:
         self._moves = torch.zeros(config.vocab_size * self._is_narrow, dtype=torch.int64, device=env.device)
         self._narrowed: Matrix | None = None  # in place of the LM head's
 
-    def forward(self, following: Tensor, hidden: Tensor, step: StepContext) -> Tensor:
-        """following: [num_tokens] int64, of each token the one after it; hidden: [num_tokens, hidden], of `hidden`,
-        which is changed → for `choose`."""
+    def forward(self, following: Tensor, x: Tensor, step: StepContext, of_model: bool = False) -> Tensor:
+        """following: [num_tokens] int64, of each token the one after it; x: [num_tokens, hidden], of the result before,
+        which is changed, or `of_model`: all of the model's stream behind its last layer → for `choose`."""
+        if not self._config.aux_layers:
+            x = self._ops.rms_norm(x, self._model.norm if of_model else self._norms[2], self._eps)
+        elif of_model:
+            x = self.fc.matrix.apply(torch.cat(list(self._model.behind.values()), -1))
         embedded = self._ops.rms_norm(self.embed_tokens.forward(following), self._norms[0], self._eps)
-        normed, attention = self._ops.rms_norm(hidden, self._norms[1], self._eps), self.layer.self_attn
+        normed, attention = self._ops.rms_norm(x, self._norms[1], self._eps), self.layer.self_attn
         both = torch.cat((embedded, normed), -1)
         if not self._config.aux_layers:
             return self.layer.forward(self.fc.matrix.apply(both), step)
         assert isinstance(attention, Attention)
-        x = attention.forward(normed if self._config.norms_residual else hidden, None, None, step, both)
+        x = attention.forward(normed if self._config.norms_residual else x, None, None, step, both)
         return self.layer.mlp.forward(x, self.layer.norms[2])
 
     def choose(self, x: Tensor) -> Tensor:
@@ -72,15 +76,8 @@ class Head:
             rows = self.lm_head.forward(some.flatten()).view(*some.shape, -1)
             exact = rows @ self._ops.rms_norm(x, self._norms[2], self._eps)[..., None]
             some = some.gather(1, exact.argmax(1))
-        ids = some[:, 0].int()
-        last = self._model.config.vocab_size - 1
-        return (ids + self._moves[ids.long()].int()).clamp_(0, last) if self._is_narrow else ids
-
-    def hidden(self, x: Tensor, of_model: bool = False) -> Tensor:
-        """x: rows of `forward`'s result, or all of the model's stream behind its last layer → what it goes on from."""
-        if self._config.aux_layers:
-            return self.fc.matrix.apply(torch.cat(list(self._model.behind.values()), -1)) if of_model else x
-        return self._ops.rms_norm(x, self._model.norm if of_model else self._norms[2], self._eps)
+        ids, last = some[:, 0], self._model.config.vocab_size - 1
+        return ((ids + self._moves[ids]).clamp_(0, last) if self._is_narrow else ids).int()
 
     def cpu_spec(self) -> CpuSpec | None:
         """Of the layer's blocks; matrices: `fc`; norms: of the embedding, of the hidden state, and the last one. None:

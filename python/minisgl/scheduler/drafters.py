@@ -79,18 +79,16 @@ class TreePath(Prediction):
 
     def _seek(self, req: Req, place: int) -> None:  # noqa: ARG002
         """Go down from the request's handle; once for each eighth that the tokens behind it have become more."""
-        self._length, self._text, self._place = 0, self._text[:0], 0
+        self._length, self._text, self._place = 1 if self._again else MAX_MATCH, self._text[:0], 0
         if len(req.tokens) < self._again:
             return
-        length, node, behind = 1 if self._again else MAX_MATCH, req.handle, list[TokenIds]()
+        node, behind = req.handle, [self._text]
         rest = np.array(req.tokens[sum(len(one.key) for one in path_up(node)) :], np.int32)
         self._again = len(req.tokens) + len(rest) // 8 + 1
         while (edge := self._child(node, req, rest)) and np.array_equal(edge.key[: len(rest)], rest[: len(edge.key)]):
-            if len(rest) < len(edge.key):
-                behind.append(edge.key[len(rest) :])
+            behind.append(edge.key[len(rest) :])
             node, rest = edge, rest[len(edge.key) :]
-        if behind:
-            self._text, self._length = np.concatenate(behind), length
+        self._text = np.concatenate(behind)
 
     def _child(self, node: RadixNode, req: Req, rest: TokenIds) -> RadixNode | None:
         """The one that begins with these tokens, or with the first page of them; of several the newest."""

@@ -10,18 +10,20 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor
 
 from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message import messages as wire
-from minisgl.scheduler.matching import NO_WORDS, Matching, Words
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Shared, Words, masks_together
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
@@ -30,15 +32,11 @@ logger = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
-# Of the time between the masks of two steps, beyond so many seconds, what masks may take. On a CPU nothing else of
-# the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
-CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002, 2.0)
-# Masks that take so few seconds may take more of it: a row that sits out has been computed in vain, for more than that.
-CHEAP_SECONDS, CHEAP_SHARE = 0.00025, 0.4
+# Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
+# computed in vain, for more than that. A GPU computes meanwhile.
+CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
-_PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
-# What the masks of one request may take beyond a millisecond each, in seconds of a core.
-FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
+MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
 
 Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
@@ -56,8 +54,8 @@ class _Row(NamedTuple):
 class Grammars:
     """Owns the matcher of every request with a grammar that was let in, by uid.
 
-    store: None refuses them all. is_gpu: a GPU computes meanwhile, see `Masks`. tells_forced: planners are told which
-    tokens are prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
+    store: None refuses them all. is_gpu: a GPU computes meanwhile. tells_forced: planners are told which tokens are
+    prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
     """
 
     def __init__(self, store: GrammarStore | None, is_gpu: bool = False, tells_forced: bool = False) -> None:
@@ -70,65 +68,73 @@ class Grammars:
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
+        # Matchers of one grammar share a lock: for these a second thread would only wait.
+        self._executors, self._is_late = [LLExecutor(n) for n in (1, max(1, num_threads // 2))], False
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
-        self._share, self._unshared, self._cheap_share = _GPU_SHARE if is_gpu else (*CPU_SHARE, CHEAP_SHARE)
+        self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
-        self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
-        self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
-        self._step_seconds = [_LONGEST_INTERVAL / 4] * 2  # that one takes without masks, and with them
-        self._next_masks = 0.0  # when rows that wait may come with the next ones
+        self._late: LateMasks | None = None  # of the last step
+        # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
+        self._late_cost, self._most = 0.0, tuple(share * self._interval for share in self._shares)
 
     @property
     def is_holding(self) -> bool:
         """A request waits for its grammar, or for its next mask."""
         return bool(self._held or self._waiting)
 
-    def wait(self) -> None:
-        """For one of them, a moment."""
+    def wait(self) -> bool:
+        """For one of them, a moment. Whether there was one."""
         jobs: list[Future[Any]] = [output.job for output in self._waiting.values() if output.job is not None]
         wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
+        return self.is_holding
 
     def admit(self, messages: Sequence[wire.RankMsg]) -> tuple[list[wire.RankMsg], list[Reply]]:
         """What the planners are told, of these messages and those held back until now; and who is not let in, why."""
         admitted: list[wire.RankMsg] = [self._news.popleft() for _ in range(len(self._news))]
-        may_resume = time.perf_counter() >= self._next_masks
-        for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
+        for uid in [uid for uid, own in self._waiting.items() if own.job is None or own.job.done()]:
             own = self._waiting.pop(uid)
-            cost, most = self._late_cost + own.cost, self._most(own)
+            cost, most = self._late_cost + own.cost, self._most[own.cost <= CHEAP_SECONDS]
             admitted.append(wire.ResumeMsg(uid, paced=cost > most / 2))
             self._late_cost = min(cost, most)
         for message in messages:
-            if isinstance(message, wire.UserMsg) and message.params.grammar is not None:
-                self._hold(message)
+            if isinstance(message, wire.UserMsg) and (grammar := message.params.grammar) is not None:
+                if self._store is not None:
+                    self._held[message.uid] = (message, self._store.request(grammar, message.params.client))
+                    continue
+                text = f"{grammar.param} is not available"
+                self._replies += [wire.ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
             elif not (isinstance(message, wire.AbortMsg) and self._release(message.uid)):
                 admitted.append(message)
         for uid in [uid for uid, (_, future) in self._held.items() if future.done()]:
             message, future = self._held.pop(uid)
-            if self._let_in(message.uids, future):
+            if (error := future.exception()) is None:
+                self.outputs |= {uid: Matching(future.result(), self._tells_forced) for uid in message.uids}
                 admitted.append(message)
+                continue
+            if not isinstance(error, RequestError):
+                error = RequestError(f"structured output failed: {type(error).__name__}", status=500)
+            self._replies += [wire.ErrorReply(uid, str(error), error.status, error.param) for uid in message.uids]
         replies, self._replies = self._replies, []
         return admitted, replies
 
     def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> "LateMasks | None":
-        """The masks of a step's rows that have to match a grammar, computed when the engine asks for them. submitted:
-        the steps before it that are not retired, oldest first."""
+        """The masks of a step's rows that have to match a grammar, computed after the engine has asked for them.
+        submitted: the steps before it that are not retired, oldest first."""
         plan = planned.plan
-        self._pace(plan, has_others=any(req.params.grammar is None for req in planned.reqs))
         if not plan.masked or self._store is None:
             return None
         drafts, rows = {draft.row: draft.ids for draft in plan.drafts}, list[_Row]()
         for req, share in zip(planned.reqs, plan.reqs, strict=True):
             if share.num_samples and req.params.grammar is not None:
                 rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ())))
-        return LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
+        self.begin()
+        self._late = LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
+        return self._late
 
-    def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
-        """A step with masks takes longer, for all of its rows: others must not lose more by that than a share."""
-        now, seconds = time.perf_counter(), self._step_seconds
-        seconds[self._has_masks] += (min(now - self._planned, _LONGEST_INTERVAL) - seconds[self._has_masks]) / 8
-        self._planned, self._has_masks = now, bool(plan.masked)
-        if self._has_masks:
-            self._next_masks = now + has_others * max(0.0, seconds[True] - seconds[False]) / _PACED_SHARE
+    def begin(self) -> None:
+        """With the last step's masks: the steps before it have ended."""
+        if self._late is not None:
+            self._late.begin()
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
@@ -156,52 +162,45 @@ class Grammars:
                 told.append(output)
         return told
 
-    def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None]) -> list[Words]:
-        """The words of a step's samples that have masks, for `LateMasks`, which call it in the order of the steps.
+    def compute(
+        self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None], words: Words, is_ready: Flags
+    ) -> None:
+        """Write masks, as far as there is time, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
         interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
-        self._last_step, self._late_cost, start = plan.step_id, 0.0, time.thread_time()
-        self._budget = max(0.0, self._share * (self._interval - self._unshared))
-        is_alone = len(plan.reqs) == 1
-        words = [[NO_WORDS] * (1 + len(row.draft)) for row in rows]
-        for row in rows:
-            if row.output.matcher is None:
-                row.output.cost = max(row.output.cost, row.output.grammar.cost)
-        for index in sorted(range(len(rows)), key=lambda index: rows[index].output.cost):
-            row, ids, output = rows[index], new_ids[index], rows[index].output
+        self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
+        shares, is_alone = self._is_gpu and not self._is_late, len(plan.reqs) == 1
+        places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
+        for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
+            output, found, is_cheap = row.output, list[Words](), row.output.cost <= CHEAP_SECONDS
             if output.ready[0] == row.length:
-                words[index][0] = output.ready[1]
+                found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
             elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
-                is_alone or output.error is not None or output.cost + time.thread_time() - start <= self._most(output)
+                spent + output.cost <= most[is_cheap] or is_alone or output.error is not None
             ):
-                words[index] = self._mask(row, ids)
-                self._late_cost += output.cost
+                spent += output.cost
+                if shares and is_cheap and len(ids) <= 1 and not row.draft and output.error is None:
+                    shared.append((output, ids, place))
+                else:
+                    found = self._mask(row, ids)
             else:
                 self._start(row._replace(draft=()), ids)
+            for i, one in enumerate(found, place):
+                words[i], is_ready[i] = one, True
+        self._most, self._late_cost = most, spent
+        # If it took too long one of them may have become dear: next time each has a time of its own.
+        executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]
+        self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most[True]
         self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
-        return [*chain.from_iterable(words)]
-
-    def _most(self, output: Matching) -> float:
-        """Seconds that the masks of a step may take, to the end of this one's."""
-        return max(self._budget, self._cheap_share * self._interval * (output.cost <= CHEAP_SECONDS))
 
     def close(self) -> None:
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
-
-    def _hold(self, message: wire.UserMsg) -> None:
-        grammar = message.params.grammar
-        assert grammar is not None
-        if self._store is None:
-            text = f"{grammar.param} is not available"
-            self._replies += [wire.ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
-        else:
-            self._held[message.uid] = (message, self._store.request(grammar, message.params.client))
 
     def _release(self, uid: int) -> bool:
         """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
@@ -213,16 +212,6 @@ class Grammars:
         self._held |= {part.uid: (part, future) for part in message.without(uid)}
         self._replies.append(wire.DetokenizeMsg(uid, b"", finish_reason=FinishReason.ABORT))
         return True
-
-    def _let_in(self, uids: Sequence[int], future: Future[CompiledGrammar]) -> bool:
-        error = future.exception()
-        if error is None:
-            self.outputs |= {uid: Matching(future.result(), self._tells_forced) for uid in uids}
-            return True
-        if not isinstance(error, RequestError):
-            error = RequestError(f"structured output failed: {type(error).__name__}", status=500)
-        self._replies += [wire.ErrorReply(uid, str(error), error.status, error.param) for uid in uids]
-        return False
 
     def _start(self, row: _Row, ids: list[int]) -> None:
         row.output.job = self._threads[row.output.cost > FREE_SECONDS].submit(self._mask, row, ids)
@@ -254,47 +243,52 @@ class Grammars:
         if output.error is not None:
             words = [self.all_allowed]
         output.ready = row.length, words[0]
-        return words + [NO_WORDS] * (1 + len(row.draft) - len(words))
+        return words
 
 
 class LateMasks:
-    """A step's masks. They depend on the tokens of the step before, so they are computed at the first look at them:
-    after the engine has launched all of the step that comes before sampling. That may be on the engine's thread.
+    """A step's masks. They depend on the tokens of the step before, so they are computed when the engine asks for them:
+    after it has launched all of the step that comes before sampling. That may be on the engine's thread. Where the
+    device waits for them by itself, they are computed when the step before has ended.
     """
 
     def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
         self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
-        self._words: list[Words] | None = None
+        self.shape = len(plan.masked), len(grammars.all_allowed)
+        self._asked: tuple[Words, Words, npt.NDArray[np.int64] | None] | None = None
 
-    def __getitem__(self, index: int) -> Words:
-        if self._words is None:
-            self._words = self._look_back()
-            self._before = []
-        return self._words[index]
+    def __call__(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
+        self._asked = words, mask_of, told
+        if told is None or not self._before:
+            self.begin()
 
-    def _look_back(self) -> list[Words]:
+    def begin(self) -> None:
+        """If they were asked for, and only once."""
+        if self._asked is None:
+            return
+        (words, mask_of, told), self._asked = self._asked, None
+        is_ready = np.zeros(len(words), np.bool_)
         try:
             if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                sampled = [_sampled(*step) for step in self._before]
-                new_ids = [self._new_ids(row, sampled) for row in self._rows]
-                return self._grammars.compute(self._plan, self._rows, new_ids)
+                self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
         except EngineError:
             logger.debug("no tokens come from the step before")
-        return [self._grammars.all_allowed] * len(self._plan.masked)  # the requests end with that step
+            words[:], is_ready[:] = -1, True  # the requests end with that step
+        finally:
+            mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
+            if told is not None:
+                told[0] += 1
 
-    def _new_ids(self, row: _Row, sampled: list[dict[int, list[int]]]) -> list[int] | None:
-        """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the
-        first of them, and the steps before have the others."""
-        req = row.req
-        late = [token for ids in sampled for token in ids.get(req.uid, ())]
-        if NOT_READY in late:
-            return None
-        ids = req.tokens[req.prompt_len + row.output.num_tokens : row.length]
-        missing = row.length - req.prompt_len - row.output.num_tokens - len(ids)
-        return [token for token in ids + late[len(late) - missing :] if token >= 0]
-
-
-def _sampled(planned: Planned, handle: StepHandle) -> dict[int, list[int]]:
-    """What a step has sampled with masks, by uid."""
-    reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
-    return {reqs[i].uid: token_ids[i : i + 1] for i in planned.plan.masked}
+    def _new_ids(self) -> Iterator[list[int] | None]:
+        """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
+        where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
+        sampled = dict[int, list[int]]()
+        for planned, handle in self._before:
+            reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
+            for i in planned.plan.masked:
+                sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
+        for req, output, length, _ in self._rows:
+            late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
+            if num := length - begin - len(late):  # before them, or of them
+                late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]
+            yield None if NOT_READY in late else [token for token in late if token >= 0]

@@ -3,21 +3,22 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from ctypes import addressof, c_char
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 
 from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar
 
 Words = npt.NDArray[np.int32]
-NO_WORDS: Words = np.empty(0, np.int32)  # of a mask that is not ready
+Flags = npt.NDArray[np.bool_]
+Shared = tuple["Matching", list[int], int]  # one, its new tokens (one at most), and the place of its words
+CHEAP_SECONDS, FREE_SECONDS = 0.00025, 0.001  # of a core: a mask that takes so little, and what each one may take
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Matching:
     """How far a request's output has got in its grammar. One thread at a time follows it."""
 
@@ -31,7 +32,7 @@ class Matching:
     cost: float = 0.0  # seconds of a core that the next mask may take; before the first as its grammar's others
     seconds: float = 0.0  # beyond what masks may take, altogether
     job: Future[list[Words]] | None = None  # computes a mask that was not there in time
-    ready: tuple[int, Words] = (-1, NO_WORDS)  # the last mask, and its token's position
+    ready: tuple[int, Words] = (-1, np.empty(0, np.int32))  # the last mask, and its token's position
 
     def follow(
         self, ids: Sequence[int], draft: Sequence[int], num_words: int, seconds: float
@@ -67,7 +68,7 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
     start, masks = time.thread_time() if draft else 0.0, list[Words]()
     while not matcher.is_error():
         mask = np.empty(num_words, np.int32)
-        matcher.unsafe_compute_mask_ptr(addressof(c_char.from_buffer(mask.data)), mask.nbytes)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():
             break
         masks.append(mask)
@@ -75,3 +76,30 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
         if not going_on or matcher.try_consume_tokens(list(going_on)) != 1:
             break
     return masks, not matcher.is_error() and (len(masks) < 2 or matcher.rollback(len(masks) - 1))
+
+
+def masks_together(executor: LLExecutor, rows: Sequence[Shared], words: Words, is_ready: Flags) -> float:
+    """Have each matcher take its new token, if there is one, and put its next mask into its place, in two calls that do
+    not hold Python's lock. None is ready where a matcher breaks: it has to begin anew. → the seconds that it took."""
+    start, tokens, places, ends = time.perf_counter(), [], [], []
+    for output, ids, place in rows:
+        matcher = output.matcher or output.grammar.matcher.deep_copy()
+        places.append((matcher, place))
+        ends.append(output.num_tokens + len(ids))
+        output.matcher, output.num_tokens = None, 0  # until it is known that it does not break
+        if ids and not matcher.is_stopped():
+            tokens.append((matcher, ids[0]))
+    try:
+        if tokens:  # of none it makes an error
+            executor.consume_token_par(tokens)
+        executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words.strides[0], len(words))
+    except (KeyboardInterrupt, SystemExit):  # on a GPU this is the main thread, which is told so to stop
+        raise
+    except BaseException:  # a panic of llguidance is no Exception
+        return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    for (output, _, _), (matcher, place), end in zip(rows, places, ends, strict=True):
+        if not matcher.is_error():
+            output.matcher, output.num_tokens = matcher, end
+            output.cost, is_ready[place] = max(min(CHEAP_SECONDS, seconds / len(rows)), output.cost / 4), True
+    return seconds

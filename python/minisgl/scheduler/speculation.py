@@ -26,26 +26,26 @@ _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 class Lengths:
     """How long drafts are to be: what gives most tokens for the time of the whole step. Time counts in steps of few
     tokens: one row more takes `row_cost`, and a step that verifies anything `verify_cost`, since nothing is planned
-    meanwhile. Thus drafts get shorter the more requests run. least: the share of right tokens below which none pays."""
+    meanwhile. Thus drafts get shorter the more requests run. room: tokens that all of them may have."""
 
-    def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int) -> None:
-        self._row_cost, self._verify_cost = row_cost, verify_cost
+    def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int, room: int) -> None:
+        self._row_cost, self._verify_cost, self._room = row_cost, verify_cost, room
         self._plain_tokens, self._plain_cost = float(num_samples), 1 + row_cost * num_rows
-        self._grown = self._tokens, self._cost = self._plain_tokens, self._plain_cost
-        self.least = row_cost * num_samples / self._cost
+        self._tokens, self._cost = self._plain_tokens, self._plain_cost
+        self.least = row_cost * num_samples / self._cost  # the share of right tokens below which no draft pays
 
-    def best(self, rate: float, num_pending: int, *limits: int | None) -> int:
+    def best(self, rate: float, num_pending: int, most: int, asked: int | None = None) -> int:
         """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
-        most = min([limit for limit in limits if limit is not None])
+        most = min(self._room, most, most if asked is None else asked)
         length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
         while length < most and chance * cost > self._row_cost * tokens:
             length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
-        self._grown = tokens, cost
         return length
 
-    def add(self) -> None:
-        """It has a draft of the length that `best` has just told."""
-        self._tokens, self._cost = self._grown
+    def add(self, rate: float, num_pending: int, num: int) -> None:
+        """The request has a draft of so many tokens."""
+        self._tokens += rate ** (1 + num_pending) * (num if rate == 1 else (1 - rate**num) / (1 - rate))
+        self._cost, self._room = self._cost + self._row_cost * num, self._room - num
 
     @property
     def pays(self) -> bool:
@@ -114,14 +114,13 @@ class Speculation:
 
     def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
-        lengths, wanted = Lengths(*self._config.step_costs, num_samples, num_samples), dict[int, int]()
-        room = self._most_samples - num_samples
+        room, wanted = self._most_samples - num_samples, dict[int, int]()
+        lengths = Lengths(*self._config.step_costs, num_samples, num_samples, room)
         for req, share in shares:
             if share.num_samples and not req.num_stale and req.params.grammar is None:
                 rate = self._rates.get(req.uid, _FIRST_RATE)
-                wanted[share.row] = length = lengths.best(rate, 0, room, self._config.draft_len, req.params.speculate)
-                lengths.add()
-                room -= length
+                wanted[share.row] = length = lengths.best(rate, 0, self._config.draft_len, req.params.speculate)
+                lengths.add(rate, 0, length)
         return wanted if lengths.pays else {}
 
     def awaits(self, plan: StepPlan) -> bool:
@@ -131,8 +130,7 @@ class Speculation:
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What the engine says may follow the tokens that requests have now. One that has told nothing, though it was
         asked, will not any more: its drafter has failed."""
-        if not result.drafts and any(share.num_drafts for share in plan.reqs):
-            self._asks = False
+        self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
         for index, draft in result.drafts.items():
             if (req := reqs[index]).state is not ReqState.FINISHED:
                 self._drafters.setdefault(req.uid, {})[self._config.speculate] = Prediction(draft, len(req.tokens))
@@ -142,16 +140,12 @@ class Speculation:
     ) -> tuple[int, ...]:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
-        num_right, holds = 0, False
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
-        while num_right < len(draft):
-            holds = draft[num_right] == ids[num_right]
-            if not holds or ids[num_right + 1] < -1:
-                break
-            num_right += 1
+        num, name = len(draft), self._names.get(req.uid, "")
+        num_right = next((i for i in range(num) if draft[i] != ids[i] or ids[i + 1] < -1), num)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
-        num_wrong, name = 0 if holds else len(draft) - num_right, self._names.get(req.uid, "")
+        num_wrong = num - num_right if num_right < num and draft[num_right] != ids[num_right] else 0
         self.num_drafted[name] += num_right + num_wrong
         self.num_right[name] += num_right
         req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
@@ -170,8 +164,8 @@ class Speculation:
 
     def _drafts(self, shares: Shares, num_samples: int, budget: int) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
-        lengths = Lengths(*self._config.step_costs, sum(share.num_new for _, share in shares), num_samples)
-        drafts, budget = dict[int, Sequence[int]](), min(budget, self._most_samples - num_samples)
+        num_rows, room = sum(share.num_new for _, share in shares), min(budget, self._most_samples - num_samples)
+        lengths, drafts = Lengths(*self._config.step_costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         for req, share in shares:
@@ -184,13 +178,11 @@ class Speculation:
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
-                most = self._config.draft_len, req.params.speculate, budget, req.max_len - req.num_tokens
-                length = lengths.best(rate, num_pending, *most)
+                most = min(self._config.draft_len, req.max_len - req.num_tokens)
+                length = lengths.best(rate, num_pending, most, req.params.speculate)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
-                    if len(ids) < length:  # it knows of no more
-                        lengths.best(rate, num_pending, len(ids))
-                    lengths.add()
-                    drafts[share.row], budget = ids, budget - len(ids)
+                    lengths.add(rate, num_pending, len(ids))
+                    drafts[share.row] = ids
             if not length and 0 <= rate < _FIRST_RATE:  # no draft would have paid: in time there is another try
                 self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
         return drafts if lengths.pays else {}

@@ -107,10 +107,7 @@ class LocalTransport(Transport):
     def receive(self, *, block: bool) -> Sequence[wire.RankMsg]:
         messages = self._admit(0.0)
         if block and not messages:
-            is_holding = self.grammars.is_holding
-            if is_holding:
-                self.grammars.wait()
-            messages = self._admit(0.0 if is_holding else _IDLE_SECONDS)
+            messages = self._admit(0.0 if self.grammars.wait() else _IDLE_SECONDS)
         if self._fanout is not None:
             self._fanout.send(messages)
         return messages

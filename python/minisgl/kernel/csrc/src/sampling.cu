@@ -99,6 +99,7 @@ sample_changed_kernel(const SampleArgs args, const RuleArgs rules) {
   pdl_trigger();
   pdl_wait();
   const int mask = rules.mask_of == nullptr ? kNoMask : rules.mask_of[row];
+  if (mask == kNotReady && rank == 0 && threadIdx.x == 0) args.out[row] = kNotReady;
   if (rules.mask_of == nullptr ? !is_ruled(args, rules, row) : mask < 0) return;
   cluster_arrive(false);
   const SamplingParams& params = args.params[row];
@@ -117,6 +118,25 @@ sample_changed_kernel(const SampleArgs args, const RuleArgs rules) {
   const uint32_t own_best = slice.finish();
   cluster_wait();  // no block writes to another that has not started
   sample_row<float>(sampler, own_best, args, row, rank, kThreads / 32);
+}
+
+constexpr uint64_t kLongestWait = 1'000'000'000;  // ns
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+
+// One thread, which looks at memory of the host.
+__global__ void wait_kernel(const int64_t* told, int64_t number) {
+  const uint64_t start = nanoseconds();
+  int64_t found;
+  do {
+    asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(found) : "l"(told) : "memory");
+    if (found >= number) return;
+    __nanosleep(500);
+  } while (nanoseconds() - start < kLongestWait);
 }
 
 template <typename T, int kRanks, int kThreads, bool kStaged>
@@ -242,7 +262,7 @@ void for_type_of(const TensorView& logits, F&& f) {
 // largest logit is not finite. With token_ids [num_rows, max_len] int32 and rows [b] int32, the token also goes to
 // token_ids[rows[i], position[i]]. With entries [1] int64 (see `RuleArgs`), for up to `most_ruled` tokens, logits are
 // changed by penalties and entries before. With masks [k, ceil(vocab / 32)] int32 and mask_of [b] int32, which of them a
-// row has, negative for none, only the rows with a mask are sampled so, and nothing is stored.
+// row has, -1 for none, only the rows with a mask are sampled so, and nothing is stored; -2: the token is -2, too.
 void sample(TensorView logits, TensorView params, TensorView out, MaybeView token_ids, MaybeView rows,
             MaybeView entries, MaybeView masks, MaybeView mask_of) {
   MINISGL_CHECK(logits.ndim() == 2 && token_ids.has_value() == rows.has_value());
@@ -258,6 +278,13 @@ void sample(TensorView logits, TensorView params, TensorView out, MaybeView toke
   });
 }
 
+// On the stream of the device of `on`: what follows waits until `told`, [1] int64 in pinned memory, is `number` or more,
+// or for a second.
+void wait_for(TensorView on, TensorView told, int64_t number) {
+  wait_kernel<<<1, 1, 0, current_stream(on)>>>(column<int64_t>(told, is_int64(told), 1), number);
+  MINISGL_CUDA_CHECK(cudaGetLastError());
+}
+
 // Tokens of the largest vocabulary whose rows fit where they can be changed; 0: there is no such place.
 int64_t most_ruled(int64_t device) {
 #ifdef MINISGL_PDL
@@ -270,5 +297,6 @@ int64_t most_ruled(int64_t device) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, minisgl::sample);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(most_ruled, minisgl::most_ruled);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(wait_for, minisgl::wait_for);
 
 }  // namespace minisgl

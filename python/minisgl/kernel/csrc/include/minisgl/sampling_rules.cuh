@@ -11,7 +11,7 @@ namespace minisgl {
 
 namespace {
 
-constexpr int kNoMask = -1;
+constexpr int kNoMask = -1, kNotReady = -2;
 constexpr uint32_t kNoneBits = 0xff800000u;  // -inf
 constexpr int kNumCounts = 4096;  // tokens of the vocabulary whose occurrences are counted at a time
 
