@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Server:
                 self.process.kill()
                 self.process.wait()
         for child in self.children:
-            if child.is_running():
+            with suppress(psutil.NoSuchProcess):  # nor does it run any more when it ends just now
                 child.kill()
 
 

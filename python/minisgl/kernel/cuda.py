@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -42,9 +41,7 @@ def _whole_vectors(*tensors: Tensor) -> bool:
 class CudaMatrix(TorchMatrix):
     """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
-    def __init__(self, ops: "CudaOps", weight: Tensor, activation: str | None, elementwise: Any) -> None:
-        super().__init__(ops, weight, activation)
-        self._elementwise = elementwise  # kernels
+    _ops: "CudaOps"
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         if around.gated and (around.bias is not None or self._activation != "silu"):
@@ -68,14 +65,14 @@ class CudaMatrix(TorchMatrix):
         if not fits or not _whole_vectors(x, norm, self.weight) or not self.weight.is_contiguous():
             return super().norm_and_apply(x, norm, eps, bias)
         normed, out = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(len(x), len(self.weight))
-        self._elementwise.norm_linear(x, norm, eps, self.weight, bias, normed, out)
+        self._ops.elementwise.norm_linear(x, norm, eps, self.weight, bias, normed, out)
         return normed, out
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         if not (_whole_vectors(self.weight) and self.weight.is_contiguous()):
             return super().rows(ids, first)
         out = self.weight.new_empty(len(ids), self.weight.shape[1])
-        self._elementwise.embedding(ids, self.weight, first, len(self.weight), out)
+        self._ops.elementwise.embedding(ids, self.weight, first, len(self.weight), out)
         return out
 
 
@@ -107,13 +104,13 @@ class CudaOps(delta.DeltaOps, TritonOps):
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend, arch)
         self.captures_chunks = True
-        self._elementwise, self._sampling, self._logprobs, self._step, _ = (load_kernel(name, arch) for name in KERNELS)
+        self.elementwise, self._sampling, self._logprobs, self._step, _ = (load_kernel(name, arch) for name in KERNELS)
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
         self.wait_for = self._sampling.wait_for  # type: ignore[method-assign]
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        return CudaMatrix(self, weight, activation, self._elementwise)
+        return CudaMatrix(self, weight, activation)
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
         """Kept packed where there are kernels for all parts in one matrix, and they are worth it."""
@@ -134,7 +131,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         if not fits or x.shape[1] * x.itemsize > 1 << 16:
             return super().rms_norm(x, weight, eps)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._elementwise.rms_norm(x, weight, eps, out)
+        self.elementwise.rms_norm(x, weight, eps, out)
         return out
 
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
@@ -148,7 +145,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
             return super().norm_rope_store(qkv, norm, eps, rope, cache)
         norm = None if norm is None else norm.contiguous()
         cos, sin, slots = (tensor.contiguous() for tensor in (rope.cos, rope.sin, cache.slots))
-        self._elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, slots)
+        self.elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, slots)
         return qkv[:, :num_q]
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
@@ -157,7 +154,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         if not fits or activation != "silu":
             return super().act_and_mul(gate_up, activation)
         out = torch.empty((len(gate_up), inner), dtype=gate_up.dtype, device=gate_up.device)
-        self._elementwise.silu_and_mul(gate_up, out)
+        self.elementwise.silu_and_mul(gate_up, out)
         return out
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
