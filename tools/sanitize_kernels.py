@@ -325,7 +325,8 @@ def grouped_gemm() -> None:
     for n, num_experts, hidden, inner, top_k in ((1, 4, 64, 96, 2), (40, 9, 40, 24, 3), (150, 3, 128, 64, 1)):
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
         weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
-        out = fused_moe(up(x), up(logits, torch.float32), Stack(up(weights[0])), Stack(up(weights[1])), top_k, True)
+        kind = top_k, True, None, False, torch.cuda.get_device_capability()
+        out = fused_moe(up(x), up(logits, torch.float32), Stack(up(weights[0])), Stack(up(weights[1])), *kind)
         moe = MoE(num_experts, top_k, inner, True)
         stacks = [{"weight": weight} for weight in weights]
         expected = DENSE.experts(REFERENCE, stacks[0], stacks[1], moe)(x, logits)

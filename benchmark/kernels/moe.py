@@ -67,10 +67,11 @@ def seconds(call: Callable[[int], Any], num: int, repeats: int = 7) -> float:
 def bench(config: MoeConfig, num_tokens: int, gate_up: Tensor, down: Tensor) -> list[str]:
     inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE, dtype=DTYPE) for _ in range(4)]
     logits = [torch.randn(num_tokens, EXPERTS, device=DEVICE) for _ in range(4)]  # so that experts differ too
-    out = fused_moe(inputs[0], logits[0], Stack(gate_up), Stack(down), TOP_K, True, config)
+    kind = TOP_K, True, config, False, torch.cuda.get_device_capability()
+    out = fused_moe(inputs[0], logits[0], Stack(gate_up), Stack(down), *kind)
     expected = reference(inputs[0], logits[0], gate_up, down)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
-    taken = seconds(lambda i: fused_moe(inputs[i], logits[i], Stack(gate_up), Stack(down), TOP_K, True, config), 4)
+    taken = seconds(lambda i: fused_moe(inputs[i], logits[i], Stack(gate_up), Stack(down), *kind), 4)
     hit = statistics.mean(len(x.topk(TOP_K, dim=-1).indices.unique()) for x in logits)
     num_bytes, flops = hit * 3 * HIDDEN * INNER * 2, 6 * num_tokens * TOP_K * HIDDEN * INNER
     return [f"{taken * 1e6:.1f}", f"{num_bytes / taken / 1e9:.0f}", f"{flops / taken / 1e12:.1f}"]

@@ -120,7 +120,8 @@ class RuleOps(Ops):
         out[index] = super().sample(changed, columns.select(index), torch.empty_like(out[: len(index)]))
         return out.masked_fill_(mask_of == NOT_READY, NOT_READY)
 
-    def wait_for(self, on: Tensor, told: Tensor, number: int) -> None:
+    def wait_for(self, on: Tensor, told: Tensor | None, number: int) -> None:
+        assert told is not None
         deadline = time.monotonic() + 60
         while told[0] < number:
             assert time.monotonic() < deadline

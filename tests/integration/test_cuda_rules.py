@@ -32,6 +32,8 @@ class OnDevice:
     def __init__(
         self, rows: Rows, order: list[int], positions: list[int], masked: Any = (), masks: Masks | None = None
     ):
+        if rows.host.logit_rules.told is None:
+            rows.host.logit_rules.told = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         columns, store, self.rules = rows.step(order, positions, masked, masks)
         bounds, ids, values = rows.host.logit_rules.lists
         self.words = torch.cat((bounds.int(), ids, values.view(torch.int32))).cuda()

@@ -194,7 +194,7 @@ def test_cuda_kernels_that_know_silu_alone_are_not_asked_for_others(
     monkeypatch.setattr(skinny, "takes", lambda *_, **__: True)
     monkeypatch.setattr(skinny, "linear", lambda x, w, around: (x @ w.T) if not around.gated else x * nan)
     ops, x, weight, norm = TorchOps(), torch.randn(3, 32), torch.randn(48, 32), torch.rand(32)
-    matrix = CudaMatrix(ops, weight, activation, None)  # type: ignore[arg-type]
+    matrix = CudaMatrix(ops, weight, activation)  # type: ignore[arg-type]
     expected = ACTIVATIONS[activation](*(ops.rms_norm(x, norm, 1e-6) @ weight.T).chunk(2, -1))
     torch.testing.assert_close(matrix.gate_up(x, norm, 1e-6), expected, atol=1e-5, rtol=1e-5)
-    assert CudaMatrix(ops, weight, "silu", None).gate_up(x).isnan().all()  # type: ignore[arg-type]
+    assert CudaMatrix(ops, weight, "silu").gate_up(x).isnan().all()  # type: ignore[arg-type]

@@ -262,3 +262,10 @@ def test_log_probabilities_are_the_reference_s(num_top: int, vocab: int, target:
     words = cpu_ops(2, target).logprobs(source, torch.tensor([4, 5, 6]), torch.zeros(3).int(), num_top)
     assert words.view(torch.float32)[:, ::2].isnan().all()
     assert (words[:, 1::2] == 0).all()
+
+
+def test_one_mask_that_is_not_ready_changes_nothing_else() -> None:
+    """Where torch samples: the row's logits stay as they are, and its token says so."""
+    rows, source = Rows(1), logits()
+    found = rows.sample(TorchOps(), source, [0], [5], (0,), Given(np.zeros((1, 3), np.int32), (0,), 0))
+    assert found.tolist() == [NOT_READY]

@@ -1,11 +1,13 @@
-"""Masks beside a GPU: many rows' are computed at once on a thread, while the host goes on with the step before."""
+"""Masks beside a GPU: those of many rows take two calls, when the step before has ended; the device waits for them."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,11 +18,21 @@ from llguidance import LLExecutor, LLMatcher
 
 import minisgl
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, FinishReason, Grammar, Masks, SamplingParams, StepPlan, StepResult
+from minisgl.core import (
+    NOT_READY,
+    FinishReason,
+    Grammar,
+    Masks,
+    Req,
+    SamplingParams,
+    ScheduledReq,
+    StepPlan,
+    StepResult,
+)
 from minisgl.grammar.source import VocabularyConfig
 from minisgl.grammar.store import GrammarStore
 from minisgl.message.messages import DetokenizeMsg, UserMsg, pack_ids, unpack_ids
-from minisgl.scheduler.grammar import Grammars, LateMasks
+from minisgl.scheduler.grammar import Grammars, LateMasks, _Row
 from minisgl.scheduler.matching import Matching, Shared, masks_together
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
@@ -246,3 +258,31 @@ def test_an_interrupt_goes_on_and_matchers_begin_anew(store: GrammarStore) -> No
         room.compute([1], [])
     assert not room.is_ready.any()
     assert all(output.matcher is None and output.num_tokens == 0 for output in room.outputs)
+
+
+def test_a_new_request_of_a_dear_grammar_is_expected_to_be_dear(store: GrammarStore) -> None:
+    """It sits out: nobody waits for its first mask."""
+    grammar, params = replace(store.request(GRAMMARS[1]).result(60), cost=1e9), SamplingParams(seed=0)
+    grammars, output = Grammars(store, is_gpu=True), Matching(grammar)
+    rows = [_Row(Req(7, [1], np.empty(0, np.int32), 1, params, 9, 1), output, 1)]
+    words, is_ready = np.zeros((1, VOCAB // 32), np.int32), np.zeros(1, np.bool_)
+    plan = StepPlan(1, (), (), (ScheduledReq(0, 0, 1, 1), ScheduledReq(1, 0, 1, 1)), 2, masked=(0,))
+    grammars.compute(plan, rows, [[]], words, is_ready)
+    assert not is_ready.any() and output.job is not None
+    assert (output.job.result(60)[0] == mask_of(grammar.matcher.deep_copy())).all()
+
+
+def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> None:
+    """Where nobody but the host waits, the scheduler's thread does not compute what the engine's does."""
+    grammars, calls = Grammars(store, is_gpu=True), list[int]()
+    grammars.compute = lambda *_: calls.append(1)  # type: ignore[method-assign]
+    before: list[Any] = [(None, SimpleNamespace(wait=lambda _: True, result=lambda: SimpleNamespace(token_ids=[])))]
+    for told, num_before in ((None, 1), (np.zeros(1, np.int64), 0)):
+        masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [], before)
+        masks._new_ids = lambda: iter(())  # type: ignore[method-assign]
+        masks(np.zeros((1, 4), np.int32), np.zeros(1, np.int32), told)
+        assert len(calls) == num_before
+        masks.begin()
+        masks.begin()
+        assert len(calls) == 1
+        calls.clear()

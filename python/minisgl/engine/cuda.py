@@ -199,7 +199,7 @@ class CapturedSteps(StepRunner):
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
-        return launched if told is None else launched._replace(drafts=told[: len(plan.reqs)])
+        return launched if told is None or self.propose is None else launched._replace(drafts=told[: len(plan.reqs)])
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""

@@ -73,8 +73,8 @@ class LogitRules:
         words = torch.empty(masks.shape, dtype=torch.int32, pin_memory=is_pinned)
         mask_of = torch.full((len(rows),), NO_MASK, dtype=torch.int32, pin_memory=is_pinned)
         mask_of[list(masked)] = NOT_READY
-        masks(words.numpy(), mask_of.numpy(), None if self.told is None else self.told.numpy())
         self._number += 1
+        masks(words.numpy(), mask_of.numpy(), None if self.told is None else self.told.numpy())
         return StepRules(rows, positions, *self.lists, words, mask_of, self._number)
 
     def sample(
@@ -89,8 +89,7 @@ class LogitRules:
         if not is_captured:
             ops.sample(logits, columns, ids)
         if store.entries is not None and rules.mask_of is not None and rules.masks is not None:
-            if self.told is not None:
-                ops.wait_for(ids, self.told, rules.number)
+            ops.wait_for(ids, self.told, rules.number)
             which, masks = (found.to(ids.device, non_blocking=True) for found in (rules.mask_of, rules.masks))
             ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], masks, which))
             ops.store_ids(*store[:2], columns["position"], ids)
@@ -128,7 +127,7 @@ class LogitRules:
             changed.index_put_((of, tokens), values.masked_fill(is_free, 0), accumulate=True)
         if rules.masks is not None and rules.mask_of is not None:
             mask_of = rules.mask_of.numpy()[samples, None]
-            words = np.where(mask_of >= 0, rules.masks.numpy()[mask_of[:, 0]], -1)
+            words = np.where(mask_of >= 0, rules.masks.numpy()[mask_of[:, 0].clip(0)], -1)
             apply_bitmask(changed, to_device(words, device))
         return changed
 

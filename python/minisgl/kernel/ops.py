@@ -276,7 +276,7 @@ class StepOps:
                 self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
 
-    def wait_for(self, on: Tensor, told: Tensor, number: int) -> None:
+    def wait_for(self, on: Tensor, told: Tensor | None, number: int) -> None:
         """The device of `on` waits, a second at most, until `told`, [1] int64 in pinned memory, is `number` or more."""
 
     def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:  # noqa: ARG002

@@ -171,6 +171,8 @@ class Grammars:
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
         shares, is_alone = self._is_gpu and not self._is_late, len(plan.reqs) == 1
+        for output in (row.output for row in rows if row.output.matcher is None):
+            output.cost = max(output.cost, output.grammar.cost)
         places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
         for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
             output, found, is_cheap = row.output, list[Words](), row.output.cost <= CHEAP_SECONDS
@@ -181,11 +183,11 @@ class Grammars:
             elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
                 spent + output.cost <= most[is_cheap] or is_alone or output.error is not None
             ):
-                spent += output.cost
                 if shares and is_cheap and len(ids) <= 1 and not row.draft and output.error is None:
                     shared.append((output, ids, place))
                 else:
                     found = self._mask(row, ids)
+                spent += output.cost * max(1, len(found))
             else:
                 self._start(row._replace(draft=()), ids)
             for i, one in enumerate(found, place):
@@ -258,22 +260,24 @@ class LateMasks:
         self._asked: tuple[Words, Words, npt.NDArray[np.int64] | None] | None = None
 
     def __call__(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
-        self._asked = words, mask_of, told
         if told is None or not self._before:
-            self.begin()
+            self._fill(words, mask_of, told)
+        else:
+            self._asked = words, mask_of, told
 
     def begin(self) -> None:
-        """If they were asked for, and only once."""
-        if self._asked is None:
-            return
-        (words, mask_of, told), self._asked = self._asked, None
+        """If a device waits for them: only once."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            self._fill(*asked)
+
+    def _fill(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
         is_ready = np.zeros(len(words), np.bool_)
         try:
             if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
                 self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
-        except EngineError:
-            logger.debug("no tokens come from the step before")
-            words[:], is_ready[:] = -1, True  # the requests end with that step
+        except EngineError:  # no tokens come from the step before, with which the requests end
+            words[:], is_ready[:] = -1, True
         finally:
             mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
             if told is not None:

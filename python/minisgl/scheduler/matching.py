@@ -82,14 +82,14 @@ def masks_together(executor: LLExecutor, rows: Sequence[Shared], words: Words, i
     """Have each matcher take its new token, if there is one, and put its next mask into its place, in two calls that do
     not hold Python's lock. None is ready where a matcher breaks: it has to begin anew. → the seconds that it took."""
     start, tokens, places, ends = time.perf_counter(), [], [], []
-    for output, ids, place in rows:
-        matcher = output.matcher or output.grammar.matcher.deep_copy()
-        places.append((matcher, place))
-        ends.append(output.num_tokens + len(ids))
-        output.matcher, output.num_tokens = None, 0  # until it is known that it does not break
-        if ids and not matcher.is_stopped():
-            tokens.append((matcher, ids[0]))
     try:
+        for output, ids, place in rows:
+            matcher = output.matcher or output.grammar.matcher.deep_copy()
+            places.append((matcher, place))
+            ends.append(output.num_tokens + len(ids))
+            output.matcher, output.num_tokens = None, 0  # until it is known that it does not break
+            if ids and not matcher.is_stopped():
+                tokens.append((matcher, ids[0]))
         if tokens:  # of none it makes an error
             executor.consume_token_par(tokens)
         executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words.strides[0], len(words))

@@ -127,9 +127,9 @@ class Scheduler:
         (plan, _), handle = self._submitted[0]
         if not handle.wait(PUMP_SECONDS):
             self._wait(plan, handle)
-        self._grammars.begin()
         for observer in self._observers:
             observer.retired(plan, time.monotonic() - begin)
+        self._grammars.begin()
         try:
             result = handle.result()
         except Exception as error:
