@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from minisgl.core import (
 )
 from minisgl.grammar.source import VocabularyConfig
 from minisgl.grammar.store import GrammarStore
-from minisgl.message.messages import DetokenizeMsg, UserMsg, pack_ids, unpack_ids
+from minisgl.message.messages import DetokenizeMsg, ForcedMsg, UserMsg, pack_ids, unpack_ids
 from minisgl.scheduler.grammar import Grammars, LateMasks, _Row
 from minisgl.scheduler.matching import Matching, Shared, masks_together
 from minisgl.scheduler.scheduler import Scheduler
@@ -235,7 +236,7 @@ def test_a_matcher_that_breaks_begins_anew(store: GrammarStore) -> None:
 def test_a_failure_is_told_and_the_device_goes_on(
     store: GrammarStore, monkeypatch: pytest.MonkeyPatch, is_device: bool
 ) -> None:
-    """It waits for a number of steps: one that is never told would hold up all that come after it."""
+    """It waits for a number of steps: one that is never told would hold up all that come after it. Rows sit out."""
     grammars, told = Grammars(store, is_gpu=True), np.zeros(1, np.int64)
     words, mask_of = np.zeros((1, VOCAB // 32), np.int32), np.full(1, NOT_READY, np.int32)
     masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [], [])
@@ -244,7 +245,7 @@ def test_a_failure_is_told_and_the_device_goes_on(
         raise MemoryError("no room")
 
     monkeypatch.setattr(grammars, "compute", fail)
-    with pytest.raises(MemoryError):
+    with nullcontext() if is_device else pytest.raises(MemoryError):
         masks(words, mask_of, told if is_device else None)
     assert mask_of[0] == NOT_READY and told[0] == is_device
 
@@ -286,3 +287,18 @@ def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> N
         masks.begin()
         assert len(calls) == 1
         calls.clear()
+
+
+def test_what_is_prescribed_is_told_beside_a_gpu_too(store: GrammarStore) -> None:
+    grammar, params = (
+        store.request(Grammar("regex", "once upon a time, ([a-z]+ ){9}")).result(60),
+        SamplingParams(seed=0),
+    )
+    grammars = Grammars(store, is_gpu=True, tells_forced=True)
+    rows = [_Row(Req(7, [1], np.empty(0, np.int32), 1, params, 9, 1), Matching(grammar, asks_forced=True), 1)]
+    is_ready = np.zeros(1, np.bool_)
+    plan = StepPlan(1, (), (), (ScheduledReq(0, 0, 1, 1),), 1, masked=(0,))
+    grammars.compute(plan, rows, [[]], np.zeros((1, VOCAB // 32), np.int32), is_ready)
+    assert is_ready.all()
+    (told,), _ = grammars.admit([])
+    assert isinstance(told, ForcedMsg) and told.uid == 7

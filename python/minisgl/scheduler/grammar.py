@@ -68,7 +68,6 @@ class Grammars:
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
-        # Matchers of one grammar share a lock: for these a second thread would only wait.
         self._executors, self._is_late = [LLExecutor(n) for n in (1, max(1, num_threads // 2))], False
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
@@ -170,7 +169,7 @@ class Grammars:
         interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
-        shares, is_alone = self._is_gpu and not self._is_late, len(plan.reqs) == 1
+        shares, is_alone = self._is_gpu and not (self._is_late or self._tells_forced), len(plan.reqs) == 1
         for output in (row.output for row in rows if row.output.matcher is None):
             output.cost = max(output.cost, output.grammar.cost)
         places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
@@ -192,11 +191,10 @@ class Grammars:
                 self._start(row._replace(draft=()), ids)
             for i, one in enumerate(found, place):
                 words[i], is_ready[i] = one, True
-        self._most, self._late_cost = most, spent
         # If it took too long one of them may have become dear: next time each has a time of its own.
-        executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]
+        executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]  # of one they share a lock
         self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most[True]
-        self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
+        self._most, self._late_cost, self._last_time = most, spent, time.perf_counter()  # after masks, else ever more
 
     def close(self) -> None:
         for threads in self._threads:
@@ -276,8 +274,10 @@ class LateMasks:
         try:
             if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
                 self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
-        except EngineError:  # no tokens come from the step before, with which the requests end
-            words[:], is_ready[:] = -1, True
+        except Exception as error:
+            if told is None and not isinstance(error, EngineError):  # of the step before: its requests end with it
+                raise
+            logger.warning("step %d has no masks: %s: %s", self._plan.step_id, type(error).__name__, error)
         finally:
             mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
             if told is not None:
