@@ -302,3 +302,9 @@ def test_what_is_prescribed_is_told_beside_a_gpu_too(store: GrammarStore) -> Non
     assert is_ready.all()
     (told,), _ = grammars.admit([])
     assert isinstance(told, ForcedMsg) and told.uid == 7
+
+
+def test_no_grammar_is_kept_for_a_step_that_has_masks(store: GrammarStore) -> None:
+    """Else compiled grammars of requests that are gone would take up the room of others."""
+    run = Run(store)
+    assert not run.grammars.outputs and not run.grammars._late

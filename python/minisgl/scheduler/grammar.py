@@ -72,7 +72,7 @@ class Grammars:
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
-        self._late: LateMasks | None = None  # of the last step
+        self._late: list[LateMasks] = []  # of the last step, until they are begun
         # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
         self._late_cost, self._most = 0.0, tuple(share * self._interval for share in self._shares)
 
@@ -127,13 +127,13 @@ class Grammars:
             if share.num_samples and req.params.grammar is not None:
                 rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ())))
         self.begin()
-        self._late = LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
-        return self._late
+        self._late = [LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])]
+        return self._late[0]
 
     def begin(self) -> None:
-        """With the last step's masks: the steps before it have ended."""
-        if self._late is not None:
-            self._late.begin()
+        """With the last step's masks: the steps before it have ended. Its rows, and their grammars, are let go."""
+        while self._late:
+            self._late.pop().begin()
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
