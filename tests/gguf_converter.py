@@ -25,6 +25,11 @@ ARCHITECTURES = {
     "qwen3_5_moe_text": "qwen35moe",
     "qwen3_next": "qwen3next",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+    "glm": "chatglm",
+    "qwen2": "qwen2vl",  # these three, too
+    "qwen3": "qwen3vl",
+    "qwen3_moe": "qwen3vlmoe",
     "gpt_oss": "gpt-oss",
     "ministral3": "mistral3",
     "olmo3": "olmo2",
@@ -91,7 +96,7 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
             )
         else:
             writer.add_tensor(theirs, weight.contiguous().numpy())
-    for name, factors in divisors(config).items():
+    for name, factors in divisors(architecture, config).items():
         writer.add_tensor(f"{name}.weight", torch.tensor(factors, dtype=torch.float32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -110,8 +115,12 @@ def in_layer(name: str, layers: int) -> str:
     return f"model.layers.{layers}.{theirs.get(stem, stem)}.weight"
 
 
-def divisors(config: dict[str, Any]) -> dict[str, list[float]]:
+def divisors(architecture: str, config: dict[str, Any]) -> dict[str, list[float]]:
+    """Of Gemma 4, those of layers that see all: features that are not rotated have a number beyond all positions."""
     rope = config.get("rope_parameters") or {}
+    if architecture == "gemma4":
+        pairs, share = far_heads(config)["head_dim"] // 2, rope["full_attention"]["partial_rotary_factor"]
+        return {"rope_freqs": [1.0 if i < int(pairs * share) else 1e30 for i in range(pairs)]}
     return {f"rope_factors_{key}": rope[f"{key}_factor"] for key in ("short", "long") if f"{key}_factor" in rope}
 
 
@@ -132,7 +141,7 @@ def parts(architecture: str, config: dict[str, Any], weights: dict[str, Tensor])
             yield name, weight + 1
         elif "self_attn.q_proj" in name or "self_attn.k_proj" in name:
             yield name, in_pairs(config, weight) if architecture in ROTATED_IN_PAIRS else weight
-        elif name.endswith("sinks"):
+        elif name.endswith(("sinks", "layer_scalar")):
             yield f"{name}.weight", weight
         elif ".experts." in name:
             yield from experts(name, weight)
@@ -202,6 +211,9 @@ def add_numbers(writer: gguf.GGUFWriter, architecture: str, config: dict[str, An
         multiple = config["block_multiple_of"]
         inner = -(-int(2 * inner / 3) // multiple) * multiple
         kv_heads = [0 if kind == "conv" else kv_heads for kind in types]
+    if architecture == "gemma4":
+        inner, kv_heads = add_gemma4(writer, config)
+        head_dim = far_heads(config)["head_dim"]
     foretells = config.get("mtp_num_hidden_layers", 0)
     writer.add_block_count(config["num_hidden_layers"] + foretells)
     if foretells:
@@ -216,9 +228,14 @@ def add_numbers(writer: gguf.GGUFWriter, architecture: str, config: dict[str, An
     if (near := rope.get("sliding_attention", {}).get("rope_theta")) is not None:
         writer.add_rope_freq_base_swa(near)
     if config.get("head_dim"):
-        writer.add_key_length(config["head_dim"])
-    if architecture in (*ROTATED_IN_PAIRS, "phi3", "glm4", "qwen35", "qwen35moe", "qwen3next"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if architecture in (*ROTATED_IN_PAIRS, "phi3", "glm4", "chatglm", "qwen35", "qwen35moe", "qwen3next"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if architecture.startswith(("qwen2vl", "qwen3vl")):
+        third = head_dim // 6
+        writer.add_rope_dimension_sections([head_dim // 2 - 2 * third, third, third, 0])
+        writer.add_num_deepstack_layers(1)
     add_scaling(writer, far)
     add_windows(writer, architecture, config)
     optional = {
@@ -252,6 +269,29 @@ def add_numbers(writer: gguf.GGUFWriter, architecture: str, config: dict[str, An
         writer.add_expert_feed_forward_length(inner)
 
 
+def far_heads(config: dict[str, Any]) -> dict[str, int]:
+    """Of Gemma 4's layers that see all."""
+    return next(iter(config["per_layer_config"].values()))  # type: ignore[no-any-return]
+
+
+def add_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> tuple[Any, Any]:
+    """What no other family has; → features of MLPs and heads of keys, of each layer where they differ."""
+    far, near = far_heads(config), config["head_dim"]
+    shared, inner, kv_heads = (config[key] for key in ("num_kv_shared_layers", "intermediate_size", "num_key_value_heads"))
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_key_length_swa(near)
+    writer.add_value_length_swa(near)
+    writer.add_rope_dimension_count(far["head_dim"])
+    writer.add_rope_dimension_count_swa(near)
+    if config["use_double_wide_mlp"]:
+        inner = [inner] * (config["num_hidden_layers"] - shared) + [2 * inner] * shared
+    if "num_key_value_heads" in far:
+        of_kind = {"full_attention": far["num_key_value_heads"], "sliding_attention": kv_heads}
+        kv_heads = [of_kind[kind] for kind in config["layer_types"]]
+    return inner, kv_heads
+
+
 def add_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
     kind = rope.get("rope_type")
     if kind in ("linear", "yarn"):
@@ -270,7 +310,7 @@ def add_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
 
 
 def add_windows(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any]) -> None:
-    has_types = config["model_type"] in ("olmo3", "exaone4")
+    has_types = config["model_type"] in ("olmo3", "exaone4", "gemma4_text")
     if architecture in ("gemma2", "gemma3", "gpt-oss", "phi3") or (has_types and config["sliding_window"]):
         writer.add_sliding_window(config.get("sliding_window") or 0)
     if has_types and config["sliding_window"]:

@@ -31,6 +31,7 @@ SAYS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "gemma3_text": {"query_pre_attn_scalar": 32},
     "lfm2": {"conv_bias": False},
+    "glm": {"head_dim": 16},
     "qwen3_next": {"mlp_only_layers": []},
 }
 

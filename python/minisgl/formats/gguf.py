@@ -117,8 +117,8 @@ def open_slices(path: Path) -> dict[str, Slice]:
     converters have done with them is undone."""
     model, found = open_model(path), dict[str, Slice]()
     config, layout = model.config, model.layout
-    for stored in model.stored.values():
-        (stem, names), first = model.our_names(stored.name), 0
+    for name_in_file, stored in model.stored.items():
+        (stem, names), first = model.our_names(name_in_file), 0
         if len(stored.shape) < NAMES["dimensions"].get(stem, 0):
             stored = replace(stored, shape=(*stored.shape[:-1], 1, stored.shape[-1]))
         num_rows, row_bytes = stored.shape[0], stored.num_bytes // stored.shape[0]

@@ -192,6 +192,8 @@ class GgufModel:
         self.stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
         if (expected := self._metadata.integer("split.tensors.count", len(self.stored), 0)) != len(self.stored):
             raise self._head.wrong(f"its parts have {len(self.stored)} tensors, not {expected}")
+        if self.layout.get("config.json", {}).get("attention_k_eq_v"):  # in layers without values of their own
+            self.stored = {name.replace("attn_k.", "attn_v."): self.stored[name] for name in self.stored} | self.stored
         self._divisors = {ours: self.stored.pop(name, None) for ours, name in NAMES["divisors"].items()}
         self._num_layers = self._integer("block_count") - self._integer("nextn_predict_layers")
         hidden, heads = self._integer("embedding_length"), max(1, self._integer("attention.head_count"))
@@ -229,6 +231,11 @@ class GgufModel:
             return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
         return self.config if name == "config.json" else {}
 
+    def _of_layers(self, key: str) -> list[Any]:
+        """A number of each layer, or one of all."""
+        value = self._numbers.data.get(key)
+        return (value if isinstance(value, list) else [value]) or [None]
+
     def _integer(self, key: str) -> int:
         return self._numbers.integer(key, 0, 0)
 
@@ -242,21 +249,26 @@ class GgufModel:
     def config(self) -> dict[str, Any]:
         """What config.json would hold, with what stands in other forms in the metadata, or nowhere."""
         fields, data = self._fields("config.json"), self._numbers.data
-        lists = {key: data[key] for key in NAMES["layer_types"] if isinstance(data.get(key), list)}  # of each layer
-        told = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in lists.items()]
+        told = [(key, data[key]) for key in NAMES["layer_types"] if isinstance(data.get(key), list)]  # of each layer
+        kinds = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in told][:1]
+        kinds = kinds[0][: self._num_layers] if kinds else None
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
-        kv_heads = lists.get("attention.head_count_kv", [fields["num_key_value_heads"]])
+        heads, inner = (self._of_layers(key) for key in ("attention.head_count_kv", "feed_forward_length"))
+        far, near = ([n for n, kind in zip(heads, kinds or (), strict=False) if (kind == "full_attention") is is_far] for is_far in (True, False))
         return (
             NAMES["always"]
             | fields
             | {
                 "architectures": [one for key, one in self.layout["class"].items() if not key or data.get(key)][:1],
                 "num_hidden_layers": self._num_layers,
-                "num_key_value_heads": max(kv_heads, default=None) or fields["num_attention_heads"],
-                "head_dim": self._head_dim,
-                "vocab_size": self.stored["token_embd.weight"].shape[0],
-                "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
-                "layer_types": told[0][: self._num_layers] if told else None,
+                "num_key_value_heads": max(near, default=0) or max(heads) or fields["num_attention_heads"],
+                "num_global_key_value_heads": max(far, default=None),
+                "head_dim": self._integer("attention.key_length_swa") or self._head_dim,
+                "vocab_size": (size := self.stored["token_embd.weight"].shape[0]),
+                "vocab_size_per_layer_input": size,
+                "intermediate_size": inner[0] or fields["moe_intermediate_size"],
+                "use_double_wide_mlp": inner[-1] != inner[0],
+                "layer_types": kinds,
                 "rope_local_base_freq": fields["rope_local_base_freq"] or fields["rope_theta"],
                 "rope_scaling": self._rope_scaling(),
                 "partial_rotary_factor": self._rotary_dim / self._head_dim,
