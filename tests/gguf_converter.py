@@ -277,7 +277,9 @@ def far_heads(config: dict[str, Any]) -> dict[str, int]:
 def add_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> tuple[Any, Any]:
     """What no other family has; → features of MLPs and heads of keys, of each layer where they differ."""
     far, near = far_heads(config), config["head_dim"]
-    shared, inner, kv_heads = (config[key] for key in ("num_kv_shared_layers", "intermediate_size", "num_key_value_heads"))
+    shared, inner, kv_heads = (
+        config[key] for key in ("num_kv_shared_layers", "intermediate_size", "num_key_value_heads")
+    )
     writer.add_shared_kv_layers(shared)
     writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
     writer.add_key_length_swa(near)

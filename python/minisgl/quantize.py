@@ -70,11 +70,10 @@ def _importance(source: Path, text: str) -> dict[tuple[str, int | None], Tensor]
         for first in range(0, len(ids), _WINDOW):
             model.base_model(torch.tensor([ids[first : first + _WINDOW]]), use_cache=False)
     for name, parameter in model.named_parameters():
-        is_stack = parameter.dim() == 3
-        for i, weight in enumerate(parameter if is_stack else [parameter]):
+        for i, weight in enumerate(parameter if parameter.dim() == 3 else [parameter]):
             if (squares := watch.squares.get(weight.data_ptr())) is not None:
                 importance = (squares / squares.mean().clamp(min=1e-30)).clamp(min=1e-4)
-                found[our_name(name), i if is_stack else None] = importance
+                found[our_name(name), i if parameter.dim() == 3 else None] = importance
     return found
 
 

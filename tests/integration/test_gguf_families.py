@@ -63,17 +63,44 @@ def test_logits(family: str, tmp_path: Path) -> None:
     )
 
 
+SIZES = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False}
+ROPE = {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 50000.0}}
+ROPE |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1234.0}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_k_eq_v": False, "num_global_key_value_heads": None, "tie_word_embeddings": True},
+        {**SIZES, "tie_word_embeddings": True},
+        {"rope_parameters": ROPE, "final_logit_softcapping": None},
+    ],
+    ids=["as E2B and E4B", "as 31B", "rotation"],
+)
+def test_models_of_gemma_4(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Numbers of heads and features of MLPs are lists where they differ by layer, and layers may share keys."""
+    path, source = made("gemma4_text", tmp_path, **changes)
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
 ROUNDED = ["qwen3_5_text", "qwen3_next", "lfm2", "gemma3_text", "gpt_oss", "phi3", "glm4"]
 CASES = [*((family, "Q8_0", 32) for family in ROUNDED), ("gpt_oss", "MXFP4", 32)]
 # Two heads of values in each block of 32 columns, whose order is undone where they multiply; and floats.
-CASES += [("qwen3_5_text", "Q8_0", 16), ("qwen3_5_text", "Q4_0", 16), ("qwen3_5_text", "F16", 16)]
+CASES += [
+    ("gemma4_text", "Q8_0", 16),
+    ("gemma4_text", "Q4_0", 32),
+    ("qwen3_5_text", "Q8_0", 16),
+    ("qwen3_5_text", "Q4_0", 16),
+    ("qwen3_5_text", "F16", 16),
+]
 
 
 @pytest.mark.parametrize(("family", "kind", "size"), CASES)
 def test_blocks_in_kernels(family: str, kind: str, size: int, tmp_path: Path) -> None:
     """Kernels round activations to 8 bits where that pays, and with them a router may choose other experts. Columns in
     another order would give logits that have nothing in common with these (1.4)."""
-    sizes = {"linear_value_head_dim": size} if family.startswith("qwen3_") else {}
+    key = "hidden_size_per_layer_input" if family.startswith("gemma4") else "linear_value_head_dim"
+    sizes = {key: size} if family.startswith(("qwen3_", "gemma4")) else {}
     path, source = made(family, tmp_path, kind, **sizes)
     expected = hf_logits(source, PROMPT)
     assert distance(engine_logits(path, PROMPT), expected) < 1e-4
@@ -129,6 +156,8 @@ def test_scores_of_the_largest_gemma(family: str, layers: int, scalar: int, tmp_
         ("mixtral", {"llama__expert_gating_func": 2}, "expert_gating_func must be 0 or 1, not 2"),
         ("qwen2_moe", {"qwen2moe__expert_weights_scale": 2.5}, "expert_weights_scale must be 0 or 1, not 2.5"),
         ("gemma3_text", {"gemma3__attention__causal": False}, "is_causal must be true, not False"),
+        ("gemma4_text", {"gemma4__expert_count": 8}, "architecture not supported: Gemma 4 with experts .missing: "),
+        ("gemma4_text", {"gemma4__attention__shared_kv_layers": 5}, "num_kv_shared_layers must be fewer, with a layer"),
         ("lfm2", {"lfm2__attention__sliding_window": 64}, "sliding_window must be 0, not 64"),
     ],
 )
@@ -138,12 +167,20 @@ def test_what_is_not_computed(family: str, changes: dict[str, Any], told: str, t
         read_model_config(path)
 
 
-def test_a_message_of_gpt_oss_is_no_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "texts", "ends"),
+    [
+        ("gpt_oss", ["<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"], {6, 7, 8}),
+        ("gemma4_text", ["<|turn>", "<eos>", "<turn|>", "<|tool_response>"], {6, 7, 8}),
+    ],
+)
+def test_what_ends_a_turn(family: str, texts: list[str], ends: set[int], tmp_path: Path) -> None:
+    """A message of gpt-oss does not, and Gemma 4 waits for what a tool answers."""
     tokens = [f"t{i}" for i in range(256)]
-    tokens[5:9] = "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"
-    source = tiny_model("gpt_oss")
-    path = convert(source, tmp_path / "model.gguf", tokenizer__ggml__tokens=tokens, tokenizer__ggml__eos_token_id=6)
-    assert {*read_model_config(path).eos_token_ids} == {6, 7, 8}
+    tokens[5:9] = texts
+    says = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__eos_token_id": 6}
+    path = convert(tiny_model(family), tmp_path / "model.gguf", **says)
+    assert {*read_model_config(path).eos_token_ids} == ends
 
 
 def test_a_head_that_foretells(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import gguf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
-from transformers import CohereTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
+from transformers import CohereTokenizer, GemmaTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
 
 from minisgl.errors import ConfigError
 from minisgl.gguf.tokenizer import build_tokenizer
@@ -92,7 +92,12 @@ OTHERS = {
     "deepseek-coder": [*split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN), pre.Digits(individual_digits=True), BYTES],
 }
 OTHERS |= dict.fromkeys(("lfm2", "glm4", "dbrx"), OTHERS["llama-bpe"])
-CLASSES: dict[str, Any] = {"gpt-2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer, "olmo": GPTNeoXTokenizer}
+CLASSES: dict[str, Any] = {
+    "gpt-2": GPT2Tokenizer,
+    "exaone4": GPT2Tokenizer,
+    "qwen2": Qwen2Tokenizer,
+    "olmo": GPTNeoXTokenizer,
+}
 CLASSES |= {"command-r": CohereTokenizer}
 
 
@@ -207,6 +212,43 @@ def test_control_tokens_of_sentencepiece_and_no_prefix() -> None:
     assert tokenizer.decode(tokenizer.encode(" xyz"), skip_special_tokens=True) == " xyz"
 
 
+@cache
+def pieces() -> tuple[Any, dict[str, Any]]:
+    """Gemma's own tokenizer of some merges, and the metadata that a converter makes of it."""
+    bytes_ = {f"<0x{byte:02X}>": 6 for byte in range(256)}
+    special = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 2, "<mask>": 3, "<|end|>": 3, "<tool>": 4}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=[*special, *bytes_], show_progress=False)
+    tokenizer.train_from_iterator((text for text in TEXTS[:20] for _ in range(4)), trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    own, vocab = GemmaTokenizer(vocab=tokenizer.get_vocab(), merges=merges), tokenizer.get_vocab()
+    own.add_tokens(
+        [AddedToken(token, special=special[token] == 3, normalized=False) for token in ("<|end|>", "<tool>")]
+    )
+    ids = {f"{name}_token_id": i for i, name in enumerate(("padding", "eos", "bos", "unknown"))}
+    flags = {"add_bos_token": False, "add_space_prefix": False, "merges": [" ".join(pair) for pair in merges]}
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    return own, metadata(tokens, bytes_ | special, model="gemma4", **ids, **flags)
+
+
+def check_pieces(text: str) -> None:
+    own, made = pieces()
+    tokenizer, ids = build_tokenizer(Fields(made, "x.gguf")), own.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text) == [2, *ids]  # BOS, whatever the file says, as early ones are wrong
+    assert tokenizer.decode(ids) == own.decode(ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_with_merges_of_their_own(text: str) -> None:
+    check_pieces(text)
+
+
+@given(st.text(max_size=30))
+def test_any_text_of_pieces_with_merges(text: str) -> None:
+    check_pieces(text)
+
+
 def small(**others: Any) -> dict[str, Any]:
     vocab, merges = byte_level()
     texts = [" ".join(merge) for merge in merges]
@@ -255,8 +297,8 @@ def test_chat_templates() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model must be gpt2, which is byte-level BPE, or llama, not 'bert'"),
-        ({"model": None}, "tokenizer.ggml.model must be gpt2, which is byte-level BPE, or llama, not None"),
+        ({"model": "bert"}, "tokenizer.ggml.model must be gpt2, which is byte-level BPE, llama or gemma4, not 'bert'"),
+        ({"model": None}, "tokenizer.ggml.model must be gpt2, which is byte-level BPE, llama or gemma4, not None"),
         ({"pre": None}, "tokenizer.ggml.pre must be one of gpt-2, "),
         ({"pre": "default"}, "tokenizer.ggml.pre must be one of gpt-2, "),
         ({"pre": "quux"}, "tokenizer.ggml.pre must be one of gpt-2, "),

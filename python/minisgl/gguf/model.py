@@ -132,11 +132,9 @@ class GgufFile:
         name, num_dims = ascii(self._text())[1:-1][:100], self._number("<I")
         shape = tuple(self._number("<Q") for _ in range(min(num_dims, 4)))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
-        if number not in KINDS:
-            known = ", ".join(kind.name for kind in KINDS.values())
-            other = NAMES["others"].get(number, number)
+        if (kind := KINDS.get(number)) is None:
+            known, other = ", ".join(kind.name for kind in KINDS.values()), NAMES["others"].get(number, number)
             raise self.wrong(f"tensor {name} is of type {other}, not supported (supported: {known})")
-        kind = KINDS[number]
         if not 1 <= num_dims <= 4 or not 0 < math.prod(shape) < 2**50 or shape[-1] % kind.values:
             raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
         return StoredTensor(name, self, kind, shape, offset)
@@ -169,8 +167,7 @@ class GgufFile:
         return struct.unpack_from(form, self.data, self._take(struct.calcsize(form)))[0]
 
     def _text(self) -> str:
-        size = self._number("<Q")
-        begin = self._take(size)
+        begin = self._take(size := self._number("<Q"))
         return self.data[begin : begin + size].decode(errors="replace")
 
 
@@ -231,11 +228,6 @@ class GgufModel:
             return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
         return self.config if name == "config.json" else {}
 
-    def _of_layers(self, key: str) -> list[Any]:
-        """A number of each layer, or one of all."""
-        value = self._numbers.data.get(key)
-        return (value if isinstance(value, list) else [value]) or [None]
-
     def _integer(self, key: str) -> int:
         return self._numbers.integer(key, 0, 0)
 
@@ -249,26 +241,25 @@ class GgufModel:
     def config(self) -> dict[str, Any]:
         """What config.json would hold, with what stands in other forms in the metadata, or nowhere."""
         fields, data = self._fields("config.json"), self._numbers.data
-        told = [(key, data[key]) for key in NAMES["layer_types"] if isinstance(data.get(key), list)]  # of each layer
-        kinds = [[NAMES["layer_types"][key][bool(value)] for value in values] for key, values in told][:1]
-        kinds = kinds[0][: self._num_layers] if kinds else None
+        told = (key for key in NAMES["layer_types"] if isinstance(data.get(key), list))  # of each layer
+        kinds = [[NAMES["layer_types"][key][bool(value)] for value in data[key]] for key in told]
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
-        heads, inner = (self._of_layers(key) for key in ("attention.head_count_kv", "feed_forward_length"))
-        far, near = ([n for n, kind in zip(heads, kinds or (), strict=False) if (kind == "full_attention") is is_far] for is_far in (True, False))
+        either = map(data.get, ("attention.head_count_kv", "feed_forward_length"))  # one for all layers, or of each
+        heads, inner = (value if value and isinstance(value, list) else [value] for value in either)
+        of_kind = dict(zip(kinds[0], heads, strict=False)) if kinds else {}
         return (
             NAMES["always"]
             | fields
             | {
                 "architectures": [one for key, one in self.layout["class"].items() if not key or data.get(key)][:1],
                 "num_hidden_layers": self._num_layers,
-                "num_key_value_heads": max(near, default=0) or max(heads) or fields["num_attention_heads"],
-                "num_global_key_value_heads": max(far, default=None),
+                "num_key_value_heads": of_kind.get("sliding_attention") or max(heads) or fields["num_attention_heads"],
+                "num_global_key_value_heads": of_kind.get("full_attention"),
                 "head_dim": self._integer("attention.key_length_swa") or self._head_dim,
-                "vocab_size": (size := self.stored["token_embd.weight"].shape[0]),
-                "vocab_size_per_layer_input": size,
+                **dict.fromkeys(NAMES["vocab_size"], self.stored["token_embd.weight"].shape[0]),
                 "intermediate_size": inner[0] or fields["moe_intermediate_size"],
                 "use_double_wide_mlp": inner[-1] != inner[0],
-                "layer_types": kinds,
+                "layer_types": kinds[0][: self._num_layers] if kinds else None,
                 "rope_local_base_freq": fields["rope_local_base_freq"] or fields["rope_theta"],
                 "rope_scaling": self._rope_scaling(),
                 "partial_rotary_factor": self._rotary_dim / self._head_dim,
@@ -319,8 +310,8 @@ def chat_templates(metadata: Fields) -> list[dict[str, str]]:
 def parts_of(path: Path) -> list[Path]:
     """All files of a model, in their order. Raises: ConfigError naming those that are missing."""
     match = _PART.fullmatch(path.name)
-    count = int(match[3]) if match else 0
-    parts = [path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count) if match]
+    numbers = range(1, int(match[3]) + 1) if match else ()
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in numbers if match]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ConfigError(f"{str(path)!r} is incomplete: {', '.join(missing[:8])} missing")
     return parts or [path]

@@ -47,8 +47,8 @@ class _Vocabulary(Fields):
         values = {key.removeprefix(start): value for key, value in metadata.data.items()}
         super().__init__(values, metadata.source, start)
         self.model = self.text("model", None)
-        if self.model not in ("gpt2", "llama"):
-            raise self.wrong("model", "gpt2, which is byte-level BPE, or llama")
+        if self.model not in ("gpt2", "llama", "gemma4"):
+            raise self.wrong("model", "gpt2, which is byte-level BPE, llama or gemma4")
         self.tokens = self.items(str, "tokens")
         self.types = self.items(int, "token_type") if "token_type" in values else [_NORMAL] * len(self.tokens)
         self.ids = {token: i for i, token in enumerate(self.tokens) if self.types[i] != _UNUSED}
@@ -70,7 +70,7 @@ class _Vocabulary(Fields):
             raise self.wrong(f"{name}_token_id", "a token that is used")
         return None if index is None else self.tokens[index]
 
-    def complete(self, tokenizer: Any, adds_bos: bool) -> None:
+    def complete(self, tokenizer: Any, adds_bos: bool | str) -> None:
         """Has it find control tokens and users' own before it splits a text, and put BOS and EOS around texts."""
         from tokenizers import AddedToken
         from tokenizers.processors import TemplateProcessing
@@ -78,7 +78,7 @@ class _Vocabulary(Fields):
         kinds = [(text, self.types[index]) for text, index in self.ids.items() if text]
         added = [(text, kind != _USER_DEFINED) for text, kind in kinds if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
         tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added])
-        bos = self.special("bos") if self.boolean("add_bos_token", adds_bos) else None
+        bos = self.special("bos") if adds_bos == "always" or self.boolean("add_bos_token", adds_bos) else None
         eos = self.special("eos") if self.boolean("add_eos_token", False) else None
         template = [piece for piece in (bos, "$A", eos) if piece is not None]
         ids = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} if token is not None]
@@ -94,8 +94,8 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
     name = "prefix" if vocabulary.boolean("add_space_prefix", True) else "no prefix"
     if vocabulary.model == "gpt2" and (name := vocabulary.text("pre", "")) not in kinds:
         raise vocabulary.wrong("pre", f"one of {', '.join(kinds)}")
-    kind, options = kinds[name], kinds[name].get("options", {})
-    if vocabulary.model == "gpt2":
+    kind, unknown = kinds[name], {} if vocabulary.model == "gpt2" else {"unk_token": vocabulary.special("unknown")}
+    if vocabulary.model != "llama":
         merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in vocabulary.items(str, "merges"))]
     else:
         from transformers.convert_slow_tokenizer import generate_merges
@@ -103,11 +103,10 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
         scores, types = vocabulary.items(float, "scores"), vocabulary.types
         normal = {token: scores[index] for token, index in vocabulary.ids.items() if types[index] == _NORMAL}
         merges = generate_merges(vocabulary.ids, normal)
-        options = {**options, "unk_token": vocabulary.special("unknown")}
     parts = {part: kind.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")}
     tokenizer = Tokenizer.from_str(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, **parts}))
     try:
-        tokenizer.model = models.BPE(vocab=vocabulary.ids, merges=merges, **options)
+        tokenizer.model = models.BPE(vocab=vocabulary.ids, merges=merges, **kind.get("options", {}), **unknown)
     except Exception as error:  # of no class of its own
         raise vocabulary.wrong("merges", f"of the tokens ({error})") from None
     vocabulary.complete(tokenizer, kind.get("adds_bos", False))
