@@ -159,6 +159,7 @@ def test_scores_of_the_largest_gemma(family: str, layers: int, scalar: int, tmp_
         ("gemma4_text", {"gemma4__expert_count": 8}, "architecture not supported: Gemma 4 with experts .missing: "),
         ("gemma4_text", {"gemma4__attention__shared_kv_layers": 5}, "num_kv_shared_layers must be fewer, with a layer"),
         ("lfm2", {"lfm2__attention__sliding_window": 64}, "sliding_window must be 0, not 64"),
+        ("lfm2", {"lfm2__attention__head_count": 65}, "2 key-value heads do not divide 65 attention heads"),
     ],
 )
 def test_what_is_not_computed(family: str, changes: dict[str, Any], told: str, tmp_path: Path) -> None:

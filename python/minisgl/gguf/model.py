@@ -194,7 +194,7 @@ class GgufModel:
         self._divisors = {ours: self.stored.pop(name, None) for ours, name in NAMES["divisors"].items()}
         self._num_layers = self._integer("block_count") - self._integer("nextn_predict_layers")
         hidden, heads = self._integer("embedding_length"), max(1, self._integer("attention.head_count"))
-        self._head_dim = self._integer("attention.key_length") or hidden // heads
+        self._head_dim = self._integer("attention.key_length") or max(1, hidden // heads)
         self._rotary_dim = self._integer("rope.dimension_count") or self._head_dim
         if (table := self.stored.get("token_embd.weight")) is None:
             raise self._head.wrong("tensor token_embd.weight is missing")
