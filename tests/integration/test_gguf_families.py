@@ -16,7 +16,7 @@ from minisgl.config.states import DeltaNet
 from minisgl.errors import ConfigError
 from minisgl.formats.gguf import open_slices
 from minisgl.gguf.model import NAMES
-from tests import gguf_files
+from tests import gguf_converter, gguf_files
 from tests.driver import CPU_KERNELS, engine_logits
 from tests.gguf_converter import ARCHITECTURES, convert, rounded
 from tests.integration.test_formats import SecondOfTwo
@@ -80,6 +80,13 @@ ROPE |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1234.0}}
 def test_models_of_gemma_4(changes: dict[str, Any], tmp_path: Path) -> None:
     """Numbers of heads and features of MLPs are lists where they differ by layer, and layers may share keys."""
     path, source = made("gemma4_text", tmp_path, **changes)
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
+def test_gemma_4_without_divisors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A quarter of each head is rotated, as in all of its models."""
+    monkeypatch.setattr(gguf_converter, "divisors", lambda *_: {})
+    path, source = made("gemma4_text", tmp_path)
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 
