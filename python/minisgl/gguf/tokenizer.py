@@ -78,7 +78,7 @@ class _Vocabulary(Fields):
         kinds = [(text, self.types[index]) for text, index in self.ids.items() if text]
         added = [(text, kind != _USER_DEFINED) for text, kind in kinds if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
         tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added])
-        bos = self.special("bos") if adds_bos == "always" or self.boolean("add_bos_token", adds_bos) else None
+        bos = self.special("bos") if adds_bos == "always" or self.boolean("add_bos_token", adds_bos is True) else None
         eos = self.special("eos") if self.boolean("add_eos_token", False) else None
         template = [piece for piece in (bos, "$A", eos) if piece is not None]
         ids = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} if token is not None]
