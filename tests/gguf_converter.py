@@ -87,6 +87,7 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
     names = gguf.get_tensor_name_map(arch, layers + config.get("mtp_num_hidden_layers", 0))
     heads = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4, layers + 1)  # of which the package's list has all names
     weights = {in_layer(name, layers): w.float() for name, w in load_file(source / "model.safetensors").items()}
+    weights = one_above_the_other(weights) if architecture == "chatglm" else weights
     for name, weight in parts(architecture, config, weights if architecture == "gpt-oss" else stacked(weights)):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         theirs = theirs or heads.get_name(name, try_suffixes=(".weight",)) or name
@@ -103,6 +104,19 @@ def convert(source: Path, path: Path, kind: str = "F32", **metadata: Any) -> Pat
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def one_above_the_other(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values in one tensor, as older checkpoints of GLM-4 have them."""
+    found = dict[str, Tensor]()
+    for name, weight in weights.items():
+        layer, marker, part = name.partition(".self_attn.q_proj.")
+        if marker:
+            theirs = f"{layer.replace('model', 'encoder', 1)}.self_attention.query_key_value.{part}"
+            found[theirs] = torch.cat([weights[f"{layer}.self_attn.{one}_proj.{part}"] for one in "qkv"])
+        elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name:
+            found[name] = weight
+    return found
 
 
 def in_layer(name: str, layers: int) -> str:

@@ -269,7 +269,7 @@ class GgufModel:
                 "tie_word_embeddings": "output.weight" not in self.stored,
                 "eos_token_id": self._ends(),
                 "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
-                **{key: tensor in there for key, tensor in NAMES["there"].items()},
+                **{key: not there.isdisjoint(names) for key, names in NAMES["there"].items()},
             }
         )
 
