@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
 NOT_READY = -2  # in the place of a sampled id: the row's mask was not there in time
+ID_PENDING = -3  # where a GPU will write a sampled id
+MASK_PENDING, MASK_READY, MASK_NOT_READY = 0, 1, 2
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
 MAX_BIAS = 100
@@ -294,10 +296,11 @@ class Masks(Protocol):
     shape: tuple[int, int]  # len(masked), ceil(vocab_size / 32)
 
     def __call__(
-        self, words: npt.NDArray[np.int32], mask_of: npt.NDArray[np.int32], told: npt.NDArray[np.int64] | None
+        self, words: npt.NDArray[np.int32], states: npt.NDArray[np.int32], ids: npt.NDArray[np.int32] | None
     ) -> None:
-        """Write them to `words`, and which of these a sample has, or `NOT_READY`, to `mask_of`, by its number: at once,
-        or with `told` later, and then add 1 to told[0], in the order of the steps."""
+        """Write them to `words`, and then of each to `states`, `MASK_PENDING` until now, `MASK_READY` or, if it is not
+        there in time, `MASK_NOT_READY`: at once, or with `ids` later. ids: for each, where a GPU writes what it has
+        sampled, `ID_PENDING` until then."""
 
 
 class StepPlan(NamedTuple):

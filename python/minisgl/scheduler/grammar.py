@@ -12,18 +12,27 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from llguidance import LLExecutor
 
-from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
+from minisgl.core import (
+    ID_PENDING,
+    MASK_NOT_READY,
+    MASK_READY,
+    NOT_READY,
+    FinishReason,
+    Req,
+    ReqOutput,
+    StepHandle,
+    StepPlan,
+)
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
+from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher
 from minisgl.message import messages as wire
-from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Shared, Words, masks_together
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Words
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
@@ -43,12 +52,14 @@ Reply = wire.DetokenizeMsg | wire.ErrorReply
 
 
 class _Row(NamedTuple):
-    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these."""
+    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these. Their
+    masks are at `place` of the step's."""
 
     req: Req
     output: Matching
     length: int
     draft: tuple[int, ...] = ()
+    place: int = 0
 
 
 class Grammars:
@@ -68,11 +79,11 @@ class Grammars:
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
-        self._executors, self._is_late = [LLExecutor(n) for n in (1, max(1, num_threads // 2))], False
+        self._worker: MaskWorker | None = None  # computes cheap masks of native matchers
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
-        self._late: list[LateMasks] = []  # of the last step, until they are begun
+        self._last: LateMasks | None = None  # of the last step with masks
         # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
         self._late_cost, self._most = 0.0, tuple(share * self._interval for share in self._shares)
 
@@ -122,18 +133,39 @@ class Grammars:
         plan = planned.plan
         if not plan.masked or self._store is None:
             return None
-        drafts, rows = {draft.row: draft.ids for draft in plan.drafts}, list[_Row]()
+        drafts, rows, place = {draft.row: draft.ids for draft in plan.drafts}, list[_Row](), 0
         for req, share in zip(planned.reqs, plan.reqs, strict=True):
             if share.num_samples and req.params.grammar is not None:
-                rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ())))
+                rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ()), place))
+                place += 1 + len(rows[-1].draft)
         self.begin()
-        self._late = [LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])]
-        return self._late[0]
+        now, before = time.perf_counter(), [step for step in submitted if step[0].plan.masked]
+        interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
+        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
+        self._last_step, self._last_time = plan.step_id, now
+        self._most = tuple(share * self._interval for share in self._shares)
+        self._last = LateMasks(self, plan, rows, before, self._last if before else None)
+        return self._last
 
     def begin(self) -> None:
-        """With the last step's masks: the steps before it have ended. Its rows, and their grammars, are let go."""
-        while self._late:
-            self._late.pop().begin()
+        """With what is left of the last step's masks: the steps before it have ended."""
+        if self._last is not None:
+            self._last.begin()
+
+    def share(self, rows: list[_Row], last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
+        """Have cheap masks of a step computed beside Python. last: of the step before. → the other rows."""
+        shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
+        for row in rows:
+            beside = self._beside(row, 0 if last is None else last.address(row.req.uid))
+            if beside is None or self._late_cost + row.output.cost > self._most[True]:
+                left.append(row)
+            else:
+                shared.append(beside)
+                self._late_cost += row.output.cost
+        if shared:
+            self._worker = self._worker or MaskWorker()
+            self._worker.submit(shared, words, states)
+        return left
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
@@ -166,41 +198,52 @@ class Grammars:
     ) -> None:
         """Write masks, as far as there is time, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
-        interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
-        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
-        self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
-        shares, is_alone = self._is_gpu and not (self._is_late or self._tells_forced), len(plan.reqs) == 1
+        start, most, spent = time.perf_counter(), self._most, 0.0
         for output in (row.output for row in rows if row.output.matcher is None):
             output.cost = max(output.cost, output.grammar.cost)
-        places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
-        for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
+        for row, ids in sorted(zip(rows, new_ids, strict=True), key=lambda item: item[0].output.cost):
             output, found, is_cheap = row.output, list[Words](), row.output.cost <= CHEAP_SECONDS
             if output.ready[0] == row.length:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
             elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
-                spent + output.cost <= most[is_cheap] or is_alone or output.error is not None
+                spent + output.cost <= most[is_cheap] or len(plan.reqs) == 1 or output.error is not None
             ):
-                if shares and is_cheap and len(ids) <= 1 and not row.draft and output.error is None:
-                    shared.append((output, ids, place))
-                else:
-                    found = self._mask(row, ids)
+                found = self._mask(row, ids)
                 spent += output.cost * max(1, len(found))
             else:
                 self._start(row._replace(draft=()), ids)
-            for i, one in enumerate(found, place):
+            for i, one in enumerate(found, row.place):
                 words[i], is_ready[i] = one, True
-        # If it took too long one of them may have become dear: next time each has a time of its own.
-        executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]  # of one they share a lock
-        self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most[True]
-        self._most, self._late_cost, self._last_time = most, spent, time.perf_counter()  # after masks, else ever more
+        self._late_cost = spent
+        self._last_time += time.perf_counter() - start  # which is no time of the step, else it would be ever more
 
     def close(self) -> None:
+        """Before the engine: it is written to."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
+
+    def _beside(self, row: _Row, ref: int) -> MaskRow | None:
+        """What computes a row's mask without Python, where it is cheap, and to be computed. ref: where the last token
+        will be, if a step before has not ended."""
+        req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
+        if own.matcher is None and own.error is None and own.grammar.cost <= CHEAP_SECONDS:
+            own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
+        num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
+        if not isinstance(matcher, NativeMatcher):
+            return None
+        own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
+        is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
+        if own.cost > CHEAP_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
+            return None
+        known = req.tokens[-1] if len(req.tokens) > req.prompt_len else -1
+        return MaskRow(matcher.address, ref if num_late else 0, num_output, known, row.place)
 
     def _release(self, uid: int) -> bool:
         """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
@@ -247,41 +290,63 @@ class Grammars:
 
 
 class LateMasks:
-    """A step's masks. They depend on the tokens of the step before, so they are computed when the engine asks for them:
-    after it has launched all of the step that comes before sampling. That may be on the engine's thread. Where the
-    device waits for them by itself, they are computed when the step before has ended.
+    """A step's masks. They depend on the tokens of the step before, so on a CPU they are computed when the engine asks
+    for them: after it has launched all of the step that comes before sampling. That may be on the engine's thread. A
+    device waits for each by itself: cheap ones are computed beside Python as soon as it has written the token before,
+    the others when the step before has ended.
     """
 
-    def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
-        self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
+    def __init__(
+        self,
+        grammars: Grammars,
+        plan: StepPlan,
+        rows: list[_Row],
+        before: list[Submitted],
+        last: "LateMasks | None" = None,
+    ) -> None:
+        """last: the masks of the step before, if that has not ended."""
+        self._grammars, self._plan, self.rows, self._before, self._last = grammars, plan, rows, before, last
         self.shape = len(plan.masked), len(grammars.all_allowed)
-        self._asked: tuple[Words, Words, npt.NDArray[np.int64] | None] | None = None
+        self._places = {row.req.uid: row.place for row in rows}
+        self._ids, self._address = np.empty(0, np.int32), 0  # where a device writes its tokens
+        self._asked: tuple[Words, Words] | None = None
 
-    def __call__(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
-        if told is None or not self._before:
-            self._fill(words, mask_of, told)
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        if ids is not None:
+            self._ids, self._address = ids, ids.ctypes.data
+            self.rows = self._grammars.share(self.rows, self._last, words, states)
+        if ids is None or not self._before:
+            self._fill(words, states, is_late=ids is not None)
         else:
-            self._asked = words, mask_of, told
+            self._asked = words, states
 
     def begin(self) -> None:
-        """If a device waits for them: only once."""
+        """The steps before it have ended."""
+        last, self._last = self._last, None
+        if last is not None:  # those of a step that has failed will not come
+            last._ids[last._ids == ID_PENDING] = NOT_READY
         asked, self._asked = self._asked, None
         if asked is not None:
-            self._fill(*asked)
+            self._fill(*asked, is_late=True)
 
-    def _fill(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
-        is_ready = np.zeros(len(words), np.bool_)
+    def address(self, uid: int) -> int:
+        """Where the device writes the token that it samples for this request; 0: nowhere."""
+        return self._address + 4 * self._places[uid] if self._address and uid in self._places else 0
+
+    def _fill(self, words: Words, states: Words, is_late: bool) -> None:
+        """Compute the masks of all rows that are left, and let these go."""
+        is_ready, rows = np.zeros(len(words), np.bool_), self.rows
         try:
-            if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
+            if rows and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+                self._grammars.compute(self._plan, rows, [*self._new_ids()], words, is_ready)
         except Exception as error:
-            if told is None and not isinstance(error, EngineError):  # of the step before: its requests end with it
+            if not is_late and not isinstance(error, EngineError):  # of the step before: its requests end with it
                 raise
             logger.warning("step %d has no masks: %s: %s", self._plan.step_id, type(error).__name__, error)
         finally:
-            mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
-            if told is not None:
-                told[0] += 1
+            places = [place for row in rows for place in range(row.place, row.place + 1 + len(row.draft))]
+            states[places] = np.where(is_ready[places], MASK_READY, MASK_NOT_READY)
+            self.rows, self._before = [], []
 
     def _new_ids(self) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
@@ -291,8 +356,9 @@ class LateMasks:
             reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
             for i in planned.plan.masked:
                 sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
-        for req, output, length, _ in self._rows:
-            late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
+        for row in self.rows:
+            req, length = row.req, row.length
+            late, begin = sampled.get(req.uid, []), req.prompt_len + row.output.num_tokens
             if num := length - begin - len(late):  # before them, or of them
                 late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]
             yield None if NOT_READY in late else [token for token in late if token >= 0]
