@@ -204,7 +204,7 @@ def test_each_mask_is_the_matchers_after_all_tokens_before_it(
     """The one that Python's llguidance computes, which takes them in another way."""
     numbers, submit = list[int](), MaskWorker.submit
 
-    def watched(worker: MaskWorker, rows: list[MaskRow], *room: Any) -> None:
+    def watched(worker: MaskWorker, rows: npt.NDArray[np.int64], *room: Any) -> None:
         numbers.append(len(rows))
         submit(worker, rows, *room)
 
@@ -262,7 +262,7 @@ class Room:
         self.first, self.matchers, self.worker = (
             mask_of(matcher),
             [matcher.deep_copy() for _ in range(num)],
-            MaskWorker(),
+            MaskWorker(1.0),
         )
         self.ids = np.full(num, ID_PENDING, np.int32)
 
@@ -270,9 +270,8 @@ class Room:
         words, states = np.zeros((len(known), VOCAB // 32), np.int32), np.zeros(len(known), np.int32)
         table = enumerate(zip(self.matchers, known, strict=True))
         refs = [late * (self.ids.ctypes.data + 4 * i) for i in range(len(known))]
-        self.worker.submit(
-            [MaskRow(one.address, refs[i], length, token, i) for i, (one, token) in table], words, states
-        )
+        rows = [MaskRow(one.address, refs[i], length, token, i) for i, (one, token) in table]
+        self.worker.submit(np.array(rows, np.int64), words, states)
         return words, states
 
 
@@ -360,7 +359,7 @@ def test_a_failure_is_told_and_the_device_goes_on(
     """It waits for a state: one that never comes would hold it up. The row sits out."""
     grammars, ids = Grammars(store, is_gpu=True), np.full(1, ID_PENDING, np.int32)
     words, states = np.zeros((1, VOCAB // 32), np.int32), np.zeros(1, np.int32)
-    masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), rows_of(store, grammars), [])
+    masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [row.req for row in rows_of(store, grammars)], [])
 
     def fail(*_: Any) -> None:
         raise MemoryError("no room")
@@ -395,8 +394,10 @@ def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> N
     grammars.compute = lambda *_: calls.append(1)  # type: ignore[method-assign]
     before: list[Any] = [(None, SimpleNamespace(wait=lambda _: True, result=lambda: SimpleNamespace(token_ids=[])))]
     for ids, num_before in ((None, 1), (np.zeros(1, np.int32), 0)):
-        masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), rows_of(store, grammars), before)
-        masks._new_ids = lambda: iter(())  # type: ignore[method-assign]
+        masks = LateMasks(
+            grammars, StepPlan(1, (), (), (), masked=(0,)), [row.req for row in rows_of(store, grammars)], before
+        )
+        masks._new_ids = lambda _: iter(())  # type: ignore[method-assign, assignment]
         masks(np.zeros((1, 4), np.int32), np.zeros(1, np.int32), ids)
         assert len(calls) == num_before
         masks.begin()
@@ -423,4 +424,4 @@ def test_what_is_prescribed_is_told_beside_a_gpu_too(plain_store: GrammarStore) 
 def test_no_grammar_is_kept_for_a_step_that_has_masks(store: GrammarStore) -> None:
     """Else compiled grammars of requests that are gone would take up the room of others."""
     run = Run(store)
-    assert not run.grammars.outputs and run.grammars._last is not None and not run.grammars._last.rows
+    assert not run.grammars.outputs and run.grammars._last is not None and not run.grammars._last._reqs

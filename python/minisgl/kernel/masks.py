@@ -4,7 +4,6 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
-from struct import pack
 from typing import Any, NamedTuple
 
 import llguidance
@@ -36,8 +35,12 @@ class _Numbers(ctypes.Structure):
     _fields_ = [("num_tokens", c_int64), ("cost", c_double)]
 
 
+class _Spent(ctypes.Structure):
+    _fields_ = [("num_dear", c_int64), ("seconds", c_double)]
+
+
 class MaskRow(NamedTuple):
-    """A mask to be computed: `Row` in `csrc/src/masks.cc`."""
+    """A mask to be computed: `Row` in `csrc/src/masks.cc`, and a row of a table of int64."""
 
     matcher: int
     ref: int  # the address where the last token will be written; 0: the host knows it
@@ -120,16 +123,20 @@ class NativeVocabulary:
 
 
 class MaskWorker:
-    """Computes masks in the order of their steps, on a thread of its own. What it writes to is there until `close`."""
+    """Computes masks in the order of their steps, on a thread of its own. What it writes to is there until `close`.
 
-    def __init__(self) -> None:
+    dear: seconds of a core. spent: `num_dear`, of all masks those that took more, and `seconds` of the last step's.
+    """
+
+    def __init__(self, dear: float) -> None:
         self._ours = load_masks()
-        self._own = self._ours.masks_worker()
+        self._own = self._ours.masks_worker(dear)
+        self.spent = self._ours.masks_spent(self._own).contents
 
-    def submit(self, rows: Sequence[MaskRow], words: Words, states: Words) -> None:
-        """Write masks and states of a step, as `core.Masks` says, later."""
-        table = pack(f"{5 * len(rows)}q", *(number for row in rows for number in row))
-        self._ours.masks_submit(self._own, table, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1])
+    def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words) -> None:
+        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s."""
+        places = rows.ctypes.data, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1]
+        self._ours.masks_submit(self._own, *places)
 
     def close(self) -> None:
         """What is not computed yet is not ready."""
@@ -149,9 +156,10 @@ def declared(ours: ctypes.CDLL) -> ctypes.CDLL:
         (ours.masks_copy, pointer, pointer),
         (ours.masks_free, None, pointer),
         (ours.masks_advance, c_bool, pointer, pointer, size, pointer, size),
-        (ours.masks_worker, pointer),
+        (ours.masks_worker, pointer, c_double),
+        (ours.masks_spent, POINTER(_Spent), pointer),
         (ours.masks_close, None, pointer),
-        (ours.masks_submit, None, pointer, c_char_p, size, pointer, pointer, size),
+        (ours.masks_submit, None, pointer, pointer, size, pointer, pointer, size),
     )
     for function, result, *arguments in types:
         function.restype, function.argtypes = result, arguments

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from minisgl.core import (
     ID_PENDING,
@@ -46,6 +47,9 @@ _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process h
 CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
+
+_REF = MaskRow._fields.index("ref")
+_NEXT = np.array(MaskRow(matcher=0, ref=0, length=1, known=0, place=0))  # of a row that goes on: one token more
 
 Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
@@ -80,6 +84,7 @@ class Grammars:
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
         self._worker: MaskWorker | None = None  # computes cheap masks of native matchers
+        self._num_dear = 0  # of its masks, when rows were last looked at
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
@@ -133,18 +138,15 @@ class Grammars:
         plan = planned.plan
         if not plan.masked or self._store is None:
             return None
-        drafts, rows, place = {draft.row: draft.ids for draft in plan.drafts}, list[_Row](), 0
-        for req, share in zip(planned.reqs, plan.reqs, strict=True):
-            if share.num_samples and req.params.grammar is not None:
-                rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ()), place))
-                place += 1 + len(rows[-1].draft)
+        shares = zip(planned.reqs, plan.reqs, strict=True)
+        reqs = [req for req, share in shares if share.num_samples and req.params.grammar is not None]
         self.begin()
         now, before = time.perf_counter(), [step for step in submitted if step[0].plan.masked]
         interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, self._last_time = plan.step_id, now
         self._most = tuple(share * self._interval for share in self._shares)
-        self._last = LateMasks(self, plan, rows, before, self._last if before else None)
+        self._last = LateMasks(self, plan, reqs, before, self._last if before else None)
         return self._last
 
     def begin(self) -> None:
@@ -152,19 +154,30 @@ class Grammars:
         if self._last is not None:
             self._last.begin()
 
-    def share(self, rows: list[_Row], last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
-        """Have cheap masks of a step computed beside Python. last: of the step before. → the other rows."""
+    def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
+        """Have cheap masks of a step computed beside Python. last: of the step before, if that has not ended; what goes
+        on as it did there costs the host next to nothing. → the other rows."""
+        worker, most = self._worker, self._most[True]
+        going_on = None if last is None or not masks.follows(last) else last.table
+        if worker is not None and last is not None and going_on is not None and self._num_dear == worker.spent.num_dear:
+            masks.table = going_on + _NEXT
+            masks.table[:, _REF] = last.addresses
+            worker.submit(masks.table, words, states)
+            return []
+        refs = {} if last is None else dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
         shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
-        for row in rows:
-            beside = self._beside(row, 0 if last is None else last.address(row.req.uid))
-            if beside is None or self._late_cost + row.output.cost > self._most[True]:
+        for row in masks.rows():
+            beside = self._beside(row, refs.get(row.req.uid, 0))
+            if beside is None or self._late_cost + row.output.cost > most:
                 left.append(row)
             else:
                 shared.append(beside)
                 self._late_cost += row.output.cost
         if shared:
-            self._worker = self._worker or MaskWorker()
-            self._worker.submit(shared, words, states)
+            worker = self._worker = worker or MaskWorker(CHEAP_SECONDS)
+            table, self._num_dear = np.array(shared, np.int64), worker.spent.num_dear
+            worker.submit(table, words, states)
+            masks.table = None if left else table
         return left
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
@@ -294,51 +307,64 @@ class LateMasks:
     for them: after it has launched all of the step that comes before sampling. That may be on the engine's thread. A
     device waits for each by itself: cheap ones are computed beside Python as soon as it has written the token before,
     the others when the step before has ended.
+
+    numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
+    masks are computed so.
     """
 
     def __init__(
-        self,
-        grammars: Grammars,
-        plan: StepPlan,
-        rows: list[_Row],
-        before: list[Submitted],
+        self, grammars: Grammars, plan: StepPlan, reqs: Sequence[Req], before: list[Submitted],
         last: "LateMasks | None" = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """last: the masks of the step before, if that has not ended."""
-        self._grammars, self._plan, self.rows, self._before, self._last = grammars, plan, rows, before, last
+        self._grammars, self._plan, self._reqs, self._before, self._last = grammars, plan, reqs, before, last
         self.shape = len(plan.masked), len(grammars.all_allowed)
-        self._places = {row.req.uid: row.place for row in rows}
-        self._ids, self._address = np.empty(0, np.int32), 0  # where a device writes its tokens
-        self._asked: tuple[Words, Words] | None = None
+        self.numbers = np.array([(req.uid, req.num_tokens) for req in reqs], np.int64).reshape(-1, 2)
+        self.table: npt.NDArray[np.int64] | None = None
+        self._ids = np.empty(0, np.int32)  # where a device writes its tokens
+        self._left: tuple[list[_Row], Words, Words] | None = None
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
-        if ids is not None:
-            self._ids, self._address = ids, ids.ctypes.data
-            self.rows = self._grammars.share(self.rows, self._last, words, states)
-        if ids is None or not self._before:
-            self._fill(words, states, is_late=ids is not None)
-        else:
-            self._asked = words, states
+        last, self._last = self._last, None
+        if ids is None:
+            self._fill(self.rows(), words, states, is_late=False)
+            return
+        self._ids, self._left = ids, (self._grammars.share(self, last, words, states), words, states)
+        self._last, self._reqs = last, ()
+        if not self._before:
+            self.begin()
 
     def begin(self) -> None:
-        """The steps before it have ended."""
+        """The steps before it have ended: what is left is computed, once."""
         last, self._last = self._last, None
         if last is not None:  # those of a step that has failed will not come
             last._ids[last._ids == ID_PENDING] = NOT_READY
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            self._fill(*asked, is_late=True)
+        left, self._left = self._left, None
+        if left is not None:
+            self._fill(*left, is_late=True)
 
-    def address(self, uid: int) -> int:
-        """Where the device writes the token that it samples for this request; 0: nowhere."""
-        return self._address + 4 * self._places[uid] if self._address and uid in self._places else 0
+    def rows(self) -> list[_Row]:
+        drafts, rows, place = {draft.row: draft.ids for draft in self._plan.drafts}, list[_Row](), 0
+        for req, num in zip(self._reqs, self.numbers[:, 1].tolist(), strict=True):
+            rows.append(_Row(req, self._grammars.outputs[req.uid], num - 1, drafts.get(req.row, ()), place))
+            place += 1 + len(rows[-1].draft)
+        return rows
 
-    def _fill(self, words: Words, states: Words, is_late: bool) -> None:
-        """Compute the masks of all rows that are left, and let these go."""
-        is_ready, rows = np.zeros(len(words), np.bool_), self.rows
+    def follows(self, last: "LateMasks") -> bool:
+        """Whether it has the same requests, each with one token more."""
+        return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Where the device writes the tokens that it samples."""
+        return self._ids.ctypes.data + 4 * np.arange(len(self.numbers))
+
+    def _fill(self, rows: list[_Row], words: Words, states: Words, is_late: bool) -> None:
+        """Compute the masks of these rows, and let them go."""
+        is_ready = np.zeros(len(words), np.bool_)
         try:
             if rows and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                self._grammars.compute(self._plan, rows, [*self._new_ids()], words, is_ready)
+                self._grammars.compute(self._plan, rows, [*self._new_ids(rows)], words, is_ready)
         except Exception as error:
             if not is_late and not isinstance(error, EngineError):  # of the step before: its requests end with it
                 raise
@@ -346,9 +372,9 @@ class LateMasks:
         finally:
             places = [place for row in rows for place in range(row.place, row.place + 1 + len(row.draft))]
             states[places] = np.where(is_ready[places], MASK_READY, MASK_NOT_READY)
-            self.rows, self._before = [], []
+            self._reqs, self._before = (), []
 
-    def _new_ids(self) -> Iterator[list[int] | None]:
+    def _new_ids(self, rows: list[_Row]) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
         where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
         sampled = dict[int, list[int]]()
@@ -356,9 +382,8 @@ class LateMasks:
             reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
             for i in planned.plan.masked:
                 sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
-        for row in self.rows:
-            req, length = row.req, row.length
-            late, begin = sampled.get(req.uid, []), req.prompt_len + row.output.num_tokens
+        for req, output, length, *_ in rows:
+            late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
             if num := length - begin - len(late):  # before them, or of them
                 late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]
             yield None if NOT_READY in late else [token for token in late if token >= 0]

@@ -31,7 +31,7 @@ constexpr int32_t kIdPending = -3;                                 // a token th
 constexpr double kLongestWait = 30.0;                              // seconds, for the step before
 constexpr size_t kMostRemembered = 16 << 20;                       // bytes of texts whose tokens are known
 
-double seconds(clockid_t clock) {
+double now_of(clockid_t clock) {
   timespec now;
   clock_gettime(clock, &now);
   return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
@@ -150,12 +150,12 @@ struct Matcher {
 
   // Take tokens of the output, and write the next one's mask. false: it is broken.
   bool advance(const uint32_t* ids, size_t num, uint32_t* words, size_t num_bytes) {
-    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
+    const double start = now_of(CLOCK_THREAD_CPUTIME_ID);
     bool holds = num_tokens >= 0;
     if (holds && num > 0 && !library.is_stopped(own)) holds = library.consume_tokens(own, ids, num) == 0;
     if (holds && num_bytes > 0) holds = library.compute_mask_into(own, words, num_bytes) == 0;
     num_tokens = holds ? num_tokens + int64_t(num) : -1;
-    cost = seconds(CLOCK_THREAD_CPUTIME_ID) - start;
+    cost = now_of(CLOCK_THREAD_CPUTIME_ID) - start;
     return holds;
   }
 };
@@ -179,9 +179,15 @@ struct Job {
   size_t num_words;
 };
 
-class Worker {
+// What Python reads of a worker.
+struct Spent {
+  int64_t num_dear = 0;  // masks that took more than `dear` seconds of a core
+  double seconds = 0;    // of a core, that the last job took
+};
+
+class Worker : public Spent {
  public:
-  Worker() : thread([this] { run(); }) {}
+  explicit Worker(double dear) : dear(dear), thread([this] { run(); }) {}
 
   ~Worker() {
     {
@@ -211,6 +217,7 @@ class Worker {
       const Job job = std::move(jobs.front());
       jobs.pop_front();
       guard.unlock();
+      double spent = 0;
       std::vector<int64_t> tokens;  // of all rows first: they come together, and their place will be used again
       for (const Row& row : job.rows) tokens.push_back(row.ref == nullptr ? row.known : token_at(row.ref));
       for (size_t i = 0; i < job.rows.size(); i++) {
@@ -218,7 +225,10 @@ class Worker {
         uint32_t* words = job.words + place * job.num_words;
         const bool is_there = serve(job.rows[i], tokens[i], *job.matchers[i], words, job.num_words * 4);
         __atomic_store_n(job.states + place, is_there ? kReady : kNotReady, __ATOMIC_RELEASE);
+        spent += job.matchers[i]->cost;
+        num_dear += job.matchers[i]->cost > dear;
       }
+      this->seconds = spent;
       guard.lock();
     }
   }
@@ -234,7 +244,7 @@ class Worker {
   }
 
   int64_t token_at(const int32_t* ref) {
-    const double start = seconds(CLOCK_MONOTONIC);
+    const double start = now_of(CLOCK_MONOTONIC);
     while (true) {
       const int32_t token = __atomic_load_n(ref, __ATOMIC_ACQUIRE);
       if (token != kIdPending) return token;
@@ -242,12 +252,13 @@ class Worker {
         std::lock_guard guard(lock);
         if (is_closing) return kIdPending;
       }
-      if (seconds(CLOCK_MONOTONIC) - start > kLongestWait) return kIdPending;
+      if (now_of(CLOCK_MONOTONIC) - start > kLongestWait) return kIdPending;
       const timespec pause{0, 10'000};
       nanosleep(&pause, nullptr);
     }
   }
 
+  const double dear;
   std::mutex lock;
   std::condition_variable told;
   std::deque<Job> jobs;
@@ -331,7 +342,9 @@ bool masks_advance(const void* matcher, const uint32_t* ids, size_t num, uint32_
   return own.advance(ids, num, words, num_bytes);
 }
 
-void* masks_worker() { return new Worker(); }
+void* masks_worker(double dear) { return new Worker(dear); }
+
+const Spent* masks_spent(const void* worker) { return static_cast<const Worker*>(worker); }
 
 // All jobs have states when this returns, and it is gone.
 void masks_close(void* worker) { delete static_cast<Worker*>(worker); }
