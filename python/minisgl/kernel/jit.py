@@ -6,7 +6,6 @@ private folder and put into the cache whole, and what another user could have wr
 (docs/adr/0011-kernel-cache.md, 0020).
 """
 
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -85,10 +84,9 @@ def load_cpu_kernels(target: str = "") -> Any:
 
 
 @functools.cache
-def load_masks() -> ctypes.CDLL:
-    """The functions of `csrc/src/masks.cc`. Raises: ConfigError as above."""
-    flags = ["-std=gnu++20", "-O2", "-fPIC", "-pthread"]
-    return _library(MASKS, "host", flags, platform.machine(), lambda path: ctypes.CDLL(str(path)))
+def load_masks() -> Any:
+    """The module of `csrc/src/masks.cc`. Raises: ConfigError as above."""
+    return _library(MASKS, "host", ["-std=gnu++20", "-O2", "-fPIC", "-pthread"], platform.machine(), _load)
 
 
 def compile_cpu_kernels(target: str) -> Path:

@@ -159,7 +159,7 @@ class Grammars:
         on as it did there costs the host next to nothing. → the other rows."""
         worker, most = self._worker, self._most[True]
         going_on = None if last is None or not masks.follows(last) else last.table
-        if worker is not None and last is not None and going_on is not None and self._num_dear == worker.spent.num_dear:
+        if worker is not None and last is not None and going_on is not None and self._num_dear == worker.num_dear:
             masks.table = going_on + _NEXT
             masks.table[:, _REF] = last.addresses
             worker.submit(masks.table, words, states)
@@ -175,7 +175,7 @@ class Grammars:
                 self._late_cost += row.output.cost
         if shared:
             worker = self._worker = worker or MaskWorker(CHEAP_SECONDS)
-            table, self._num_dear = np.array(shared, np.int64), worker.spent.num_dear
+            table, self._num_dear = np.array(shared, np.int64), worker.num_dear
             worker.submit(table, words, states)
             masks.table = None if left else table
         return left

@@ -7,8 +7,13 @@
 #include <pthread.h>
 #include <sys/prctl.h>
 #include <time.h>
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -26,12 +31,17 @@ namespace minisgl {
 
 namespace {
 
+using tvm::ffi::Array;
+using tvm::ffi::Bytes;
+using tvm::ffi::Function;
+using tvm::ffi::String;
+
 enum State : int32_t { kPending = 0, kReady = 1, kNotReady = 2 };  // of a mask: `core.MASK_READY`, …
 constexpr int32_t kIdPending = -3;                                 // a token that is not sampled yet
 constexpr double kLongestWait = 30.0;                              // seconds, for the step before
 constexpr size_t kMostRemembered = 16 << 20;                       // bytes of texts whose tokens are known
 
-double now_of(clockid_t clock) {
+double seconds(clockid_t clock) {
   timespec now;
   clock_gettime(clock, &now);
   return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
@@ -101,7 +111,7 @@ Library library;
 // Of a text the tokens. The first call for it is Python's, which takes that lock; llguidance asks again and again for
 // what is left of the same strings.
 struct Texts {
-  explicit Texts(Tokenize ask) : ask(ask) {}
+  explicit Texts(Function ask) : ask(std::move(ask)) {}
 
   // A `LlgTokenizeFn`.
   static size_t of(const void* texts, const uint8_t* text, size_t num_bytes, uint32_t* tokens, size_t room) {
@@ -115,8 +125,12 @@ struct Texts {
       std::lock_guard guard(lock);
       if (const auto found = known.find(key); found != known.end()) return copy(found->second, tokens, room);
     }
-    std::vector<uint32_t> made(num_bytes + 1);
-    made.resize(std::min(ask(nullptr, text, num_bytes, made.data(), made.size()), made.size()));
+    std::vector<uint32_t> made;
+    try {
+      for (const int64_t token : ask(Bytes(key)).cast<Array<int64_t>>()) made.push_back(uint32_t(token));
+    } catch (const std::exception&) {  // it must not go on through llguidance, which takes it for no tokens
+      return 0;
+    }
     std::lock_guard guard(lock);
     if ((num_remembered += num_bytes * 5) > kMostRemembered) {
       known.clear();
@@ -130,13 +144,12 @@ struct Texts {
     return from.size();
   }
 
-  Tokenize ask;
+  Function ask;
   std::mutex lock;
   std::unordered_map<std::string, std::vector<uint32_t>> known;
   size_t num_remembered = 0;
 };
 
-// The first members are read by `kernel/masks.py`.
 struct Matcher {
   int64_t num_tokens = 0;  // of the output, that it has taken; -1: it is broken
   double cost = 0;         // seconds of a core that the last mask took, with its tokens
@@ -150,12 +163,12 @@ struct Matcher {
 
   // Take tokens of the output, and write the next one's mask. false: it is broken.
   bool advance(const uint32_t* ids, size_t num, uint32_t* words, size_t num_bytes) {
-    const double start = now_of(CLOCK_THREAD_CPUTIME_ID);
+    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
     bool holds = num_tokens >= 0;
     if (holds && num > 0 && !library.is_stopped(own)) holds = library.consume_tokens(own, ids, num) == 0;
     if (holds && num_bytes > 0) holds = library.compute_mask_into(own, words, num_bytes) == 0;
     num_tokens = holds ? num_tokens + int64_t(num) : -1;
-    cost = now_of(CLOCK_THREAD_CPUTIME_ID) - start;
+    cost = seconds(CLOCK_THREAD_CPUTIME_ID) - start;
     return holds;
   }
 };
@@ -179,14 +192,10 @@ struct Job {
   size_t num_words;
 };
 
-// What Python reads of a worker.
-struct Spent {
-  int64_t num_dear = 0;  // masks that took more than `dear` seconds of a core
-  double seconds = 0;    // of a core, that the last job took
-};
-
-class Worker : public Spent {
+class Worker {
  public:
+  std::atomic<int64_t> num_dear = 0;  // masks that took more than `dear` seconds of a core
+
   explicit Worker(double dear) : dear(dear), thread([this] { run(); }) {}
 
   ~Worker() {
@@ -217,7 +226,6 @@ class Worker : public Spent {
       const Job job = std::move(jobs.front());
       jobs.pop_front();
       guard.unlock();
-      double spent = 0;
       std::vector<int64_t> tokens;  // of all rows first: they come together, and their place will be used again
       for (const Row& row : job.rows) tokens.push_back(row.ref == nullptr ? row.known : token_at(row.ref));
       for (size_t i = 0; i < job.rows.size(); i++) {
@@ -225,10 +233,8 @@ class Worker : public Spent {
         uint32_t* words = job.words + place * job.num_words;
         const bool is_there = serve(job.rows[i], tokens[i], *job.matchers[i], words, job.num_words * 4);
         __atomic_store_n(job.states + place, is_there ? kReady : kNotReady, __ATOMIC_RELEASE);
-        spent += job.matchers[i]->cost;
         num_dear += job.matchers[i]->cost > dear;
       }
-      this->seconds = spent;
       guard.lock();
     }
   }
@@ -244,7 +250,7 @@ class Worker : public Spent {
   }
 
   int64_t token_at(const int32_t* ref) {
-    const double start = now_of(CLOCK_MONOTONIC);
+    const double start = seconds(CLOCK_MONOTONIC);
     while (true) {
       const int32_t token = __atomic_load_n(ref, __ATOMIC_ACQUIRE);
       if (token != kIdPending) return token;
@@ -252,7 +258,7 @@ class Worker : public Spent {
         std::lock_guard guard(lock);
         if (is_closing) return kIdPending;
       }
-      if (now_of(CLOCK_MONOTONIC) - start > kLongestWait) return kIdPending;
+      if (seconds(CLOCK_MONOTONIC) - start > kLongestWait) return kIdPending;
       const timespec pause{0, 10'000};
       nanosleep(&pause, nullptr);
     }
@@ -266,93 +272,131 @@ class Worker : public Spent {
   std::thread thread;  // last: it uses the others
 };
 
-}  // namespace
-
-}  // namespace minisgl
-
-using namespace minisgl;
-
-extern "C" {
-
-// path: of llguidance's library; limits: what Python knows as its defaults. false: it does not export what is needed, or
-// its structures are others than those above.
-bool masks_open(const char* path, const Limits* limits) {
-  ConstraintInit init{}, none{};
-  if (!library.open(path)) return false;
-  library.constraint_init_set_defaults(&init, nullptr);
-  return std::memcmp(&init.limits, limits, offsetof(Limits, verbose_errors) + 1) == 0 &&
-         std::memcmp(init.spare, none.spare, sizeof(none.spare)) == 0;
+template <class T>
+T& at(int64_t handle) {
+  return *reinterpret_cast<T*>(handle);
 }
 
-// What makes matchers; it stays for ever. ask: Python's tokenizer; lens and bytes: of the vocabulary's texts; ends: of
-// outputs; slices end with null. On failure null, and why in `error`.
-void* masks_vocabulary(Tokenize ask, const uint32_t* lens, const uint8_t* bytes, uint32_t vocab_size,
-                       const uint32_t* ends, uint32_t num_ends, const char* const* slices, const Limits* limits,
-                       char* error, size_t room) {
+Matcher& matcher_at(int64_t handle) { return *at<Handle>(handle); }
+
+int64_t handle_of(auto* object) { return reinterpret_cast<int64_t>(object); }
+
+Limits limits_of(const Array<int64_t>& all) {
+  const std::vector<uint64_t> n(all.begin(), all.end());
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6] != 0, n[7] != 0};
+}
+
+// path: of llguidance's library; defaults: its limits, as Python knows them. Throws where it does not export what is
+// needed, or where its structures are others than those above.
+void open(const String& path, const Array<int64_t>& defaults) {
+  ConstraintInit init{}, none{};
+  const Limits expected = limits_of(defaults);
+  const bool is_there = library.open(path.c_str());
+  if (is_there) library.constraint_init_set_defaults(&init, nullptr);
+  const bool is_same = std::memcmp(&init.limits, &expected, offsetof(Limits, verbose_errors) + 1) == 0 &&
+                       std::memcmp(init.spare, none.spare, sizeof(none.spare)) == 0;
+  TVM_FFI_CHECK(is_there && is_same, RuntimeError) << "llguidance has other functions than those that are known here";
+}
+
+// What makes matchers; it stays for ever. ask: the tokens of a text; texts: of the vocabulary; ends: of outputs.
+int64_t make_vocabulary(const Function& ask, const Array<Bytes>& texts, const Array<int64_t>& ends,
+                        const Array<String>& slices, const Array<int64_t>& limits) {
+  std::vector<uint32_t> lens, all_ends(ends.begin(), ends.end());
+  std::string bytes;
+  for (const Bytes& text : texts) {
+    lens.push_back(uint32_t(text.size()));
+    bytes.append(text.data(), text.size());
+  }
+  std::vector<const char*> names;
+  for (const String& slice : slices) names.push_back(slice.c_str());
+  names.push_back(nullptr);
   TokenizerInit from{};
   from.struct_size = sizeof(from);
-  from.vocab_size = vocab_size;
-  from.tok_eos = ends[0];
-  from.token_lens = lens;
-  from.token_bytes = bytes;
+  from.vocab_size = uint32_t(lens.size());
+  from.tok_eos = all_ends[0];
+  from.token_lens = lens.data();
+  from.token_bytes = reinterpret_cast<const uint8_t*>(bytes.data());
   from.tokenize_fn = Texts::of;
   from.tokenize_user_data = new Texts(ask);
-  from.slices = slices;
-  from.tok_eos_extra = ends + 1;
-  from.tok_eos_extra_count = num_ends - 1;
-  void* tokenizer = library.new_tokenizer_v2(&from, error, room);
-  if (tokenizer == nullptr) return nullptr;
+  from.slices = names.data();
+  from.tok_eos_extra = all_ends.data() + 1;
+  from.tok_eos_extra_count = uint32_t(all_ends.size() - 1);
+  char error[500];
+  void* tokenizer = library.new_tokenizer_v2(&from, error, sizeof(error));
+  TVM_FFI_CHECK(tokenizer != nullptr, RuntimeError) << error;
   auto* init = new ConstraintInit{};
   library.constraint_init_set_defaults(init, tokenizer);
   init->log_stderr_level = 0;
-  init->limits = *limits;
-  return init;
+  init->limits = limits_of(limits);
+  return handle_of(init);
 }
 
 // grammar: in llguidance's own form.
-void* masks_matcher(const void* vocabulary, const char* grammar) {
-  void* own = library.new_matcher(static_cast<const ConstraintInit*>(vocabulary), "llguidance", grammar);
-  return new Handle(std::make_shared<Matcher>(own));
+int64_t make_matcher(int64_t vocabulary, const String& grammar) {
+  void* own = library.new_matcher(&at<ConstraintInit>(vocabulary), "llguidance", grammar.c_str());
+  return handle_of(new Handle(std::make_shared<Matcher>(own)));
 }
-
-// What is wrong, if something is; else null. It is there as long as the matcher.
-const char* masks_error(const void* matcher) {
-  Matcher& own = **static_cast<const Handle*>(matcher);
-  std::lock_guard guard(own.lock);
-  return library.get_error(own.own);
-}
-
-const Matcher* masks_numbers(const void* matcher) { return static_cast<const Handle*>(matcher)->get(); }
 
 // At the same place.
-void* masks_copy(const void* matcher) {
-  Matcher& from = **static_cast<const Handle*>(matcher);
+int64_t copy_matcher(int64_t matcher) {
+  Matcher& from = matcher_at(matcher);
   std::lock_guard guard(from.lock);
-  const auto made = std::make_shared<Matcher>(library.clone(from.own));
+  auto made = std::make_shared<Matcher>(library.clone(from.own));
   made->num_tokens = from.num_tokens;
-  return new Handle(made);
+  return handle_of(new Handle(std::move(made)));
 }
 
-void masks_free(void* matcher) { delete static_cast<Handle*>(matcher); }
+void free_matcher(int64_t matcher) { delete &at<Handle>(matcher); }
 
-// num_bytes: 0 for no mask.
-bool masks_advance(const void* matcher, const uint32_t* ids, size_t num, uint32_t* words, size_t num_bytes) {
-  Matcher& own = **static_cast<const Handle*>(matcher);
+int64_t num_tokens_of(int64_t matcher) { return matcher_at(matcher).num_tokens; }
+
+double cost_of(int64_t matcher) { return matcher_at(matcher).cost; }
+
+// What is wrong, if something is.
+String error_of(int64_t matcher) {
+  Matcher& own = matcher_at(matcher);
   std::lock_guard guard(own.lock);
-  return own.advance(ids, num, words, num_bytes);
+  const char* error = library.get_error(own.own);
+  return error == nullptr ? "" : error;
 }
 
-void* masks_worker(double dear) { return new Worker(dear); }
+// words: the address, null for no mask.
+bool advance(int64_t matcher, const Array<int64_t>& ids, int64_t words, int64_t num_bytes) {
+  Matcher& own = matcher_at(matcher);
+  const std::vector<uint32_t> tokens(ids.begin(), ids.end());
+  std::lock_guard guard(own.lock);
+  return own.advance(tokens.data(), tokens.size(), &at<uint32_t>(words), num_bytes);
+}
 
-const Spent* masks_spent(const void* worker) { return static_cast<const Worker*>(worker); }
+int64_t make_worker(double dear) { return handle_of(new Worker(dear)); }
+
+int64_t num_dear_of(int64_t worker) { return at<Worker>(worker).num_dear; }
 
 // All jobs have states when this returns, and it is gone.
-void masks_close(void* worker) { delete static_cast<Worker*>(worker); }
+void close_worker(int64_t worker) { delete &at<Worker>(worker); }
 
-void masks_submit(void* worker, const Row* rows, size_t num, uint32_t* words, int32_t* states, size_t num_words) {
-  Job job{{rows, rows + num}, {}, words, states, num_words};
+// rows, words, states: addresses.
+void submit(int64_t worker, int64_t rows, int64_t num, int64_t words, int64_t states, int64_t num_words) {
+  const Row* first = &at<const Row>(rows);
+  Job job{{first, first + num}, {}, &at<uint32_t>(words), &at<int32_t>(states), size_t(num_words)};
   for (const Row& row : job.rows) job.matchers.push_back(*row.matcher);
-  static_cast<Worker*>(worker)->submit(std::move(job));
+  at<Worker>(worker).submit(std::move(job));
 }
 
-}  // extern "C"
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(open, open);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_vocabulary, make_vocabulary);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_matcher, make_matcher);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_matcher, copy_matcher);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(free_matcher, free_matcher);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_tokens_of, num_tokens_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cost_of, cost_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(error_of, error_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(advance, advance);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_worker, make_worker);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(close_worker, close_worker);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(submit, submit);
+
+}  // namespace minisgl
