@@ -20,6 +20,10 @@ from llguidance import LLExecutor, LLMatcher
 import minisgl
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import (
+    ID_PENDING,
+    MASK_NOT_READY,
+    MASK_PENDING,
+    MASK_READY,
     NOT_READY,
     FinishReason,
     Grammar,
@@ -71,22 +75,19 @@ class Handle:
     def __init__(self, engine: Engine, plan: StepPlan, masks: Masks | None) -> None:
         self._engine, self._plan, self._lock = engine, plan, threading.Lock()
         self._words = np.zeros((0, 0) if masks is None else masks.shape, np.int32)
-        self._mask_of = np.full(len(plan.reqs), NOT_READY, np.int32)
-        self._told, self._number = np.zeros(1, np.int64), 0
+        self._states, ids = (np.full(len(plan.masked), value, np.int32) for value in (MASK_PENDING, ID_PENDING))
         if masks is not None:
-            self._number = 1
-            masks(self._words, self._mask_of, self._told)
+            masks(self._words, self._states, ids)
         self._ids: list[tuple[int, ...]] | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
         with self._lock:  # the next step's masks ask for its tokens, too
             if self._ids is None:
                 deadline = time.monotonic() + 60
-                while self._told[0] < self._number:
+                while MASK_PENDING in self._states:
                     assert time.monotonic() < deadline
                     time.sleep(1e-4)
-                is_ready = (self._mask_of[list(self._plan.masked)] >= 0).tolist()
-                self._ids = self._engine.sample(self._plan, self._words, is_ready)
+                self._ids = self._engine.sample(self._plan, self._words, (self._states == MASK_READY).tolist())
         return True
 
     def result(self) -> StepResult:
@@ -236,9 +237,9 @@ def test_a_matcher_that_breaks_begins_anew(store: GrammarStore) -> None:
 def test_a_failure_is_told_and_the_device_goes_on(
     store: GrammarStore, monkeypatch: pytest.MonkeyPatch, is_device: bool
 ) -> None:
-    """It waits for a number of steps: one that is never told would hold up all that come after it. Rows sit out."""
-    grammars, told = Grammars(store, is_gpu=True), np.zeros(1, np.int64)
-    words, mask_of = np.zeros((1, VOCAB // 32), np.int32), np.full(1, NOT_READY, np.int32)
+    """It waits for each mask: one of which it is never told would hold up all steps after it. Rows sit out."""
+    grammars, ids = Grammars(store, is_gpu=True), np.full(1, ID_PENDING, np.int32)
+    words, states = np.zeros((1, VOCAB // 32), np.int32), np.full(1, MASK_PENDING, np.int32)
     masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [], [])
 
     def fail(*_: Any) -> None:
@@ -246,8 +247,8 @@ def test_a_failure_is_told_and_the_device_goes_on(
 
     monkeypatch.setattr(grammars, "compute", fail)
     with nullcontext() if is_device else pytest.raises(MemoryError):
-        masks(words, mask_of, told if is_device else None)
-    assert mask_of[0] == NOT_READY and told[0] == is_device
+        masks(words, states, ids if is_device else None)
+    assert states[0] == MASK_NOT_READY
 
 
 def test_an_interrupt_goes_on_and_matchers_begin_anew(store: GrammarStore) -> None:
@@ -278,10 +279,10 @@ def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> N
     grammars, calls = Grammars(store, is_gpu=True), list[int]()
     grammars.compute = lambda *_: calls.append(1)  # type: ignore[method-assign]
     before: list[Any] = [(None, SimpleNamespace(wait=lambda _: True, result=lambda: SimpleNamespace(token_ids=[])))]
-    for told, num_before in ((None, 1), (np.zeros(1, np.int64), 0)):
+    for ids, num_before in ((None, 1), (np.full(1, ID_PENDING, np.int32), 0)):
         masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [], before)
         masks._new_ids = lambda: iter(())  # type: ignore[method-assign]
-        masks(np.zeros((1, 4), np.int32), np.zeros(1, np.int32), told)
+        masks(np.zeros((1, 4), np.int32), np.full(1, MASK_PENDING, np.int32), ids)
         assert len(calls) == num_before
         masks.begin()
         masks.begin()

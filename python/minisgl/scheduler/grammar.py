@@ -16,10 +16,9 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLExecutor
 
-from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
+from minisgl.core import MASK_NOT_READY, MASK_READY, NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message import messages as wire
@@ -255,33 +254,28 @@ class LateMasks:
     def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
         self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
         self.shape = len(plan.masked), len(grammars.all_allowed)
-        self._asked: tuple[Words, Words, npt.NDArray[np.int64] | None] | None = None
+        self._asked: tuple[Words, Words, Words | None] | None = None
 
-    def __call__(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
-        if told is None or not self._before:
-            self._fill(words, mask_of, told)
-        else:
-            self._asked = words, mask_of, told
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        self._asked = words, states, ids
+        if ids is None or not self._before:
+            self.begin()
 
     def begin(self) -> None:
         """If a device waits for them: only once."""
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            self._fill(*asked)
-
-    def _fill(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
+        if self._asked is None:
+            return
+        (words, states, ids), self._asked = self._asked, None
         is_ready = np.zeros(len(words), np.bool_)
         try:
             if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
                 self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
         except Exception as error:
-            if told is None and not isinstance(error, EngineError):  # of the step before: its requests end with it
+            if ids is None and not isinstance(error, EngineError):  # of the step before: its requests end with it
                 raise
             logger.warning("step %d has no masks: %s: %s", self._plan.step_id, type(error).__name__, error)
         finally:
-            mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
-            if told is not None:
-                told[0] += 1
+            states[:] = np.where(is_ready, MASK_READY, MASK_NOT_READY)
 
     def _new_ids(self) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
