@@ -359,7 +359,9 @@ def test_a_failure_is_told_and_the_device_goes_on(
     """It waits for a state: one that never comes would hold it up. The row sits out."""
     grammars, ids = Grammars(store, is_gpu=True), np.full(1, ID_PENDING, np.int32)
     words, states = np.zeros((1, VOCAB // 32), np.int32), np.zeros(1, np.int32)
-    masks = LateMasks(grammars, StepPlan(1, (), (), (), masked=(0,)), [row.req for row in rows_of(store, grammars)], [])
+    masks = LateMasks(
+        grammars, StepPlan(1, (), (), (), masked=(0,)), [(row.req, row.output) for row in rows_of(store, grammars)], []
+    )
 
     def fail(*_: Any) -> None:
         raise MemoryError("no room")
@@ -395,7 +397,10 @@ def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> N
     before: list[Any] = [(None, SimpleNamespace(wait=lambda _: True, result=lambda: SimpleNamespace(token_ids=[])))]
     for ids, num_before in ((None, 1), (np.zeros(1, np.int32), 0)):
         masks = LateMasks(
-            grammars, StepPlan(1, (), (), (), masked=(0,)), [row.req for row in rows_of(store, grammars)], before
+            grammars,
+            StepPlan(1, (), (), (), masked=(0,)),
+            [(row.req, row.output) for row in rows_of(store, grammars)],
+            before,
         )
         masks._new_ids = lambda _: iter(())  # type: ignore[method-assign, assignment]
         masks(np.zeros((1, 4), np.int32), np.zeros(1, np.int32), ids)
@@ -424,4 +429,4 @@ def test_what_is_prescribed_is_told_beside_a_gpu_too(plain_store: GrammarStore) 
 def test_no_grammar_is_kept_for_a_step_that_has_masks(store: GrammarStore) -> None:
     """Else compiled grammars of requests that are gone would take up the room of others."""
     run = Run(store)
-    assert not run.grammars.outputs and run.grammars._last is not None and not run.grammars._last._reqs
+    assert not run.grammars.outputs and run.grammars._last is not None and not run.grammars._last._outputs

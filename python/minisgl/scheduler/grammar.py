@@ -139,14 +139,15 @@ class Grammars:
         if not plan.masked or self._store is None:
             return None
         shares = zip(planned.reqs, plan.reqs, strict=True)
-        reqs = [req for req, share in shares if share.num_samples and req.params.grammar is not None]
+        masked = [req for req, share in shares if share.num_samples and req.params.grammar is not None]
         self.begin()
         now, before = time.perf_counter(), [step for step in submitted if step[0].plan.masked]
         interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, self._last_time = plan.step_id, now
         self._most = tuple(share * self._interval for share in self._shares)
-        self._last = LateMasks(self, plan, reqs, before, self._last if before else None)
+        outputs = [(req, self.outputs[req.uid]) for req in masked]
+        self._last = LateMasks(self, plan, outputs, before, self._last if before else None)
         return self._last
 
     def begin(self) -> None:
@@ -313,13 +314,13 @@ class LateMasks:
     """
 
     def __init__(
-        self, grammars: Grammars, plan: StepPlan, reqs: Sequence[Req], before: list[Submitted],
+        self, grammars: Grammars, plan: StepPlan, outputs: list[tuple[Req, Matching]], before: list[Submitted],
         last: "LateMasks | None" = None,
     ) -> None:  # fmt: skip
         """last: the masks of the step before, if that has not ended."""
-        self._grammars, self._plan, self._reqs, self._before, self._last = grammars, plan, reqs, before, last
+        self._grammars, self._plan, self._outputs, self._before, self._last = grammars, plan, outputs, before, last
         self.shape = len(plan.masked), len(grammars.all_allowed)
-        self.numbers = np.array([(req.uid, req.num_tokens) for req in reqs], np.int64).reshape(-1, 2)
+        self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
         self.table: npt.NDArray[np.int64] | None = None
         self._ids = np.empty(0, np.int32)  # where a device writes its tokens
         self._left: tuple[list[_Row], Words, Words] | None = None
@@ -330,7 +331,7 @@ class LateMasks:
             self._fill(self.rows(), words, states, is_late=False)
             return
         self._ids, self._left = ids, (self._grammars.share(self, last, words, states), words, states)
-        self._last, self._reqs = last, ()
+        self._last, self._outputs = last, []
         if not self._before:
             self.begin()
 
@@ -345,8 +346,8 @@ class LateMasks:
 
     def rows(self) -> list[_Row]:
         drafts, rows, place = {draft.row: draft.ids for draft in self._plan.drafts}, list[_Row](), 0
-        for req, num in zip(self._reqs, self.numbers[:, 1].tolist(), strict=True):
-            rows.append(_Row(req, self._grammars.outputs[req.uid], num - 1, drafts.get(req.row, ()), place))
+        for (req, output), num in zip(self._outputs, self.numbers[:, 1].tolist(), strict=True):
+            rows.append(_Row(req, output, num - 1, drafts.get(req.row, ()), place))
             place += 1 + len(rows[-1].draft)
         return rows
 
@@ -372,7 +373,7 @@ class LateMasks:
         finally:
             places = [place for row in rows for place in range(row.place, row.place + 1 + len(row.draft))]
             states[places] = np.where(is_ready[places], MASK_READY, MASK_NOT_READY)
-            self._reqs, self._before = (), []
+            self._outputs, self._before = [], []
 
     def _new_ids(self, rows: list[_Row]) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None

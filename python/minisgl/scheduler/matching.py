@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
 
 from minisgl.grammar.source import Matcher, one_line
 from minisgl.grammar.store import CompiledGrammar
@@ -58,7 +57,7 @@ class Matching:
                 self.taken += len(ids)
                 if ids and not matcher.is_stopped():
                     matcher.consume_tokens(list(ids))
-                if self.asks_forced and isinstance(matcher, LLMatcher):
+                if self.asks_forced and not isinstance(matcher, NativeMatcher):
                     self.forced = matcher.compute_ff_tokens()
                 if num_words:
                     words, is_whole = walk(matcher, draft, num_words, seconds)
@@ -83,7 +82,7 @@ def walk(matcher: Matcher, draft: Sequence[int], num_words: int, seconds: float)
             break
         masks.append(mask)
         going_on = draft[len(masks) - 1 :][:1] if draft and time.thread_time() - start <= seconds else ()
-        if not going_on or not isinstance(matcher, LLMatcher) or matcher.try_consume_tokens(list(going_on)) != 1:
+        if not going_on or isinstance(matcher, NativeMatcher) or matcher.try_consume_tokens(list(going_on)) != 1:
             break
-    is_whole = len(masks) < 2 or (isinstance(matcher, LLMatcher) and matcher.rollback(len(masks) - 1))
+    is_whole = len(masks) < 2 or (not isinstance(matcher, NativeMatcher) and matcher.rollback(len(masks) - 1))
     return masks, is_whole and not matcher.is_error()
