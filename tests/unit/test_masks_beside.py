@@ -195,6 +195,8 @@ def time_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minisgl.scheduler.matching.CHEAP_SECONDS", 60.0)
     monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 60.0)
     monkeypatch.setattr("minisgl.scheduler.grammar._GPU_SHARES", (1e6, 1e6))
+    monkeypatch.setattr("minisgl.scheduler.grammar.FREE_SECONDS", 60.0)
+    monkeypatch.setattr("minisgl.scheduler.grammar._WORKER_SHARE", 1e6)
 
 
 @pytest.mark.parametrize("overlap", [True, False])

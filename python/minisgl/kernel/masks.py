@@ -102,6 +102,12 @@ class MaskWorker:
         num: int = self._ours.num_dear_of(self._own)
         return num
 
+    @property
+    def cost(self) -> float:
+        """Seconds of a core that the masks of the last step took."""
+        seconds: float = self._ours.last_cost_of(self._own)
+        return seconds
+
     def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words) -> None:
         """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s."""
         places = rows.ctypes.data, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1]

@@ -43,12 +43,12 @@ _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
-# computed in vain, for more than that. A GPU computes meanwhile.
-CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
+# computed in vain, for more than that. A GPU computes meanwhile; and what a thread beside Python may take, then.
+CPU_SHARES, _GPU_SHARES, _WORKER_SHARE = (0.1, 0.4), (0.1, 2.0), 0.75
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
 
-_REF = MaskRow._fields.index("ref")
+_REF, _PLACE = map(MaskRow._fields.index, ("ref", "place"))
 _NEXT = np.array(MaskRow(matcher=0, ref=0, length=1, known=0, place=0))  # of a row that goes on: one token more
 
 Submitted = tuple[Planned, StepHandle]
@@ -156,18 +156,19 @@ class Grammars:
             self._last.begin()
 
     def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
-        """Have cheap masks of a step computed beside Python. last: of the step before, if that has not ended; what goes
-        on as it did there costs the host next to nothing. → the other rows."""
-        worker, most = self._worker, self._most[True]
+        """Have masks of a step computed beside Python, as many as can be there in time. last: of the step before, if that
+        has not ended; what goes on as it did there costs the host next to nothing. → the other rows."""
+        worker, most = self._worker, _WORKER_SHARE * self._interval
         going_on = None if last is None or not masks.follows(last) else last.table
-        if worker is not None and last is not None and going_on is not None and self._num_dear == worker.num_dear:
+        is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
+        if worker is not None and last is not None and going_on is not None and is_cheap:
             masks.table = going_on + _NEXT
-            masks.table[:, _REF] = last.addresses
+            masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
             worker.submit(masks.table, words, states)
             return []
         refs = {} if last is None else dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
         shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
-        for row in masks.rows():
+        for row in sorted(masks.rows(), key=lambda row: row.output.cost):
             beside = self._beside(row, refs.get(row.req.uid, 0))
             if beside is None or self._late_cost + row.output.cost > most:
                 left.append(row)
@@ -175,7 +176,7 @@ class Grammars:
                 shared.append(beside)
                 self._late_cost += row.output.cost
         if shared:
-            worker = self._worker = worker or MaskWorker(CHEAP_SECONDS)
+            worker = self._worker = worker or MaskWorker(FREE_SECONDS)
             table, self._num_dear = np.array(shared, np.int64), worker.num_dear
             worker.submit(table, words, states)
             masks.table = None if left else table
@@ -244,17 +245,17 @@ class Grammars:
             self._store.close()
 
     def _beside(self, row: _Row, ref: int) -> MaskRow | None:
-        """What computes a row's mask without Python, where it is cheap, and to be computed. ref: where the last token
-        will be, if a step before has not ended."""
+        """What computes a row's mask without Python, if it is to be computed, and not dear. ref: where the last token will
+        be, if a step before has not ended."""
         req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
-        if own.matcher is None and own.error is None and own.grammar.cost <= CHEAP_SECONDS:
+        if own.matcher is None and own.error is None and own.grammar.cost <= FREE_SECONDS:
             own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
         num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
         if not isinstance(matcher, NativeMatcher):
             return None
         own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
         is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
-        if own.cost > CHEAP_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
+        if own.cost > FREE_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
             return None
         known = req.tokens[-1] if len(req.tokens) > req.prompt_len else -1
         return MaskRow(matcher.address, ref if num_late else 0, num_output, known, row.place)

@@ -1,9 +1,8 @@
 // Masks of grammars, computed by a thread that needs nothing of Python, beside a device that waits for them.
 //
-// Matchers are llguidance's, used through its C functions (llguidance.h of guidance-ai/llguidance), which are looked up
-// by name in the library that Python has loaded. Jobs are done in order, one for each step; a job's rows wait for the
-// tokens that the device samples in the step before. What a mask and its state are is said by `core.Masks`.
-#include <dlfcn.h>
+// Matchers are llguidance's. Jobs are done in order, one for each step; a job's rows wait for the tokens that the device
+// samples in the step before. What a mask and its state are is said by `core.Masks`.
+#include <minisgl/llguidance.h>
 #include <pthread.h>
 #include <sys/prctl.h>
 #include <time.h>
@@ -23,7 +22,6 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -46,65 +44,6 @@ double seconds(clockid_t clock) {
   clock_gettime(clock, &now);
   return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
 }
-
-using Tokenize = size_t (*)(const void* own, const uint8_t* text, size_t num_bytes, uint32_t* tokens, size_t room);
-
-struct Limits {  // `LlgParserLimits`
-  uint64_t max_items_in_row, initial_lexer_fuel, step_lexer_fuel, step_max_items, max_lexer_states, max_grammar_size;
-  bool precompute_large_lexemes, verbose_errors;
-};
-
-struct ConstraintInit {  // `LlgConstraintInit`, which does not tell how long it is: `spare` is for newer ones
-  void* tokenizer;
-  uint32_t log_buffer_level, log_stderr_level;
-  bool ff_tokens_ok, backtrack_ok;
-  Limits limits;
-  char spare[512];
-};
-
-struct TokenizerInit {  // `LlgTokenizerInitV2`
-  size_t struct_size;
-  uint32_t vocab_size, tok_eos;
-  const uint32_t* token_lens;
-  const uint8_t* token_bytes;
-  const char* tokenizer_json;
-  bool tokenize_assumes_string;
-  Tokenize tokenize_fn;
-  bool use_approximate_greedy_tokenize_fn;
-  const void* tokenize_user_data;
-  const char* const* slices;
-  const uint32_t* tok_eos_extra;
-  uint32_t tok_eos_extra_count;
-};
-
-struct Library {
-  void (*constraint_init_set_defaults)(ConstraintInit*, const void* tokenizer);
-  void* (*new_tokenizer_v2)(const TokenizerInit*, char* error, size_t room);
-  void* (*new_matcher)(const ConstraintInit*, const char* kind, const char* grammar);
-  int32_t (*consume_tokens)(void* matcher, const uint32_t* tokens, size_t num);
-  int32_t (*compute_mask_into)(void* matcher, uint32_t* words, size_t num_bytes);
-  bool (*is_stopped)(const void* matcher);
-  bool (*is_error)(const void* matcher);
-  const char* (*get_error)(void* matcher);
-  void* (*clone)(const void* matcher);
-  void (*free)(void* matcher);
-
-  // false: it does not export one of them.
-  bool open(const char* path) {
-    void* handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    const auto find = [handle](const char* name, auto& function) {
-      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
-      return function != nullptr;
-    };
-    return handle != nullptr && find("llg_constraint_init_set_defaults", constraint_init_set_defaults) &&
-           find("llg_new_tokenizer_v2", new_tokenizer_v2) && find("llg_new_matcher", new_matcher) &&
-           find("llg_matcher_consume_tokens", consume_tokens) &&
-           find("llg_matcher_compute_mask_into", compute_mask_into) &&
-           find("llg_matcher_is_stopped", is_stopped) && find("llg_matcher_is_error", is_error) &&
-           find("llg_matcher_get_error", get_error) && find("llg_clone_matcher", clone) &&
-           find("llg_free_matcher", free);
-  }
-};
 
 Library library;
 
@@ -195,6 +134,7 @@ struct Job {
 class Worker {
  public:
   std::atomic<int64_t> num_dear = 0;  // masks that took more than `dear` seconds of a core
+  std::atomic<double> cost = 0;       // seconds of a core that the last job took
 
   explicit Worker(double dear) : dear(dear), thread([this] { run(); }) {}
 
@@ -228,13 +168,16 @@ class Worker {
       guard.unlock();
       std::vector<int64_t> tokens;  // of all rows first: they come together, and their place will be used again
       for (const Row& row : job.rows) tokens.push_back(row.ref == nullptr ? row.known : token_at(row.ref));
+      double spent = 0;
       for (size_t i = 0; i < job.rows.size(); i++) {
         const int64_t place = job.rows[i].place;
         uint32_t* words = job.words + place * job.num_words;
         const bool is_there = serve(job.rows[i], tokens[i], *job.matchers[i], words, job.num_words * 4);
         __atomic_store_n(job.states + place, is_there ? kReady : kNotReady, __ATOMIC_RELEASE);
         num_dear += job.matchers[i]->cost > dear;
+        spent += job.matchers[i]->cost;
       }
+      cost = spent;
       guard.lock();
     }
   }
@@ -372,6 +315,8 @@ int64_t make_worker(double dear) { return handle_of(new Worker(dear)); }
 
 int64_t num_dear_of(int64_t worker) { return at<Worker>(worker).num_dear; }
 
+double last_cost_of(int64_t worker) { return at<Worker>(worker).cost; }
+
 // All jobs have states when this returns, and it is gone.
 void close_worker(int64_t worker) { delete &at<Worker>(worker); }
 
@@ -396,6 +341,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(error_of, error_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(advance, advance);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_worker, make_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_cost_of, last_cost_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(close_worker, close_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(submit, submit);
 
