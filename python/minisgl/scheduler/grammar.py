@@ -156,7 +156,7 @@ class Grammars:
             self._last.begin()
 
     def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
-        """Have masks of a step computed beside Python, as many as can be there in time. last: of the step before, if that
+        """Have masks of a step computed beside Python, as many as are there in time. last: of the step before, if it
         has not ended; what goes on as it did there costs the host next to nothing. → the other rows."""
         worker, most = self._worker, _WORKER_SHARE * self._interval
         going_on = None if last is None or not masks.follows(last) else last.table
@@ -245,7 +245,7 @@ class Grammars:
             self._store.close()
 
     def _beside(self, row: _Row, ref: int) -> MaskRow | None:
-        """What computes a row's mask without Python, if it is to be computed, and not dear. ref: where the last token will
+        """What computes a row's mask without Python, if it is needed, and not dear. ref: where the last token will
         be, if a step before has not ended."""
         req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
         if own.matcher is None and own.error is None and own.grammar.cost <= FREE_SECONDS:
