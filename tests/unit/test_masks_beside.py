@@ -392,6 +392,18 @@ def test_a_new_request_of_a_dear_grammar_is_expected_to_be_dear(store: GrammarSt
     assert (output.job.result(60)[0] == mask_of(output.grammar.matcher.deep_copy())).all()
 
 
+def test_what_threads_compute_no_worker_waits_for(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar's matchers share a lock: where its masks are dear, none of them is computed for a device that waits."""
+    monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 0.001)
+    grammars = Grammars(store, is_gpu=True)
+    (row,) = rows_of(store, grammars, cost=0.0)
+    assert grammars._beside(row, 0) is not None
+    row.output.grammar.mean = 0.01
+    assert grammars._beside(row, 0) is None
+    row.output.grammar.mean = 0.0
+    assert grammars._beside(row, 0) is not None
+
+
 def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> None:
     """Where nobody but the host waits, the scheduler's thread does not compute what the engine's does."""
     grammars, calls = Grammars(store, is_gpu=True), list[int]()

@@ -56,7 +56,8 @@ class CompiledGrammar:
 
     matcher: Matcher
     num_bytes: int
-    cost: float = 0.008  # seconds of a core that a mask takes: a guess, until some were computed
+    cost: float = 0.008  # seconds of a core that a mask takes, at most: a guess, until some were computed
+    mean: float = 0.0  # seconds that the last masks took
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

@@ -254,6 +254,9 @@ class Grammars:
         if not isinstance(matcher, NativeMatcher):
             return None
         own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
+        own.grammar.mean += (matcher.cost - own.grammar.mean) / 16
+        if own.grammar.mean > CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
+            return None
         is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
         if own.cost > FREE_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
             return None
@@ -290,6 +293,7 @@ class Grammars:
             words, why = self._follow(row, ids, len(self.all_allowed))
         seconds = (time.thread_time() - start) / max(1, len(words))
         output.cost, output.grammar.cost = (max(seconds, known / 4) for known in (output.cost, output.grammar.cost))
+        output.grammar.mean += (seconds - output.grammar.mean) / 16
         output.seconds += max(0.0, seconds - FREE_SECONDS)
         if output.seconds > MOST_SECONDS:
             why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"
