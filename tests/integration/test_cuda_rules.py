@@ -33,8 +33,8 @@ class Board:
     """Memory for masks, as an engine has it."""
 
     def __init__(self, num: int, num_words: int) -> None:
-        memory = torch.zeros(num * (num_words + 2), dtype=torch.int32, pin_memory=True).numpy()
-        self.words, self.states = memory[2 * num :].reshape(num, num_words), memory[:num]
+        memory = torch.zeros(num * (num_words + 2) + 4, dtype=torch.int32, pin_memory=True).numpy()
+        self.words, self.states = memory[2 * num : -4].reshape(num, num_words), memory[:num]
         self.ids = memory[num : 2 * num]
         self.addresses = [array.ctypes.data for array in (self.words, self.states, self.ids)]
 

@@ -120,8 +120,8 @@ class DeviceTables:
         self._boards.rotate()
         if MASK_PENDING in self._boards[0][1]:
             num, width = most_samples(self.padding_row), masks.shape[1]
-            memory = torch.full((num * (width + 2),), MASK_READY, dtype=torch.int32, pin_memory=True).numpy()
-            self._boards[0] = memory[2 * num :].reshape(num, width), memory[:num], memory[num : 2 * num]
+            memory = torch.full((num * (width + 2) + 4,), MASK_READY, dtype=torch.int32, pin_memory=True).numpy()
+            self._boards[0] = memory[2 * num : -4].reshape(num, width), memory[:num], memory[num : 2 * num]
         words, states, ids = board = [array[: masks.shape[0]] for array in self._boards[0]]
         states[:], ids[:] = MASK_PENDING, ID_PENDING
         masks(words, states, ids)

@@ -123,17 +123,17 @@ sample_changed_kernel(const SampleArgs args, const RuleArgs rules) {
   }
   __syncthreads();
   cluster_wait();  // no block writes to another that has not started
+  int first_bit = -1;
   if (is_masked) {
-    const bool is_there = load_remote(&is_ready, 0);
-    if (!is_there) {
+    if (load_remote(&is_ready, 0) == 0) {
       if (rank == 0 && threadIdx.x == 0) write_token(args, row, kNotReady);
       cluster_arrive(false);
       cluster_wait();  // the first block stays until all have looked
       return;
     }
-    slice.load_mask(rules.places->board.words + int64_t(params.mask) * ((args.vocab + 31) / 32));
+    first_bit = slice.load_mask(rules.places->board.words + int64_t(params.mask) * ((args.vocab + 31) / 32));
   }
-  const uint32_t own_best = slice.finish(is_masked);
+  const uint32_t own_best = slice.finish(first_bit);
   sample_row<float>(sampler, own_best, args, row, rank, kThreads / 32);
 }
 
