@@ -404,6 +404,19 @@ def test_what_threads_compute_no_worker_waits_for(store: GrammarStore, monkeypat
     assert grammars._beside(row, 0) is not None
 
 
+def test_nobody_waits_for_threads_where_a_grammar_is_dear(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is cheap among dear ones would wait for their lock."""
+    monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 0.001)
+    for mean, is_inline in ((0.01, False), (0.0, True)):
+        grammars = Grammars(store, is_gpu=True)
+        (row,) = rows_of(store, grammars, cost=0.0)
+        row.output.grammar.mean = mean
+        is_ready, reqs = np.zeros(1, np.bool_), (ScheduledReq(0, 0, 1, 1), ScheduledReq(1, 0, 1, 1))
+        words, plan = np.zeros((1, VOCAB // 32), np.int32), StepPlan(1, (), (), reqs, 2, masked=(0,))
+        grammars.compute(plan, [row], [[]], words, is_ready)
+        assert is_ready.all() == is_inline and (row.output.job is None) == is_inline
+
+
 def test_a_device_is_begun_for_once_and_a_host_at_once(store: GrammarStore) -> None:
     """Where nobody but the host waits, the scheduler's thread does not compute what the engine's does."""
     grammars, calls = Grammars(store, is_gpu=True), list[int]()

@@ -222,8 +222,16 @@ class Grammars:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
-                spent + output.cost <= most[is_cheap] or len(plan.reqs) == 1 or output.error is not None
+            elif (
+                len(plan.reqs) == 1
+                or output.error is not None
+                or (
+                    spent + output.cost <= most[is_cheap]
+                    and (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked())
+                    and not (
+                        self._is_gpu and output.grammar.mean > CHEAP_SECONDS
+                    )  # it may be locked when its turn comes
+                )
             ):
                 found = self._mask(row, ids)
                 spent += output.cost * max(1, len(found))
