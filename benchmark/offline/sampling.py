@@ -30,7 +30,7 @@ from minisgl.benchmark.shapes import write_shape
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import MASK_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.cpu import create_steps
 from minisgl.utils.math import div_ceil
 
@@ -71,11 +71,11 @@ class Steps:
         self._words = rng.integers(-(2**31), 2**31, self.shape).astype(np.int32)
 
     def __call__(
-        self, words: npt.NDArray[np.int32], mask_of: npt.NDArray[np.int32], told: npt.NDArray[np.int64] | None
+        self, words: npt.NDArray[np.int32], states: npt.NDArray[np.int32], ids: npt.NDArray[np.int32] | None
     ) -> None:
         """As `Masks`, of all rows."""
-        assert told is None
-        words[:], mask_of[:] = self._words, np.arange(len(words))
+        assert ids is None
+        words[:], states[:] = self._words, MASK_READY
 
     def time(self, kind: str, num_steps: int) -> float:
         """Median seconds of a step, once the requests are of this kind."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
-NOT_READY = -2  # in the place of a sampled id: the row's mask was not there in time
+NOT_READY, ID_PENDING = -2, -3  # in place of a sampled id: its mask was not there in time; it is not sampled yet
+MASK_PENDING, MASK_READY, MASK_NOT_READY = 0, 1, 2  # `Masks.__call__`
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
 MAX_BIAS = 100
@@ -287,17 +288,16 @@ class StateCopy(NamedTuple):
 
 class Masks(Protocol):
     """Which tokens may be sampled, for each of a plan's `masked`: bit t % 32 of word t // 32 is set if token t may.
-
-    An engine asks once, as late as can be: they may depend on tokens of the step before.
-    """
+    They may depend on tokens of the step before. An engine asks once."""
 
     shape: tuple[int, int]  # len(masked), ceil(vocab_size / 32)
 
     def __call__(
-        self, words: npt.NDArray[np.int32], mask_of: npt.NDArray[np.int32], told: npt.NDArray[np.int64] | None
+        self, words: npt.NDArray[np.int32], states: npt.NDArray[np.int32], ids: npt.NDArray[np.int32] | None
     ) -> None:
-        """Write them to `words`, and which of these a sample has, or `NOT_READY`, to `mask_of`, by its number: at once,
-        or with `told` later, and then add 1 to told[0], in the order of the steps."""
+        """Write mask i to words[i], and last states[i], from `MASK_PENDING` to `MASK_READY` or `MASK_NOT_READY`: before
+        it returns, or with `ids` later, on any thread that keeps the arrays. Then a device waits, for a second at most,
+        and writes to ids[i], until then `ID_PENDING`, the token of `StepResult` as soon as it is sampled."""
 
 
 class StepPlan(NamedTuple):

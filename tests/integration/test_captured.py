@@ -22,6 +22,10 @@ from minisgl.attention.sdpa import attend
 from minisgl.config.model import AttentionSpec
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import (
+    ID_PENDING,
+    MASK_NOT_READY,
+    MASK_PENDING,
+    MASK_READY,
     NOT_READY,
     Admission,
     Masks,
@@ -37,10 +41,11 @@ from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
 from minisgl.engine.engine import create_engine
 from minisgl.engine.graph import RunStep
-from minisgl.engine.rules import NO_MASK, apply_bitmask
+from minisgl.engine.rules import apply_bitmask
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.staging import DeviceTables
+from minisgl.engine.tables import StepIndex
 from minisgl.kernel.ops import PagedSequences, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
 from minisgl.kvcache.pool import LayerCache
@@ -98,43 +103,49 @@ class Ops(TorchOps):
     captures_chunks = True
 
 
+def at(kind: Any, address: int, num: int) -> Any:
+    return (kind * num).from_address(address)
+
+
 class RuleOps(Ops):
-    """Reads the rules from tables on the device, as kernels do that sample by them."""
+    """Reads the rules from tables on the device, as kernels do that sample by them, and waits for masks as they do."""
 
     most_ruled = 1 << 20
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
-        assert store is not None
-        if store.masks is not None and store.mask_of is not None:
-            return self._sample_masked(logits, columns, out, store, store.masks, store.mask_of)
-        super().sample(self._changed(logits, columns, store), columns, out)
+        assert store is not None and store.places is not None
+        address, *board, began = store.places.tolist()
+        assert began == 0
+        changed, masks = self._changed(logits, columns, store, address), columns["mask"].tolist()
+        for row, mask in enumerate(masks):
+            if mask >= 0:
+                self._mask(changed[row : row + 1], *board[:2], mask)
+        super().sample(changed, columns, out)
+        for row, mask in enumerate(masks):
+            if mask >= 0:
+                if changed[row].isnan().all():
+                    out[row] = NOT_READY
+                at(ctypes.c_int32, board[2], mask + 1)[mask] = int(out[row])
         self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
 
-    def _sample_masked(
-        self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore, masks: Tensor, mask_of: Tensor
-    ) -> Tensor:
-        index = torch.from_numpy(np.flatnonzero(mask_of.numpy() >= 0))
-        changed = self._changed(logits, columns, store)[index]
-        apply_bitmask(changed, masks[mask_of[index].long()])
-        out[index] = super().sample(changed, columns.select(index), torch.empty_like(out[: len(index)]))
-        return out.masked_fill_(mask_of == NOT_READY, NOT_READY)
-
-    def wait_for(self, on: Tensor, told: Tensor | None, number: int) -> None:
-        assert told is not None
-        deadline = time.monotonic() + 60
-        while told[0] < number:
+    def _mask(self, logits: Tensor, words: int, states: int, mask: int) -> None:
+        """NaN: it is not ready."""
+        deadline, num_words = time.monotonic() + 60, -(-logits.shape[1] // 32)
+        while (state := at(ctypes.c_int32, states, mask + 1)[mask]) == MASK_PENDING:
             assert time.monotonic() < deadline
             time.sleep(0.001)
+        own = np.ctypeslib.as_array(at(ctypes.c_int32, words + 4 * mask * num_words, num_words)).copy()
+        apply_bitmask(logits, torch.from_numpy(own)[None])
+        if state != MASK_READY:
+            logits.fill_(math.nan)
 
-    def _changed(self, logits: Tensor, columns: SamplingColumns, store: TokenStore) -> Tensor:
-        assert store.entries is not None
+    def _changed(self, logits: Tensor, columns: SamplingColumns, store: TokenStore, address: int) -> Tensor:
         num_rows, changed = len(store.token_ids), logits.float().clone()
-        address = int(store.entries[0])
-        bounds = (ctypes.c_int32 * (num_rows + 1)).from_address(address)
+        bounds = at(ctypes.c_int32, address, num_rows + 1)
         total = bounds[num_rows]
-        ids = (ctypes.c_int32 * total).from_address(address + 4 * (num_rows + 1))
-        values = (ctypes.c_float * total).from_address(address + 4 * (num_rows + 1 + total))
+        ids = at(ctypes.c_int32, address + 4 * (num_rows + 1), total)
+        values = at(ctypes.c_float, address + 4 * (num_rows + 1 + total), total)
         for i, row in enumerate(store.rows.tolist()):
             own, position = columns.select(torch.tensor([i])), int(columns["position"][i])
             penalize(changed[i : i + 1], own, store.token_ids[row : row + 1, :position].long())
@@ -297,30 +308,37 @@ def test_every_step_with_drafts_fits_a_shape(draft_len: int, most: int) -> None:
 
 
 class LateMasks:
-    """Of samples 0 and 2, of which the second is not ready. With `told` they come from a thread, after a while."""
+    """Two, of which the second is not ready. Where a device waits for them they come from a thread, after a while."""
 
-    def __init__(self, words: np.ndarray) -> None:
-        self.shape, self._words = words.shape, words
+    def __init__(self, words: np.ndarray, seconds: float = 0.2) -> None:
+        self.shape, self._words, self._seconds = words.shape, words, seconds
+        self.asked: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
-    def __call__(self, words: np.ndarray, mask_of: np.ndarray, told: np.ndarray | None) -> None:
-        def compute() -> None:
-            words[:], mask_of[0] = self._words, 0
-            if told is not None:
-                told[0] += 1
-
-        assert mask_of.tolist() == [NOT_READY, NO_MASK, NOT_READY]
-        if told is None:
-            compute()
+    def __call__(self, words: np.ndarray, states: np.ndarray, ids: np.ndarray | None) -> None:
+        assert self.asked is None and states.tolist() == [MASK_PENDING] * 2
+        self.asked = words, states, ids
+        if ids is None:
+            self.compute()
         else:
-            threading.Timer(0.2, compute).start()
+            assert ids.tolist() == [ID_PENDING] * 2
+            threading.Timer(self._seconds, self.compute).start()
+
+    def compute(self) -> None:
+        assert self.asked is not None
+        words, states, _ = self.asked
+        words[:] = self._words
+        states[0] = MASK_READY
+        time.sleep(self._seconds / 10)
+        states[1] = MASK_NOT_READY
 
 
 @pytest.mark.parametrize("ops", [Ops, RuleOps])
-def test_masks_of_captured_steps_forbid_tokens(graphs: list[Graphs], ops: type[Ops]) -> None:
+@pytest.mark.parametrize("max_batch", [0, 8])
+def test_masks_of_captured_steps_forbid_tokens(graphs: list[Graphs], ops: type[Ops], max_batch: int) -> None:
     """Steps with a grammar beside plain ones, one with a mask that is not ready; the same as a CPU's engine samples.
     With kernels that follow rules it is the device that waits for masks."""
     config = uncaptured("qwen3")[0]
-    engines = Engine(replace(config, cuda_graph_max_bs=8), ops()), create_engine(config)
+    engines = Engine(replace(config, cuda_graph_max_bs=max_batch), ops()), create_engine(config)
     words = np.zeros((2, -(-config.model.vocab_size // 32)), np.int32)
     words[:, 1] = 0b1000
     pages = tuple(PageUpdate(row, 0, (row,), (row,)) for row in range(3))
@@ -328,10 +346,31 @@ def test_masks_of_captured_steps_forbid_tokens(graphs: list[Graphs], ops: type[O
     admissions = tuple(Admission(row, ids, SamplingParams(4, 0.0, seed=row), 3, ()) for row in range(3))
     first = StepPlan(0, admissions, pages, tuple(ScheduledReq(row, 0, 3, 1) for row in range(3)), 0)
     second = StepPlan(1, (), (), tuple(ScheduledReq(row, 3, 1, 1) for row in range(3)), 3, masked=(0, 2))
-    found = []
+    found, told = [], []
     for engine in engines:
-        handles = [engine.submit(first), engine.submit(second, LateMasks(words))]
+        masks = LateMasks(words)
+        handles = [engine.submit(first), engine.submit(second, masks)]
         found.append([handle.result().token_ids for handle in handles])
+        assert masks.asked is not None
+        told.append(masks.asked[2])
         engine.close()
-    assert graphs and found[0] == found[1]
+    assert graphs and found[0] == found[1] and bool(graphs[-1].replayed) == (max_batch > 0)
     assert found[0][1][0] == (35,) and found[0][1][2] == (NOT_READY,)
+    assert told[1] is None and (told[0] is None if ops is Ops else told[0].tolist() == [35, NOT_READY])
+
+
+def test_the_memory_of_masks_is_theirs_until_they_are_there(graphs: list[Graphs]) -> None:
+    """And used again four steps after those whose masks are."""
+    config = uncaptured("qwen3")[0]
+    tables = Engine(replace(config, cuda_graph_max_bs=8), RuleOps()).steps.tables
+    words = np.zeros((2, -(-config.model.vocab_size // 32)), np.int32)
+    plan = StepPlan(1, (), (), tuple(ScheduledReq(row, 3, 1, 1) for row in range(3)), 3, masked=(0, 2))
+    masks = [LateMasks(words, 1e6 if number in (1, 6) else 0.0) for number in range(12)]
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "Timer", lambda seconds, run: SimpleNamespace(start=run if not seconds else int))
+        for one in masks:
+            tables.send(plan, StepIndex.of(plan.reqs), one)
+    used = [one.asked[0] for one in masks if one.asked is not None]
+    shared = {(i, j) for i in range(12) for j in range(i) if np.shares_memory(used[i], used[j])}
+    since = {(i, j): range(j, i, 4) for i in range(12) for j in range(i) if (i - j) % 4 == 0}
+    assert shared == {pair for pair, steps in since.items() if 1 not in steps and 6 not in steps}

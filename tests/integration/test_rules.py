@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from minisgl.core import NOT_READY, Admission, Masks, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import MASK_NOT_READY, MASK_READY, NOT_READY, Admission, Masks, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.rules import ROWS_AT_ONCE, StepRules
 from minisgl.engine.tables import RowTables, StepIndex
 from minisgl.kernel.ops import StepOps, TorchOps
@@ -44,7 +44,7 @@ class Rows:
     ) -> tuple[SamplingColumns, TokenStore, StepRules | None]:
         reqs = [ScheduledReq(row, int(position) - 1, 1, 1) for row, position in zip(rows, positions, strict=True)]
         index = StepIndex.of(reqs)
-        columns = SamplingColumns(torch.from_numpy(self.host.sampling(index)))
+        columns = SamplingColumns(torch.from_numpy(self.host.sampling(index, masked)))
         rules = self.host.logit_rules.step(index.sample_rows, index.sample_positions, masked, masks)
         return columns, TokenStore(self.tokens, torch.from_numpy(index.sample_rows)), rules
 
@@ -66,15 +66,13 @@ class Rows:
 class Given:
     """Masks of samples that somebody has computed. missing: those that are not ready."""
 
-    def __init__(self, words: np.ndarray, samples: Sequence[int], *missing: int) -> None:
-        rows, num_words = words.shape
-        self.shape, self._words, self._samples = (rows, num_words), words, list(samples)
-        self._numbers = np.where(np.isin(np.arange(rows), missing), NOT_READY, np.arange(rows))
+    def __init__(self, words: np.ndarray, *missing: int) -> None:
+        num, num_words = words.shape
+        self.shape, self._words = (num, num_words), words
+        self._states = np.where(np.isin(np.arange(num), missing), MASK_NOT_READY, MASK_READY)
 
-    def __call__(self, words: np.ndarray, mask_of: np.ndarray, told: np.ndarray | None) -> None:
-        words[:], mask_of[self._samples] = self._words, self._numbers
-        if told is not None:
-            told[0] += 1
+    def __call__(self, words: np.ndarray, states: np.ndarray, ids: np.ndarray | None) -> None:
+        words[:], states[:] = self._words, self._states
 
 
 def changed(source: torch.Tensor, masks: Given | None = None, **params: Any) -> torch.Tensor:
@@ -121,7 +119,7 @@ def test_a_bitmask_forbids_what_it_leaves_out_and_nothing_undoes_it() -> None:
     allowed[[3, 31]] = False, True
     bits = np.packbits(np.pad(allowed, (0, 96 - VOCAB)), bitorder="little").view(np.int32)
     source = logits()
-    found = changed(source, Given(bits[None], (0,)), logit_bias=((3, 100.0), (31, 1.0)))
+    found = changed(source, Given(bits[None]), logit_bias=((3, 100.0), (31, 1.0)))
     expected = source.clone()
     expected[0, 31] += 1
     expected[0, ~torch.from_numpy(allowed)] = float("-inf")
@@ -136,13 +134,13 @@ def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
     allowed = (words.view(np.uint32)[:, :, None] >> np.arange(32, dtype=np.uint32) & 1).reshape(3, -1)[:, :VOCAB] > 0
     source, rows = logits(4).to(dtype), Rows(4)
     for samples in ((0, 2, 3), (3, 1, 0), (0, 1, 2)):
-        found = rows.changed(source, range(4), range(1, 5), samples, Given(words, samples))
+        found = rows.changed(source, range(4), range(1, 5), samples, Given(words))
         assert found.dtype == dtype
         for sample, row in enumerate(found):
             banned = ~torch.from_numpy(allowed[samples.index(sample)]) if sample in samples else torch.tensor(False)
             assert torch.equal(row, source[sample].masked_fill(banned, float("-inf")))
     rows.admit(1, 1, logit_bias=((2, 1.0),))
-    found = rows.changed(source, range(4), range(1, 5), (3,), Given(words[:1], (3,)))
+    found = rows.changed(source, range(4), range(1, 5), (3,), Given(words[:1]))
     assert found.dtype == torch.float32
     assert torch.equal(found[3], source[3].float().masked_fill(~torch.from_numpy(allowed[0]), float("-inf")))
 
@@ -168,7 +166,7 @@ def spoilt(source: torch.Tensor) -> tuple[Given, tuple[int, ...]]:
     words[:, 0] = (words[:, 0] | 1) & ~2
     words[9] = 0  # nothing is allowed
     masked = (6, 7, 8, 9, 10, 11, 12, 13, 20, *range(30, 50))
-    return Given(words[: len(masked)], masked, 8), masked
+    return Given(words[: len(masked)], 8), masked
 
 
 def mixed_rows(num: int, vocab: int = VOCAB, **params: Any) -> tuple[Rows, list[int]]:
@@ -267,5 +265,5 @@ def test_log_probabilities_are_the_reference_s(num_top: int, vocab: int, target:
 def test_one_mask_that_is_not_ready_changes_nothing_else() -> None:
     """Where torch samples: the row's logits stay as they are, and its token says so."""
     rows, source = Rows(1), logits()
-    found = rows.sample(TorchOps(), source, [0], [5], (0,), Given(np.zeros((1, 3), np.int32), (0,), 0))
+    found = rows.sample(TorchOps(), source, [0], [5], (0,), Given(np.zeros((1, 3), np.int32), 0))
     assert found.tolist() == [NOT_READY]

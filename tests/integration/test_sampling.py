@@ -231,7 +231,7 @@ def test_a_record_has_all_parameters_of_a_request() -> None:
     columns = SamplingColumns(torch.from_numpy(record_of(params, 9))[None])
     values = {name: columns[name].item() for name in COLUMNS}
     filters = {"temperature": 0.3, "top_p": 0.4, "min_p": 0.25, "top_k": 2**31 - 1}
-    lengths = {"position": 1, "prompt_len": 9, "min_len": 2**31 - 1}
+    lengths = {"position": 1, "prompt_len": 9, "min_len": 2**31 - 1, "mask": -1}
     assert values == pytest.approx({"seed": MAX_SEED} | filters | penalties | lengths)
     assert RECORD.itemsize % 8 == 0
     neutral = SamplingColumns.of(2)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
+from minisgl.core import MASK_NOT_READY, MASK_READY, FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar
 from minisgl.message.messages import AbortMsg, ErrorReply, UserMsg, pack_ids, unpack_ids
@@ -112,11 +112,11 @@ class MaskedEngine(SimulatedEngine):
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         if plan.masked:
             assert masks is not None
-            words = np.zeros(masks.shape, np.int32)
-            mask_of = np.zeros(sum(share.num_samples for share in plan.reqs), np.int32)
-            masks(words, mask_of, None)
-            self.missing = [sample for sample in plan.masked if mask_of[sample] == NOT_READY]
-            self.words += [int(words[mask_of[sample], 0]) & 255 for sample in plan.masked if mask_of[sample] >= 0]
+            words, states = np.zeros(masks.shape, np.int32), np.zeros(len(plan.masked), np.int32)
+            masks(words, states, None)
+            told = [*zip(plan.masked, words[:, 0].tolist(), states.tolist(), strict=True)]
+            self.missing = [sample for sample, _, state in told if state == MASK_NOT_READY]
+            self.words += [word & 255 for _, word, state in told if state == MASK_READY]
         return super().submit(plan, masks)
 
 

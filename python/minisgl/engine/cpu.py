@@ -40,13 +40,14 @@ class CpuTables:
 
     def __init__(self, config: EngineConfig) -> None:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests
-        self.entries: Tensor | None = None
+        self.places: Tensor | None = None
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
         self.token_ids = torch.from_numpy(np.zeros((num_rows + 1, config.max_seq_len + 2), np.int32))  # used later
 
-    def send(self, plan: StepPlan, index: StepIndex) -> None:  # noqa: ARG002 (its numbers are read where they are)
+    def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:  # noqa: ARG002
+        """Its numbers are read where they are."""
         for admission in plan.admissions:
             self.token_ids[admission.row, : len(admission.token_ids)] = torch.tensor(admission.token_ids)
         for row, position, ids in plan.drafts:

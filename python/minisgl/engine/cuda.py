@@ -194,7 +194,7 @@ class CapturedSteps(StepRunner):
             return super()._launch(plan, masks)
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
-        self.tables.send(plan, index)
+        self.tables.send(plan, index, masks)
         self._prepare(self._batch(index, shape) if self._backend.plans_captured else self._batches[shape])
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
@@ -227,8 +227,6 @@ class CapturedSteps(StepRunner):
     def _sample(
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
     ) -> Tensor:
-        if ids is None and rules is not None and self.tables.entries is not None:
-            ids = super()._sample(logits, tensors)  # all but the masks
         if ids is not None:  # the drafts were written over, to which penalties look back
             self.tables.write_drafts()
         return super()._sample(logits, tensors, rules, ids)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minisgl.attention.base import IntArray, to_device
-from minisgl.core import MAX_COUNT, NOT_READY, Admission, Masks
+from minisgl.core import MASK_READY, MAX_COUNT, NOT_READY, Admission, Masks
 from minisgl.kernel.ops import StepOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
 
@@ -39,7 +39,6 @@ class StepRules(NamedTuple):
     values: Tensor  # float32
     masks: Tensor | None = None  # [k, ceil(vocab / 32)] int32: `core.Masks`
     mask_of: Tensor | None = None  # [n] int32: which of them a row has; or NO_MASK, or NOT_READY
-    number: int = 0  # the last two are complete when `LogitRules.told` has come so far
 
 
 class LogitRules:
@@ -49,8 +48,6 @@ class LogitRules:
         self._until = np.zeros(num_rows, np.int64)  # the position from which on a row's logits stay as they are
         self._entries = [np.empty(0, _ENTRY)] * num_rows
         self.lists = _together(self._entries)  # `bounds`, `ids` and `values`
-        self.told: Tensor | None = None  # [1] int64, pinned: of how many steps masks are there, for a device that waits
-        self._number = 0  # of all steps with masks
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests ask for, and forget who had their rows before."""
@@ -69,31 +66,23 @@ class LogitRules:
         """What is done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
         if not masked or masks is None:
             return StepRules(rows, positions, *self.lists) if masked or (positions < self._until[rows]).any() else None
-        is_pinned = torch.cuda.is_initialized()  # from there a GPU takes them without being waited for
-        words = torch.empty(masks.shape, dtype=torch.int32, pin_memory=is_pinned)
-        mask_of = torch.full((len(rows),), NO_MASK, dtype=torch.int32, pin_memory=is_pinned)
-        mask_of[list(masked)] = NOT_READY
-        self._number += 1
-        masks(words.numpy(), mask_of.numpy(), None if self.told is None else self.told.numpy())
-        return StepRules(rows, positions, *self.lists, words, mask_of, self._number)
+        words, states = np.empty(masks.shape, np.int32), np.zeros(len(masked), np.int32)
+        masks(words, states, None)
+        mask_of = np.full(len(rows), NO_MASK, np.int32)
+        mask_of[list(masked)] = np.where(states == MASK_READY, np.arange(len(masked)), NOT_READY)
+        return StepRules(rows, positions, *self.lists, torch.from_numpy(words), torch.from_numpy(mask_of))
 
     def sample(
         self, ops: StepOps, logits: Tensor, columns: SamplingColumns, ids: Tensor, store: TokenStore, rules: StepRules,
         is_captured: bool,
     ) -> None:  # fmt: skip
-        """Into `ids` and `store`, n rows of logits. Where the step was captured, or with `store.entries`, `ids` are
-        there: those with rules, or with masks, are sampled again, and no other row pays for them. Where no kernel does
-        it, that is done with changed copies of their logits."""
-        if not is_captured and ops.by_kernel("sample", logits, columns.words, ids, *store[:2], *rules[2:-1]):
+        """Into `ids` and `store`, n rows of logits. Where the step was captured `ids` are there: those with rules or
+        masks are sampled again, and no other row pays for them. Where no kernel does it, that is done with changed
+        copies of their logits."""
+        if not is_captured and ops.by_kernel("sample", logits, columns.words, ids, *store[:2], *rules[2:]):
             return
         if not is_captured:
             ops.sample(logits, columns, ids)
-        if store.entries is not None and rules.mask_of is not None and rules.masks is not None:
-            ops.wait_for(ids, self.told, rules.number)
-            which, masks = (found.to(ids.device, non_blocking=True) for found in (rules.mask_of, rules.masks))
-            ops.sample(logits[: len(ids)], columns, ids, TokenStore(*store[:3], masks, which))
-            ops.store_ids(*store[:2], columns["position"], ids)
-            return
         mask_of = np.array(NO_MASK) if rules.mask_of is None else rules.mask_of.numpy()
         has_rules = (rules.positions < self._until[rules.rows]) | (mask_of != NO_MASK)
         found = np.flatnonzero(has_rules)

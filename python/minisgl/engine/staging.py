@@ -1,5 +1,6 @@
 """What goes to a GPU with each step: its numbers, and the prompts and pages that rows gain, in one copy."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +10,20 @@ import torch
 
 from minisgl.attention.base import to_device
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import StepPlan, most_samples
+from minisgl.core import ID_PENDING, MASK_PENDING, MASK_READY, Masks, StepPlan, most_samples
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, check_pages
 from minisgl.kernel.ops import RopeAngles, TorchOps
-from minisgl.kernel.sampling import NUM_WORDS, SamplingColumns
+from minisgl.kernel.sampling import NUM_PLACES, NUM_WORDS, SamplingColumns, Words
 from minisgl.layers.rope import RotaryEmbedding
 
 Tensor = torch.Tensor
 
-NUM_BUFFERS = 4  # pinned ones, used in turn: more than there are steps in flight
+NUM_BUFFERS = 4  # pinned ones, used in turn: two more than there are steps in flight
 
 
 class Staging:
-    """A buffer on the device and its pinned twins: `put` what a step needs, then `flush` it with one copy."""
+    """A buffer on the device and its pinned twins: `put` what a step needs, then `flush` it with one copy. places: of
+    `TokenStore`, with which a step's buffer begins."""
 
     def __init__(self, num_words: int, device: torch.device) -> None:
         self.device = torch.empty(num_words, dtype=torch.int32, device=device)
@@ -31,10 +33,10 @@ class Staging:
         self._turn, self._end = 0, 0
 
     def begin(self, *arrays: npt.NDArray[np.integer[Any]]) -> None:
-        """Start a step's buffer with these, one after the other."""
-        self._turn = (self._turn + 1) % NUM_BUFFERS
-        self._copied[self._turn].synchronize()
-        self._end = 0
+        """Put these behind a step's places, one after the other. The step of four steps ago has ended then."""
+        self._turn, self._end = (self._turn + 1) % NUM_BUFFERS, 2 * NUM_PLACES
+        self._copied[(self._turn + 1) % NUM_BUFFERS].synchronize()  # of the step after that one
+        self.places = self._arrays[self._turn][: self._end].view(np.int64)
         for values in arrays:
             begin, self._end = self._end, self._end + len(values)
             self._arrays[self._turn][begin : self._end] = values
@@ -71,20 +73,28 @@ class DeviceTables:
         num_tokens = max(config.max_prefill_length, most_samples(num_rows) + 1)
         num_words = most_samples(num_rows) * (NUM_WORDS + 8) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
         self._drafted, self._sent = list[Tensor](), tuple[Tensor, ...]()
-        takes_rules = config.model.vocab_size <= ops.most_ruled
-        self.entries = torch.zeros(1, dtype=torch.int64, device=device) if takes_rules else None
-        self.host.logit_rules.told = torch.zeros(1, dtype=torch.int64, pin_memory=True) if takes_rules else None
-        self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
+        self._staging = Staging(2 * NUM_PLACES + num_words + 2 * max(num_tokens, 64 * num_rows), device)
+        places, takes_rules = self._staging.device[: 2 * NUM_PLACES], config.model.vocab_size <= ops.most_ruled
+        self.places = places.view(torch.int64) if takes_rules else None
+        self._boards = deque[tuple[Words, ...]]([(np.full(1, MASK_PENDING, np.int32),) * 3] * NUM_BUFFERS)  # none yet
 
     def tensors(self, index: StepIndex) -> StepTensors:
         """Where a step's numbers lie once they were sent: in the same places for the same numbers of them."""
         sizes = [len(index.sample_rows) * NUM_WORDS, *map(len, index.numbers)]
-        sampling, *numbers = self._staging.device[: sum(sizes)].split(sizes)
+        sampling, *numbers = self._staging.device[2 * NUM_PLACES :][: sum(sizes)].split(sizes)
         return StepTensors(SamplingColumns(sampling.view(-1, NUM_WORDS)), *numbers)
 
-    def send(self, plan: StepPlan, index: StepIndex) -> None:
+    def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:
         """Send a step's numbers, with the prompts and pages that rows gain in it, and write those to the tables."""
-        self._staging.begin(self.host.sampling(index).ravel(), *index.numbers)
+        sampling = self.host.sampling(index, () if masks is None else plan.masked)
+        self._staging.begin(sampling.ravel(), *index.numbers)
+        if self.places is not None:
+            if self._sent is not self.host.logit_rules.lists:
+                self._sent = bounds, ids, values = self.host.logit_rules.lists
+                words = torch.cat((bounds.int(), ids, values.view(torch.int32))).numpy()
+                self._entries = to_device(words, self.places.device)  # those before are free when steps have run
+            board = (0,) * 3 if masks is None else self._ask(masks)
+            self._staging.places[:] = self._entries.data_ptr(), *board, 0
         put = self._staging.put
         prompts = [(admission.row, put(admission.token_ids)) for admission in plan.admissions]
         width = self.page_table.shape[1]
@@ -102,13 +112,20 @@ class DeviceTables:
         for table, values in zip(self._tables, gained[1:], strict=False):
             self._ops.scatter(table, gained[0], values)
         self.write_drafts()
-        if self.entries is not None and self._sent is not self.host.logit_rules.lists:
-            self._sent = bounds, ids, values = self.host.logit_rules.lists
-            words = torch.cat((bounds.int(), ids, values.view(torch.int32)))
-            self._entries = to_device(words.numpy(), self.entries.device)  # those before are free when steps have run
-            self.entries.fill_(self._entries.data_ptr())
         if plan.expected:  # it waits for the device, now and then
             check_pages(plan, *(table.cpu().numpy() for table in self._tables))
+
+    def _ask(self, masks: Masks) -> list[int]:
+        """→ where the device is to look for them: in memory that nobody uses, not even who still computes old ones."""
+        self._boards.rotate()
+        if MASK_PENDING in self._boards[0][1]:
+            num, width = most_samples(self.padding_row), masks.shape[1]
+            memory = torch.full((num * (width + 2) + 4,), MASK_READY, dtype=torch.int32, pin_memory=True).numpy()
+            self._boards[0] = memory[2 * num : -4].reshape(num, width), memory[:num], memory[num : 2 * num]
+        words, states, ids = board = [array[: masks.shape[0]] for array in self._boards[0]]
+        states[:], ids[:] = MASK_PENDING, ID_PENDING
+        masks(words, states, ids)
+        return [array.ctypes.data for array in board]
 
     def write_drafts(self) -> None:
         """The last step's drafts become tokens, (again) in place of what was sampled."""

@@ -56,14 +56,14 @@ class Tables(Protocol):
     """What the device remembers of running requests, by row."""
 
     host: RowTables
-    entries: Tensor | None  # of `TokenStore`
+    places: Tensor | None  # of `TokenStore`; None: rules and masks are the host's affair
     token_ids: Tensor  # [num_rows, tokens] int32
     page_table: Tensor  # [num_rows, max_pages] int32
     window_table: Tensor  # the same, for layers whose windows slide
     padding_row: int  # of nobody's requests, with a page of its own
 
-    def send(self, plan: StepPlan, index: StepIndex) -> None:
-        """Send a step's numbers, and write the prompts, pages and drafts that rows gain in it."""
+    def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:
+        """Send a step's numbers, ask for masks if there are `places`, and write prompts, pages and drafts of rows."""
 
     def tensors(self, index: StepIndex) -> StepTensors:
         """Where a step's numbers lie once they were sent."""
@@ -113,7 +113,7 @@ class StepRunner:
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Launch a step that computes something, op by op."""
         index = StepIndex.of(plan.reqs)
-        self.tables.send(plan, index)
+        self.tables.send(plan, index, masks)
         batch = self.batch(index, plan.num_decode)
         computed, prompts = self.forward(batch), None
         wanted = self.tables.host.logprob_rules.prompt(plan.reqs, index.offsets)
@@ -163,7 +163,7 @@ class StepRunner:
             ids = torch.empty(len(rows), dtype=torch.int32, device=self.shard.device)
         else:  # it may have had more rows, of nobody
             columns, rows = SamplingColumns(columns.words[: len(ids)]), rows[: len(ids)]
-        store = TokenStore(self.tables.token_ids, rows, self.tables.entries)
+        store = TokenStore(self.tables.token_ids, rows, self.tables.places)
         if comm.rank == 0 and rules is None:
             ops.sample(logits, columns, ids, store)
         elif comm.rank == 0 and rules is not None:
@@ -181,7 +181,7 @@ class StepRunner:
         first in `index`; source: logits, and the step's numbers, asked for only where that is not all."""
         num = len(index.sample_rows) if ids is None else len(ids)
         rows, host = index.sample_rows[:num], self.tables.host
-        asks = plan.masked or self.tables.entries is None  # else what there is to do is done where tokens are sampled
+        asks = self.tables.places is None  # else what there is to do is done where tokens are sampled
         rules = host.logit_rules.step(rows, index.sample_positions[:num], plan.masked, masks) if asks else None
         if ids is None or rules is not None:
             ids = self._sample(*source(), rules, ids)

@@ -112,10 +112,11 @@ class RowTables:
                 self.window_pages[update.row, entries] = update.window_pages
         check_pages(plan, self.pages, self.window_pages)
 
-    def sampling(self, index: StepIndex) -> Words:
-        """The parameters of the tokens that sample: [n, NUM_WORDS]."""
+    def sampling(self, index: StepIndex, masked: Sequence[int] = ()) -> Words:
+        """The parameters of the tokens that sample: [n, NUM_WORDS]. masked: those for whose masks a device waits."""
         words = self._sampling.take(index.sample_rows, axis=0)
-        words.view(RECORD)["position"][:, 0] = index.sample_positions
+        records = words.view(RECORD)[:, 0]
+        records["position"], records["mask"][list(masked)] = index.sample_positions, range(len(masked))
         return words
 
 

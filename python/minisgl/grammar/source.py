@@ -1,6 +1,7 @@
 """A request's grammar in the language of llguidance, and the model's tokens as llguidance sees them."""
 
 import json
+import logging
 import os
 import re
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from tokenizers import AddedToken, Tokenizer
@@ -20,6 +22,12 @@ from minisgl.errors import ConfigError, RequestError
 from minisgl.gguf.model import is_gguf
 from minisgl.gguf.tokenizer import load_gguf_backend
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
+from minisgl.kernel.masks import NativeMatcher, NativeVocabulary
+from minisgl.utils.math import div_ceil
+
+logger = logging.getLogger(__name__)
+
+Matcher = LLMatcher | NativeMatcher
 
 _TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 _WHITESPACE: dict[str, Any] = _TABLE["whitespace"]
@@ -184,24 +192,30 @@ class VocabularyConfig:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """special: texts of the added tokens, which no string of a grammar matches, and their ids."""
+    """special: texts of the added tokens, which no string of a grammar matches, and their ids. native: makes matchers
+    whose masks can be computed beside Python."""
 
     tokenizer: LLTokenizer
     special: dict[str, int]
+    native: NativeVocabulary | None = None
 
-    def matcher(self, source: str, param: str) -> LLMatcher:
+    def matcher(self, source: str, param: str) -> Matcher:
         """A grammar, in llguidance's language, at the beginning of an output. What is built for the first mask is there
         for all matchers that are copied from this one. Raises: RequestError naming `param`."""
-        matcher = LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
+        native, words = self.native, np.empty(div_ceil(self.tokenizer.vocab_size, 32), np.int32)
+        matcher = native.matcher(source) if native else LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
         if not matcher.is_error():
-            matcher.compute_bitmask()
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if matcher.is_error():
             raise RequestError(f"{param}: {one_line(matcher.get_error())}", param=param)
         return matcher
 
 
-def load_vocabulary(config: VocabularyConfig) -> Vocabulary:
-    """It takes a second with a hundred thousand tokens. Raises: ConfigError when the model has no such tokenizer."""
+def load_vocabulary(config: VocabularyConfig, is_native: bool = False) -> Vocabulary:
+    """It takes a second with a hundred thousand tokens. is_native: matchers are native ones, if there can be some.
+
+    Raises: ConfigError when the model has no such tokenizer.
+    """
     if not config.eos_token_ids:
         raise ConfigError("this model has no end-of-sequence token, which structured output needs")
     try:
@@ -211,9 +225,17 @@ def load_vocabulary(config: VocabularyConfig) -> Vocabulary:
         _rename_added(data)
         ends = [token for token in config.eos_token_ids if token < config.vocab_size]
         tokenizer = LLTokenizer(json.dumps(data), config.vocab_size, ends, _TABLE["slices"])
-        return Vocabulary(tokenizer, special)
+        return Vocabulary(tokenizer, special, _native(tokenizer) if is_native else None)
     except Exception as error:  # whatever the two libraries find wrong with the file
         raise ConfigError(f"structured output cannot use this model's tokenizer: {error}") from error
+
+
+def _native(tokenizer: LLTokenizer) -> NativeVocabulary | None:
+    try:
+        return NativeVocabulary(tokenizer, _TABLE["slices"], _LIMITS)
+    except (ConfigError, OSError) as error:
+        logger.warning("grammars slow down the requests beside them: %s", error)
+        return None
 
 
 def _load(model_path: str) -> Tokenizer:

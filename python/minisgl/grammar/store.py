@@ -22,11 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from llguidance import LLMatcher
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
+from minisgl.grammar.source import Matcher, Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +54,10 @@ class CompiledGrammar:
     `consume_tokens` waits with Python's lock in its hands: everybody would wait for a mask.
     """
 
-    matcher: LLMatcher
+    matcher: Matcher
     num_bytes: int
-    cost: float = 0.008  # seconds of a core that a mask takes: a guess, until some were computed
+    cost: float = 0.008  # seconds of a core that a mask takes, at most: a guess, until some were computed
+    mean: float = 0.0  # seconds that the last masks took
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -73,7 +73,8 @@ class GrammarStore:
     The vocabulary is loaded at once, in the background: later that would be felt by the requests that run.
     """
 
-    def __init__(self, config: VocabularyConfig) -> None:
+    def __init__(self, config: VocabularyConfig, is_native: bool = False) -> None:
+        """is_native: as in `load_vocabulary`."""
         self.vocab_size = config.vocab_size
         self._lock = threading.Lock()
         self._live: weakref.WeakValueDictionary[bytes, CompiledGrammar] = weakref.WeakValueDictionary()
@@ -84,7 +85,7 @@ class GrammarStore:
         self._trials = [Trial(config) for _ in range(_NUM_WORKERS)]
         self._idle = [*self._trials]
         self._pool = ThreadPoolExecutor(_NUM_WORKERS, "minisgl-grammar")
-        self._vocabulary: Future[Vocabulary] = self._pool.submit(load_vocabulary, config)
+        self._vocabulary: Future[Vocabulary] = self._pool.submit(load_vocabulary, config, is_native)
 
     def request(self, grammar: Grammar, client: str = "") -> Future[CompiledGrammar]:
         """The compiled grammar, now or later. Its exception is a RequestError that says what is wrong with it, or that

@@ -107,7 +107,6 @@ class CudaOps(delta.DeltaOps, TritonOps):
         self.elementwise, self._sampling, self._logprobs, self._step, _ = (load_kernel(name, arch) for name in KERNELS)
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
-        self.wait_for = self._sampling.wait_for  # type: ignore[method-assign]
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         return CudaMatrix(self, weight, activation)
@@ -161,7 +160,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         """Masses are rounded to 2^-44 of the largest."""
         if logits.dtype not in DTYPES or logits.stride(-1) != 1 or logits.shape[-1] > MAX_VOCAB:
             return super().sample(logits, columns, out, store)
-        self._sampling.sample(logits, columns.words, out, *(store or (None,) * 5))
+        self._sampling.sample(logits, columns.words, out, *(store or (None,) * 3))
         return out
 
     def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:

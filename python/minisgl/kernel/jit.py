@@ -35,7 +35,8 @@ from minisgl.utils.process import private_folder
 logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
-CPU = "cpu"  # the source whose functions run on the processor
+CPU, MASKS = "cpu", "masks"
+HOST = {CPU: ("cpu.cc", "cpu_bindings.cc"), MASKS: ("masks.cc",)}  # what runs on the processor, and its sources
 LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
 MAX_KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
@@ -82,6 +83,12 @@ def load_cpu_kernels(target: str = "") -> Any:
     return _cpu_library(target or cpu_level(), _load)
 
 
+@functools.cache
+def load_masks() -> Any:
+    """The module of `csrc/src/masks.cc`. Raises: ConfigError as above."""
+    return _library(MASKS, "host", ["-std=gnu++20", "-O2", "-fPIC", "-pthread"], platform.machine(), _load)
+
+
 def compile_cpu_kernels(target: str) -> Path:
     """Have the CPU kernels in the cache, for other machines too. target: of `LEVELS`, or what `-march` takes."""
     return Path(_cpu_library(target, lambda path: path))
@@ -109,10 +116,9 @@ def _load(path: Path) -> Any:
 
 def _files(name: str) -> dict[str, bytes]:
     """What a library is made of: the contents of sources and headers, by their paths below `CSRC`."""
-    sources = (f"{CPU}.cc", f"{CPU}_bindings.cc") if name == CPU else (f"{name}.cu",)
     include = CSRC / "include"
-    headers = include.rglob("*.h") if name == CPU else [*include.rglob("*.cuh"), *include.glob("minisgl/*.h")]
-    paths = [*(CSRC / "src" / source for source in sources), *sorted(headers)]
+    headers = include.rglob("*.h") if name in HOST else [*include.rglob("*.cuh"), *include.glob("minisgl/*.h")]
+    paths = [*(CSRC / "src" / source for source in HOST.get(name, (f"{name}.cu",))), *sorted(headers)]
     return {path.relative_to(CSRC).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -164,7 +170,7 @@ def _use_new(
     name: str, title: str, files: dict[str, bytes], flags: list[str], path: Path, use: Callable[[Path], Any]
 ) -> Any:
     # Warnings are shown by the shell too, and by a program that has not set up logging.
-    logger.warning("compiling %s: once, about %s", title, "half a minute" if name == CPU else "a minute")
+    logger.warning("compiling %s: once, about %s", title, "half a minute" if name in HOST else "a minute")
     begin = time.perf_counter()
     with private_folder("minisgl-kernel-") as folder:
         built = _build(name, files, flags, Path(folder))
@@ -203,9 +209,9 @@ def _steps(name: str, sources: list[str], flags: list[str]) -> str:
     """A file for ninja: each source is compiled, and the library is linked of what comes of them."""
     from tvm_ffi import libinfo
 
-    compiler = os.environ.get("CXX", "c++") if name == CPU else shlex.quote(find_nvcc() or "nvcc")
+    compiler = os.environ.get("CXX", "c++") if name in HOST else shlex.quote(find_nvcc() or "nvcc")
     flags = [*flags, "-Iinclude", f"-I{libinfo.find_include_path()}", f"-I{libinfo.find_dlpack_include_path()}"]
-    link = ["-shared", "-pthread" if name == CPU else "-cudart=shared", libinfo.find_libtvm_ffi()]
+    link = ["-shared", "-pthread" if name in HOST else "-cudart=shared", libinfo.find_libtvm_ffi()]
     lines = [f"rule compile\n  command = {compiler} {shlex.join(flags)} -c $in -o $out"]
     lines += [f"rule link\n  command = {compiler} $in {shlex.join(link)} -o $out"]
     lines += [f"build {source}.o: compile {source}" for source in sources]

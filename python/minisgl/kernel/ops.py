@@ -247,7 +247,7 @@ class LayerOps(StateOps):
 class StepOps:
     """What a step does beside its layers, with tables that lie on the device."""
 
-    most_ruled = 0  # tokens of the largest vocabulary whose logits `sample` changes by `TokenStore.entries` and `masks`
+    most_ruled = 0  # tokens of the largest vocabulary whose logits `sample` changes by `TokenStore.places`
 
     def step_inputs(
         self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_tables: Tensors, page_size: int, angles: Tensors
@@ -275,9 +275,6 @@ class StepOps:
             if store is not None:
                 self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
-
-    def wait_for(self, on: Tensor, told: Tensor | None, number: int) -> None:
-        """The device of `on` waits, a second at most, until `told`, [1] int64 in pinned memory, is `number` or more."""
 
     def by_kernel(self, name: str, logits: Tensor, *others: Tensor | None) -> bool:  # noqa: ARG002
         """Whether a kernel has done it all at once. "sample": records, ids, tokens, rows, and what changes logits first

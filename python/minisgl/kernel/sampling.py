@@ -17,6 +17,7 @@ import torch
 Tensor = torch.Tensor
 Words = npt.NDArray[np.int32]
 
+NUM_PLACES = 5
 ROWS_AT_ONCE = 32  # of the reference: a row takes about fifty bytes per token of the vocabulary
 
 
@@ -40,6 +41,7 @@ COLUMNS: Mapping[str, Column] = {
     "frequency_penalty": Column(np.float32, 0),  # 0: off
     "prompt_len": Column(np.int32, 0),  # tokens of its history that are no output
     "min_len": Column(np.int32, 0),  # tokens before which those that end the output are forbidden
+    "mask": Column(np.int32, -1),  # of a GPU's step: by its place in `TokenStore.places`; -1: it has none
 }
 RECORD = np.dtype([(name, column.dtype) for name, column in COLUMNS.items()], align=True)
 NUM_WORDS = RECORD.itemsize // 4
@@ -80,14 +82,15 @@ class SamplingColumns:
 
 
 class TokenStore(NamedTuple):
-    """Where sampled ids become input of later steps: token_ids[rows[i], position of i]. And rules that a GPU knows, as
-    in `engine.rules.StepRules`: with masks only rows that have one are sampled, and nothing is stored."""
+    """Where sampled ids become input of later steps: token_ids[rows[i], position of i]. And rules that a GPU knows.
+
+    places: addresses: of `bounds`, `ids` and `values` of `engine.rules.StepRules`, one after the other in int32 words,
+    and of the words, states and ids of `core.Masks` in pinned memory. Then 0: when the first row began to wait.
+    """
 
     token_ids: Tensor  # [num_rows, max_len] int32
     rows: Tensor  # [n] int32; int64 on a CPU
-    entries: Tensor | None = None  # [1] int64: the address of `bounds`, `ids` and `values`, in int32 words
-    masks: Tensor | None = None
-    mask_of: Tensor | None = None
+    places: Tensor | None = None  # [NUM_PLACES] int64
 
 
 def sample_reference(logits: Tensor, columns: SamplingColumns, out: Tensor) -> Tensor:

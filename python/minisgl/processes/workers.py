@@ -118,9 +118,9 @@ class Rank:
 
     def close(self) -> None:
         try:
-            self.engine.close()
-        finally:
             self.grammars.close()
+        finally:
+            self.engine.close()
 
 
 def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: str, rank: int) -> Rank:
@@ -138,8 +138,9 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
         engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
         try:
             names = engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
-            store = GrammarStore(VocabularyConfig(*names)) if rank == 0 else None
-            grammars = Grammars(store, engine_config.device == "cuda", tells_forced=config.speculate != "off")
+            is_gpu, drafts = engine_config.device == "cuda", config.speculate != "off"
+            store = GrammarStore(VocabularyConfig(*names), is_native=is_gpu and not drafts) if rank == 0 else None
+            grammars = Grammars(store, is_gpu, tells_forced=drafts)
             config = replace(config, num_pages=engine.num_pages, num_window_pages=engine.num_window_pages)
             config = replace(config, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
             return Rank(engine, grammars, config, engine_config.tp_size)

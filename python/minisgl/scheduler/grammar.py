@@ -12,18 +12,28 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor
 
-from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
+from minisgl.core import (
+    ID_PENDING,
+    MASK_NOT_READY,
+    MASK_READY,
+    NOT_READY,
+    FinishReason,
+    Req,
+    ReqOutput,
+    StepHandle,
+    StepPlan,
+)
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
+from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher
 from minisgl.message import messages as wire
-from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Shared, Words, masks_together
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Words
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
@@ -33,22 +43,27 @@ _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
-# computed in vain, for more than that. A GPU computes meanwhile.
-CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
+# computed in vain, for more than that. A GPU computes meanwhile; and what a thread beside Python may take, then.
+CPU_SHARES, _GPU_SHARES, _WORKER_SHARE = (0.1, 0.4), (0.1, 2.0), 0.75
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
+
+_REF, _PLACE = map(MaskRow._fields.index, ("ref", "place"))
+_NEXT = np.array(MaskRow(matcher=0, ref=0, length=1, known=0, place=0))  # of a row that goes on: one token more
 
 Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
 
 
 class _Row(NamedTuple):
-    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these."""
+    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these. Their
+    masks are at `place` of the step's."""
 
     req: Req
     output: Matching
     length: int
     draft: tuple[int, ...] = ()
+    place: int = 0
 
 
 class Grammars:
@@ -68,11 +83,12 @@ class Grammars:
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
-        self._executors, self._is_late = [LLExecutor(n) for n in (1, max(1, num_threads // 2))], False
+        self._worker: MaskWorker | None = None  # computes cheap masks of native matchers
+        self._num_dear = 0  # of its masks, when rows were last looked at
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
-        self._late: list[LateMasks] = []  # of the last step, until they are begun
+        self._last: LateMasks | None = None  # of the last step with masks
         # Of the last step's masks: seconds that they are expected to take, may take, and may if they are cheap.
         self._late_cost, self._most = 0.0, tuple(share * self._interval for share in self._shares)
 
@@ -122,18 +138,49 @@ class Grammars:
         plan = planned.plan
         if not plan.masked or self._store is None:
             return None
-        drafts, rows = {draft.row: draft.ids for draft in plan.drafts}, list[_Row]()
-        for req, share in zip(planned.reqs, plan.reqs, strict=True):
-            if share.num_samples and req.params.grammar is not None:
-                rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ())))
+        shares = zip(planned.reqs, plan.reqs, strict=True)
+        masked = [req for req, share in shares if share.num_samples and req.params.grammar is not None]
         self.begin()
-        self._late = [LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])]
-        return self._late[0]
+        now, before = time.perf_counter(), [step for step in submitted if step[0].plan.masked]
+        interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
+        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
+        self._last_step, self._last_time = plan.step_id, now
+        self._most = tuple(share * self._interval for share in self._shares)
+        outputs = [(req, self.outputs[req.uid]) for req in masked]
+        self._last = LateMasks(self, plan, outputs, before, self._last if before else None)
+        return self._last
 
     def begin(self) -> None:
-        """With the last step's masks: the steps before it have ended. Its rows, and their grammars, are let go."""
-        while self._late:
-            self._late.pop().begin()
+        """With what is left of the last step's masks: the steps before it have ended."""
+        if self._last is not None:
+            self._last.begin()
+
+    def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
+        """Have masks of a step computed beside Python, as many as are there in time. last: of the step before, if it
+        has not ended; what goes on as it did there costs the host next to nothing. → the other rows."""
+        worker, most = self._worker, _WORKER_SHARE * self._interval
+        going_on = None if last is None or not masks.follows(last) else last.table
+        is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
+        if worker is not None and last is not None and going_on is not None and is_cheap:
+            masks.table = going_on + _NEXT
+            masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
+            worker.submit(masks.table, words, states)
+            return []
+        refs = {} if last is None else dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
+        shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
+        for row in sorted(masks.rows(), key=lambda row: row.output.cost):
+            beside = self._beside(row, refs.get(row.req.uid, 0))
+            if beside is None or self._late_cost + row.output.cost > most:
+                left.append(row)
+            else:
+                shared.append(beside)
+                self._late_cost += row.output.cost
+        if shared:
+            worker = self._worker = worker or MaskWorker(FREE_SECONDS)
+            table, self._num_dear = np.array(shared, np.int64), worker.num_dear
+            worker.submit(table, words, states)
+            masks.table = None if left else table
+        return left
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
@@ -166,41 +213,63 @@ class Grammars:
     ) -> None:
         """Write masks, as far as there is time, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
-        interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
-        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
-        self._last_step, most = plan.step_id, tuple(share * self._interval for share in self._shares)
-        shares, is_alone = self._is_gpu and not (self._is_late or self._tells_forced), len(plan.reqs) == 1
+        start, most, spent = time.perf_counter(), self._most, 0.0
         for output in (row.output for row in rows if row.output.matcher is None):
             output.cost = max(output.cost, output.grammar.cost)
-        places, shared, spent = accumulate((1 + len(row.draft) for row in rows), initial=0), list[Shared](), 0.0
-        for row, ids, place in sorted(zip(rows, new_ids, places, strict=False), key=lambda item: item[0].output.cost):
+        for row, ids in sorted(zip(rows, new_ids, strict=True), key=lambda item: item[0].output.cost):
             output, found, is_cheap = row.output, list[Words](), row.output.cost <= CHEAP_SECONDS
             if output.ready[0] == row.length:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked()) and (
-                spent + output.cost <= most[is_cheap] or is_alone or output.error is not None
+            elif (
+                len(plan.reqs) == 1
+                or output.error is not None
+                or (
+                    spent + output.cost <= most[is_cheap]
+                    and (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked())
+                    and not (
+                        self._is_gpu and output.grammar.mean > CHEAP_SECONDS
+                    )  # it may be locked when its turn comes
+                )
             ):
-                if shares and is_cheap and len(ids) <= 1 and not row.draft and output.error is None:
-                    shared.append((output, ids, place))
-                else:
-                    found = self._mask(row, ids)
+                found = self._mask(row, ids)
                 spent += output.cost * max(1, len(found))
             else:
                 self._start(row._replace(draft=()), ids)
-            for i, one in enumerate(found, place):
+            for i, one in enumerate(found, row.place):
                 words[i], is_ready[i] = one, True
-        # If it took too long one of them may have become dear: next time each has a time of its own.
-        executor = self._executors[len({output.grammar for output, _, _ in shared}) > 1]  # of one they share a lock
-        self._is_late = bool(shared) and masks_together(executor, shared, words, is_ready) > most[True]
-        self._most, self._late_cost, self._last_time = most, spent, time.perf_counter()  # after masks, else ever more
+        self._late_cost = spent
+        self._last_time += time.perf_counter() - start  # which is no time of the step, else it would be ever more
 
     def close(self) -> None:
+        """Before the engine: it is written to."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
+
+    def _beside(self, row: _Row, ref: int) -> MaskRow | None:
+        """What computes a row's mask without Python, if it is needed, and not dear. ref: where the last token will
+        be, if a step before has not ended."""
+        req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
+        if own.matcher is None and own.error is None and own.grammar.cost <= FREE_SECONDS:
+            own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
+        num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
+        if not isinstance(matcher, NativeMatcher):
+            return None
+        own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
+        own.grammar.mean += (matcher.cost - own.grammar.mean) / 16
+        if own.grammar.mean > CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
+            return None
+        is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
+        if own.cost > FREE_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
+            return None
+        known = req.tokens[-1] if len(req.tokens) > req.prompt_len else -1
+        return MaskRow(matcher.address, ref if num_late else 0, num_output, known, row.place)
 
     def _release(self, uid: int) -> bool:
         """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
@@ -232,6 +301,7 @@ class Grammars:
             words, why = self._follow(row, ids, len(self.all_allowed))
         seconds = (time.thread_time() - start) / max(1, len(words))
         output.cost, output.grammar.cost = (max(seconds, known / 4) for known in (output.cost, output.grammar.cost))
+        output.grammar.mean += (seconds - output.grammar.mean) / 16
         output.seconds += max(0.0, seconds - FREE_SECONDS)
         if output.seconds > MOST_SECONDS:
             why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"
@@ -247,43 +317,78 @@ class Grammars:
 
 
 class LateMasks:
-    """A step's masks. They depend on the tokens of the step before, so they are computed when the engine asks for them:
-    after it has launched all of the step that comes before sampling. That may be on the engine's thread. Where the
-    device waits for them by itself, they are computed when the step before has ended.
+    """A step's masks. They depend on the tokens of the step before, so on a CPU they are computed when the engine asks
+    for them: after it has launched all of the step that comes before sampling. That may be on the engine's thread. A
+    device waits for each by itself: cheap ones are computed beside Python as soon as it has written the token before,
+    the others when the step before has ended.
+
+    numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
+    masks are computed so.
     """
 
-    def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
-        self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
+    def __init__(
+        self, grammars: Grammars, plan: StepPlan, outputs: list[tuple[Req, Matching]], before: list[Submitted],
+        last: "LateMasks | None" = None,
+    ) -> None:  # fmt: skip
+        """last: the masks of the step before, if that has not ended."""
+        self._grammars, self._plan, self._outputs, self._before, self._last = grammars, plan, outputs, before, last
         self.shape = len(plan.masked), len(grammars.all_allowed)
-        self._asked: tuple[Words, Words, npt.NDArray[np.int64] | None] | None = None
+        self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
+        self.table: npt.NDArray[np.int64] | None = None
+        self._ids = np.empty(0, np.int32)  # where a device writes its tokens
+        self._left: tuple[list[_Row], Words, Words] | None = None
 
-    def __call__(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
-        if told is None or not self._before:
-            self._fill(words, mask_of, told)
-        else:
-            self._asked = words, mask_of, told
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        last, self._last = self._last, None
+        if ids is None:
+            self._fill(self.rows(), words, states, is_late=False)
+            return
+        self._ids, self._left = ids, (self._grammars.share(self, last, words, states), words, states)
+        self._last, self._outputs = last, []
+        if not self._before:
+            self.begin()
 
     def begin(self) -> None:
-        """If a device waits for them: only once."""
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            self._fill(*asked)
+        """The steps before it have ended: what is left is computed, once."""
+        last, self._last = self._last, None
+        if last is not None:  # those of a step that has failed will not come
+            last._ids[last._ids == ID_PENDING] = NOT_READY
+        left, self._left = self._left, None
+        if left is not None:
+            self._fill(*left, is_late=True)
 
-    def _fill(self, words: Words, mask_of: Words, told: npt.NDArray[np.int64] | None) -> None:
+    def rows(self) -> list[_Row]:
+        drafts, rows, place = {draft.row: draft.ids for draft in self._plan.drafts}, list[_Row](), 0
+        for (req, output), num in zip(self._outputs, self.numbers[:, 1].tolist(), strict=True):
+            rows.append(_Row(req, output, num - 1, drafts.get(req.row, ()), place))
+            place += 1 + len(rows[-1].draft)
+        return rows
+
+    def follows(self, last: "LateMasks") -> bool:
+        """Whether it has the same requests, each with one token more."""
+        return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Where the device writes the tokens that it samples."""
+        return self._ids.ctypes.data + 4 * np.arange(len(self.numbers))
+
+    def _fill(self, rows: list[_Row], words: Words, states: Words, is_late: bool) -> None:
+        """Compute the masks of these rows, and let them go."""
         is_ready = np.zeros(len(words), np.bool_)
         try:
-            if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                self._grammars.compute(self._plan, self._rows, [*self._new_ids()], words, is_ready)
+            if rows and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+                self._grammars.compute(self._plan, rows, [*self._new_ids(rows)], words, is_ready)
         except Exception as error:
-            if told is None and not isinstance(error, EngineError):  # of the step before: its requests end with it
+            if not is_late and not isinstance(error, EngineError):  # of the step before: its requests end with it
                 raise
             logger.warning("step %d has no masks: %s: %s", self._plan.step_id, type(error).__name__, error)
         finally:
-            mask_of[list(self._plan.masked)] = np.where(is_ready, np.arange(len(words)), NOT_READY)
-            if told is not None:
-                told[0] += 1
+            places = [place for row in rows for place in range(row.place, row.place + 1 + len(row.draft))]
+            states[places] = np.where(is_ready[places], MASK_READY, MASK_NOT_READY)
+            self._outputs, self._before = [], []
 
-    def _new_ids(self) -> Iterator[list[int] | None]:
+    def _new_ids(self, rows: list[_Row]) -> Iterator[list[int] | None]:
         """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
         where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
         sampled = dict[int, list[int]]()
@@ -291,7 +396,7 @@ class LateMasks:
             reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
             for i in planned.plan.masked:
                 sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
-        for req, output, length, _ in self._rows:
+        for req, output, length, *_ in rows:
             late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
             if num := length - begin - len(late):  # before them, or of them
                 late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher
 
-from minisgl.grammar.source import one_line
+from minisgl.grammar.source import Matcher, one_line
 from minisgl.grammar.store import CompiledGrammar
+from minisgl.kernel.masks import NativeMatcher
 
 Words = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
-Shared = tuple["Matching", list[int], int]  # one, its new tokens (one at most), and the place of its words
 CHEAP_SECONDS, FREE_SECONDS = 0.00025, 0.001  # of a core: a mask that takes so little, and what each one may take
 
 
@@ -24,8 +23,8 @@ class Matching:
 
     grammar: CompiledGrammar  # held, so that the store keeps it while the request waits
     asks_forced: bool = False  # for tokens that have to come next
-    matcher: LLMatcher | None = None
-    num_tokens: int = 0  # of the output, that the matcher has taken
+    matcher: Matcher | None = None
+    taken: int = 0  # tokens of the output, by a matcher that does not count them
     forced: Sequence[int] = ()
     forced_to: int = 0  # the position before which planners have been told of such tokens
     error: str | None = None  # its request is being ended
@@ -33,6 +32,15 @@ class Matching:
     seconds: float = 0.0  # beyond what masks may take, altogether
     job: Future[list[Words]] | None = None  # computes a mask that was not there in time
     ready: tuple[int, Words] = (-1, np.empty(0, np.int32))  # the last mask, and its token's position
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the output, that the matcher has taken. One that has broken meanwhile is let go."""
+        if isinstance(self.matcher, NativeMatcher):
+            if (num := self.matcher.num_tokens) >= 0:
+                return num
+            self.matcher, self.taken = None, 0
+        return self.taken
 
     def follow(
         self, ids: Sequence[int], draft: Sequence[int], num_words: int, seconds: float
@@ -46,10 +54,11 @@ class Matching:
         try:
             with self.grammar.lock:
                 matcher = self.matcher = self.matcher or self.grammar.matcher.deep_copy()
-                self.num_tokens += len(ids)
+                self.taken += len(ids)
                 if ids and not matcher.is_stopped():
                     matcher.consume_tokens(list(ids))
-                self.forced = matcher.compute_ff_tokens() if self.asks_forced else ()
+                if self.asks_forced and not isinstance(matcher, NativeMatcher):
+                    self.forced = matcher.compute_ff_tokens()
                 if num_words:
                     words, is_whole = walk(matcher, draft, num_words, seconds)
                     why = None if words else one_line(matcher.get_error())
@@ -58,11 +67,11 @@ class Matching:
         except BaseException as error:  # a panic of llguidance is no Exception
             is_whole, why = False, one_line(str(error))
         if not is_whole:
-            self.matcher, self.num_tokens = None, 0
+            self.matcher, self.taken = None, 0
         return words, why
 
 
-def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: float) -> tuple[list[Words], bool]:
+def walk(matcher: Matcher, draft: Sequence[int], num_words: int, seconds: float) -> tuple[list[Words], bool]:
     """The masks of the next token, and of those after each token of a draft: as far as the grammar takes it, for so
     many seconds of a core. And whether the matcher is where it was: a draft may break its limits, and it is useless."""
     start, masks = time.thread_time() if draft else 0.0, list[Words]()
@@ -73,33 +82,7 @@ def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: floa
             break
         masks.append(mask)
         going_on = draft[len(masks) - 1 :][:1] if draft and time.thread_time() - start <= seconds else ()
-        if not going_on or matcher.try_consume_tokens(list(going_on)) != 1:
+        if not going_on or isinstance(matcher, NativeMatcher) or matcher.try_consume_tokens(list(going_on)) != 1:
             break
-    return masks, not matcher.is_error() and (len(masks) < 2 or matcher.rollback(len(masks) - 1))
-
-
-def masks_together(executor: LLExecutor, rows: Sequence[Shared], words: Words, is_ready: Flags) -> float:
-    """Have each matcher take its new token, if there is one, and put its next mask into its place, in two calls that do
-    not hold Python's lock. None is ready where a matcher breaks: it has to begin anew. → the seconds that it took."""
-    start, tokens, places, ends = time.perf_counter(), [], [], []
-    try:
-        for output, ids, place in rows:
-            matcher = output.matcher or output.grammar.matcher.deep_copy()
-            places.append((matcher, place))
-            ends.append(output.num_tokens + len(ids))
-            output.matcher, output.num_tokens = None, 0  # until it is known that it does not break
-            if ids and not matcher.is_stopped():
-                tokens.append((matcher, ids[0]))
-        if tokens:  # of none it makes an error
-            executor.consume_token_par(tokens)
-        executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words.strides[0], len(words))
-    except (KeyboardInterrupt, SystemExit):  # on a GPU this is the main thread, which is told so to stop
-        raise
-    except BaseException:  # a panic of llguidance is no Exception
-        return time.perf_counter() - start
-    seconds = time.perf_counter() - start
-    for (output, _, _), (matcher, place), end in zip(rows, places, ends, strict=True):
-        if not matcher.is_error():
-            output.matcher, output.num_tokens = matcher, end
-            output.cost, is_ready[place] = max(min(CHEAP_SECONDS, seconds / len(rows)), output.cost / 4), True
-    return seconds
+    is_whole = len(masks) < 2 or (not isinstance(matcher, NativeMatcher) and matcher.rollback(len(masks) - 1))
+    return masks, is_whole and not matcher.is_error()

@@ -22,6 +22,10 @@ namespace {
 
 __device__ __forceinline__ void write_token(const SampleArgs& args, int row, int token) {
   args.out[row] = token;
+  if (args.board != nullptr && args.params[row].mask >= 0) {
+    int32_t* told = args.board->ids + args.params[row].mask;
+    asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(told), "r"(token) : "memory");
+  }
   if (args.token_ids == nullptr) return;
   const int64_t position = args.params[row].position;
   // A failed row (-1) gets some valid id, which nobody will see.
@@ -63,7 +67,7 @@ __device__ void sample_row(Row& sampler, uint32_t own_best, const SampleArgs& ar
   if (token >= 0) write_token(args, row, token);
 }
 
-// rules.entries: null where no row has rules; those that have some were sampled by `sample_changed_kernel`.
+// rules.places: null where no row has rules; those that have some were sampled by `sample_changed_kernel`.
 template <typename T, int kRanks, int kThreads, bool kStaged>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 sample_kernel(const SampleArgs args, const RuleArgs rules) {
@@ -76,7 +80,7 @@ sample_kernel(const SampleArgs args, const RuleArgs rules) {
   pdl_trigger();
   for (int i = threadIdx.x; i < RowTeam::kBins; i += kThreads) shared.bins[i] = 0;
   pdl_wait();
-  if (rules.entries != nullptr && is_ruled(args, rules, row)) {
+  if (rules.places != nullptr && is_ruled(args, rules, row)) {
     if constexpr (kRanks > 1) cluster_wait();
     if (rank == 0 && threadIdx.x == 0) write_token(args, row, args.out[row]);
     return;
@@ -87,7 +91,7 @@ sample_kernel(const SampleArgs args, const RuleArgs rules) {
   sample_row<T>(sampler, own_best, args, row, rank, kThreads / 32);
 }
 
-// Samples the rows that have rules now; with masks those that have one. S: the logits' type.
+// Samples the rows that have rules or masks now. What can be done before a mask is there is done. S: the logits' type.
 template <typename S, int kRanks, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 sample_changed_kernel(const SampleArgs args, const RuleArgs rules) {
@@ -95,48 +99,42 @@ sample_changed_kernel(const SampleArgs args, const RuleArgs rules) {
   using RowTeam = typename Row::RowTeam;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ typename RowTeam::Shared shared;
+  __shared__ uint32_t is_ready;
   const int row = blockIdx.x / kRanks, rank = blockIdx.x % kRanks;
   pdl_trigger();
   pdl_wait();
-  const int mask = rules.mask_of == nullptr ? kNoMask : rules.mask_of[row];
-  if (mask == kNotReady && rank == 0 && threadIdx.x == 0) args.out[row] = kNotReady;
-  if (rules.mask_of == nullptr ? !is_ruled(args, rules, row) : mask < 0) return;
-  cluster_arrive(false);
+  if (!is_ruled(args, rules, row)) return;
   const SamplingParams& params = args.params[row];
+  const bool is_masked = params.mask >= 0;
+  if (!is_masked) cluster_arrive(false);
   Row sampler{{args, rank, memory}, {shared, static_cast<unsigned>(rank)}};
   const auto& tokens = sampler.tokens;
   auto* counts = reinterpret_cast<uint32_t*>(tokens.staged + args.vecs * kThreads);
   const ChangedSlice<S, kThreads> slice{tokens, reinterpret_cast<float*>(tokens.staged), counts, tokens.end};
-  const int32_t* words = mask < 0 ? nullptr : rules.masks + int64_t(mask) * rules.words;
-  slice.load(static_cast<const S*>(args.logits) + row * args.stride, words);
+  slice.load(static_cast<const S*>(args.logits) + row * args.stride);
   __syncthreads();
   if (has_penalties(params)) {
     slice.penalize(params, rules.token_ids + args.rows[row] * args.max_len, args.max_len);
   }
   slice.add(params, Entries(args, rules, row));
+  if (is_masked) {  // one thread looks for all blocks, which must not come to differ
+    if (rank == 0 && threadIdx.x == 0) is_ready = wait_for_mask(rules.places->board, params.mask);
+    cluster_arrive(rank == 0 && threadIdx.x < 32);
+  }
   __syncthreads();
-  const uint32_t own_best = slice.finish();
   cluster_wait();  // no block writes to another that has not started
+  int first_bit = -1;
+  if (is_masked) {
+    if (load_remote(&is_ready, 0) == 0) {
+      if (rank == 0 && threadIdx.x == 0) write_token(args, row, kNotReady);
+      cluster_arrive(false);
+      cluster_wait();  // the first block stays until all have looked
+      return;
+    }
+    first_bit = slice.load_mask(rules.places->board.words + int64_t(params.mask) * ((args.vocab + 31) / 32));
+  }
+  const uint32_t own_best = slice.finish(first_bit);
   sample_row<float>(sampler, own_best, args, row, rank, kThreads / 32);
-}
-
-constexpr uint64_t kLongestWait = 1'000'000'000;  // ns
-
-__device__ __forceinline__ uint64_t nanoseconds() {
-  uint64_t time;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-  return time;
-}
-
-// One thread, which looks at memory of the host.
-__global__ void wait_kernel(const int64_t* told, int64_t number) {
-  const uint64_t start = nanoseconds();
-  int64_t found;
-  do {
-    asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(found) : "l"(told) : "memory");
-    if (found >= number) return;
-    __nanosleep(500);
-  } while (nanoseconds() - start < kLongestWait);
 }
 
 template <typename T, int kRanks, int kThreads, bool kStaged>
@@ -189,6 +187,7 @@ void launch_changed(SampleArgs args, const RuleArgs& rules, int64_t num_rows, cu
 #ifdef MINISGL_PDL
   constexpr int kRanks = kClusterRanks, kThreads = kChangedThreads, kLen = 4;
   args.token_ids = nullptr;  // ids are stored when all rows have been looked at: histories hold drafts
+  args.board = &rules.places->board;
   args.slice = (args.vocab + kRanks * kLen - 1) / (kRanks * kLen) * kLen;
   args.vecs = (args.slice / kLen + kThreads - 1) / kThreads;
   LaunchConfig config{dim3(num_rows * kRanks), dim3(kThreads)};
@@ -236,14 +235,11 @@ struct Arguments {
     sample.rows = column<int32_t>(rows, is_int32(rows), num_rows);
   }
 
-  void set_rules(const TensorView& entries, const MaybeView& masks, const MaybeView& mask_of) {
-    MINISGL_CHECK(sample.rows != nullptr && masks.has_value() == mask_of.has_value());
-    rules.entries = column<int64_t>(entries, is_int64(entries), 1);
-    if (!masks.has_value()) return;
-    rules.words = (sample.vocab + 31) / 32;
-    const int64_t num_masks = masks.value().size(0);
-    rules.masks = column<int32_t>(masks.value(), is_int32(masks.value()), num_masks * rules.words);
-    rules.mask_of = column<int32_t>(mask_of.value(), is_int32(mask_of.value()), num_rows);
+  void set_rules(const TensorView& places) {
+    MINISGL_CHECK(sample.rows != nullptr);
+    static_assert(sizeof(Places) == 5 * sizeof(int64_t));
+    const auto* found = column<int64_t>(places, is_int64(places), sizeof(Places) / sizeof(int64_t));
+    rules.places = reinterpret_cast<Places*>(const_cast<int64_t*>(found));
   }
 };
 
@@ -260,29 +256,19 @@ void for_type_of(const TensorView& logits, F&& f) {
 
 // logits: [b, vocab] bf16, fp16 or fp32, any row stride; params: [b, words] int32, records; out: [b] int32, -1 where the
 // largest logit is not finite. With token_ids [num_rows, max_len] int32 and rows [b] int32, the token also goes to
-// token_ids[rows[i], position[i]]. With entries [1] int64 (see `RuleArgs`), for up to `most_ruled` tokens, logits are
-// changed by penalties and entries before. With masks [k, ceil(vocab / 32)] int32 and mask_of [b] int32, which of them a
-// row has, -1 for none, only the rows with a mask are sampled so, and nothing is stored; -2: the token is -2, too.
-void sample(TensorView logits, TensorView params, TensorView out, MaybeView token_ids, MaybeView rows,
-            MaybeView entries, MaybeView masks, MaybeView mask_of) {
+// token_ids[rows[i], position[i]]. With places [5] int64 (see `Places`), for up to `most_ruled` tokens, logits are
+// changed by penalties, entries and masks before; -2: the row's mask is not ready, or was not within a second.
+void sample(TensorView logits, TensorView params, TensorView out, MaybeView token_ids, MaybeView rows, MaybeView places) {
   MINISGL_CHECK(logits.ndim() == 2 && token_ids.has_value() == rows.has_value());
   if (logits.size(0) == 0) return;
   Arguments args(logits, params, out);
   if (token_ids.has_value()) args.set_store(token_ids.value(), rows.value());
-  if (entries.has_value()) args.set_rules(entries.value(), masks, mask_of);
+  if (places.has_value()) args.set_rules(places.value());
   const cudaStream_t stream = current_stream(logits);
   for_type_of(logits, [&](auto zero) {
-    if (entries.has_value()) launch_changed<decltype(zero)>(args.sample, args.rules, args.num_rows, stream);
-    if (masks.has_value()) return;
+    if (places.has_value()) launch_changed<decltype(zero)>(args.sample, args.rules, args.num_rows, stream);
     choose_sample<decltype(zero)>(args.sample, args.rules, args.num_rows, logits.device().device_id, stream);
   });
-}
-
-// On the stream of the device of `on`: what follows waits until `told`, [1] int64 in pinned memory, is `number` or more,
-// or for a second.
-void wait_for(TensorView on, TensorView told, int64_t number) {
-  wait_kernel<<<1, 1, 0, current_stream(on)>>>(column<int64_t>(told, is_int64(told), 1), number);
-  MINISGL_CUDA_CHECK(cudaGetLastError());
 }
 
 // Tokens of the largest vocabulary whose rows fit where they can be changed; 0: there is no such place.
@@ -297,6 +283,5 @@ int64_t most_ruled(int64_t device) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, minisgl::sample);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(most_ruled, minisgl::most_ruled);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(wait_for, minisgl::wait_for);
 
 }  // namespace minisgl

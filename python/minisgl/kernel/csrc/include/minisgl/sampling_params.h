@@ -16,6 +16,7 @@ struct SamplingParams {
   float presence_penalty, frequency_penalty;    // 0: off
   int32_t prompt_len;  // tokens of its history that are no output
   int32_t min_len;     // tokens before which those that end the output are forbidden
+  int32_t mask;        // of a step on a GPU; negative: none
 };
 
 }  // namespace minisgl

@@ -242,6 +242,14 @@ struct Team {
   }
 };
 
+// Masks, in memory of the host that is written meanwhile. A row waits until the state of its mask is no longer 0.
+struct Board {
+  const uint32_t* words;  // [k, ceil(vocab / 32)]: bit t % 32 of word t / 32 is set if token t may be sampled
+  const int32_t* states;  // [k]
+  int32_t* ids;           // [k]: what was sampled, for the host
+  unsigned long long began;  // ns: when the first row began to wait; 0: none has
+};
+
 struct SampleArgs {
   const void* logits;            // [b, vocab], rows `stride` elements apart
   const SamplingParams* params;  // [b]
@@ -251,6 +259,7 @@ struct SampleArgs {
   int64_t stride, max_len;
   int vocab, slice;      // slice: tokens per block
   int vecs;              // vectors per thread
+  const Board* board;    // of the rows with masks; or null: the host is told of none
 };
 
 // This block's slice of a row, in vectors of 16 bytes. Each warp owns `vecs` times 32 of them in a row, its lanes every

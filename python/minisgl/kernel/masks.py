@@ -1,0 +1,125 @@
+"""Matchers of llguidance through its C functions, and a thread that computes their masks without Python's lock."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.errors import ConfigError
+from minisgl.kernel.jit import load_masks
+
+Words = npt.NDArray[np.int32]
+
+
+class MaskRow(NamedTuple):
+    """A mask to be computed: `Row` in `csrc/src/masks.cc`, and a row of a table of int64."""
+
+    matcher: int
+    ref: int  # the address where the last token will be written; 0: the host knows it
+    length: int  # tokens of the output that come before
+    known: int  # the last of them that the host knows; -1: none
+    place: int  # among the step's masks
+
+
+class NativeMatcher:
+    """As far as it is used here it is a `llguidance.LLMatcher`, which a `MaskWorker` can have, too."""
+
+    def __init__(self, address: int) -> None:
+        self._ours, self.address = load_masks(), address
+
+    def __del__(self) -> None:
+        self._ours.free_matcher(self.address)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the output, that it has taken; -1: it is broken."""
+        num: int = self._ours.num_tokens_of(self.address)
+        return num
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a core that its last call took."""
+        seconds: float = self._ours.cost_of(self.address)
+        return seconds
+
+    def deep_copy(self) -> "NativeMatcher":
+        return NativeMatcher(self._ours.copy_matcher(self.address))
+
+    def consume_tokens(self, ids: Sequence[int]) -> bool:
+        return bool(self._ours.advance(self.address, ids, 0, 0))
+
+    def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
+        self._ours.advance(self.address, (), address, num_bytes)
+
+    def is_stopped(self) -> bool:
+        """Never: tokens that come behind the end are counted, and that is all."""
+        return False
+
+    def is_error(self) -> bool:
+        return self.num_tokens < 0
+
+    def get_error(self) -> str:
+        return str(self._ours.error_of(self.address))
+
+
+class NativeVocabulary:
+    """Makes matchers for a tokenizer. Native code goes on referring to it.
+
+    Raises: ConfigError when there is no compiler, or llguidance's functions are not those that are known here.
+    """
+
+    def __init__(
+        self, tokenizer: llguidance.LLTokenizer, slices: Sequence[str], limits: llguidance.LLParserLimits
+    ) -> None:
+        self._ours = load_masks()
+        special, decode = tokenizer.is_special_token, tokenizer.decode_bytes
+        texts = [b"\xff" * special(token) + decode([token]) for token in range(tokenizer.vocab_size)]
+        try:
+            self._ours.open(llguidance._lib.__file__, _numbers(llguidance.LLParserLimits()))
+            given = texts, tokenizer.eos_tokens, slices, _numbers(limits)
+            self._own: int = self._ours.make_vocabulary(lambda text: tokenizer.tokenize_bytes(bytes(text)), *given)
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
+
+    def matcher(self, source: str) -> NativeMatcher:
+        """At the beginning of an output. Its error says what is wrong with the grammar, in llguidance's language."""
+        return NativeMatcher(self._ours.make_matcher(self._own, source))
+
+
+class MaskWorker:
+    """Computes masks in the order of their steps, on a thread of its own. What it writes to is there until `close`."""
+
+    def __init__(self, dear: float) -> None:
+        """dear: seconds of a core."""
+        self._ours: Any = load_masks()
+        self._own = self._ours.make_worker(dear)
+
+    @property
+    def num_dear(self) -> int:
+        """How many masks were dear."""
+        num: int = self._ours.num_dear_of(self._own)
+        return num
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a core that the masks of the last step took."""
+        seconds: float = self._ours.last_cost_of(self._own)
+        return seconds
+
+    def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words) -> None:
+        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s."""
+        places = rows.ctypes.data, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1]
+        self._ours.submit(self._own, *places)
+
+    def close(self) -> None:
+        """What is not computed yet is not ready."""
+        self._ours.close_worker(self._own)
+
+
+def _numbers(limits: llguidance.LLParserLimits) -> list[int]:
+    """`Limits` in `csrc/src/masks.cc`."""
+    sizes = limits.max_items_in_row, limits.initial_lexer_fuel, limits.step_lexer_fuel, limits.step_max_items
+    flags = limits.precompute_large_lexemes, limits.verbose_errors
+    return [*sizes, limits.max_lexer_states, limits.max_grammar_size, *flags]
