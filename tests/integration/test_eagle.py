@@ -315,7 +315,7 @@ def said(
         for _ in range(2):
             told += [list(output.token_ids) for output in llm.generate(prompts, params, progress=False)]
         counts = llm.scheduler.planner.speculation
-        return told, counts.num_right["eagle"] / max(1, counts.num_drafted["eagle"])
+        return told, sum(counts.num_right.values()) / max(1, sum(counts.num_drafted.values()))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
