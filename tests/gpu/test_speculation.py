@@ -129,6 +129,39 @@ def test_an_eagle_head_tells_what_its_formula_says(case: str, max_batch: int, tm
             assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
 
 
+@needs_gpu
+@pytest.mark.parametrize("max_batch", [0, 32])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_5_text"])
+def test_a_second_model_tells_what_it_says(family: str, max_batch: int) -> None:
+    """In the pages of another, whose heads it need not have."""
+    path, second = tiny_model(family), tiny_model("llama")
+    told, drafts = generate(path, "model", draft_model=second, cuda_graph_max_bs=max_batch, **ON_DEVICE)
+    assert told == generate(path, "off")[0]
+    assert len(drafts) > 5
+    model = AutoModelForCausalLM.from_pretrained(second).eval()
+    for tokens, draft in drafts:
+        with torch.no_grad():
+            whole = model.generate(
+                torch.tensor([tokens]), max_new_tokens=len(draft), do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        assert whole[0, len(tokens) :].tolist() == draft, f"after {len(tokens)} tokens"
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("options", [{}, EAGER, FEW], ids=["captured", "eager", "few graphs"])
+def test_second_models_change_nothing(
+    served: tuple[Path, list[list[int]]], options: dict[str, Any], tp_size: int
+) -> None:
+    """One that guesses for itself is right wherever what is sampled is the most probable."""
+    params = PARAMS[: len(served[1])]
+    expected, _ = said(*served, params, device=DEVICE)
+    flags: dict[str, Any] = {"draft_model": str(served[0]), "tensor_parallel_size": tp_size, "num_pages": 512}
+    told, share = said(*served, params, device=DEVICE, **flags, **options)
+    assert told == expected
+    if options is not FEW:  # few graphs hold no drafts
+        assert share > 0.1
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("options", [{}, EAGER, FEW], ids=["captured", "eager", "few graphs"])
 @pytest.mark.parametrize("kind", ["trained", "random"])

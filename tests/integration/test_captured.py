@@ -39,6 +39,7 @@ from minisgl.core import (
 from minisgl.distributed.comm import Communicator
 from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
+from minisgl.engine.draft import SecondModel
 from minisgl.engine.engine import create_engine
 from minisgl.engine.graph import RunStep
 from minisgl.engine.rules import apply_bitmask
@@ -164,8 +165,12 @@ class Engine:
             tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
             row = tables.padding_row
             tables.page_table[row] = tables.host.pages[row] = config.num_pages
-            cache, backend = shard.create_kv(config.num_pages + 1), OnDevice()
-            self.steps = CapturedSteps(shard, cache, tables, backend, config.cuda_graph_max_bs)  # type: ignore[arg-type]
+            given, second = config.model.second, None
+            if given is not None and shard.head is None:
+                second = SecondModel(shard, *given)
+                second.create_attention = OnDevice  # type: ignore[method-assign, assignment]
+            pages, backend = [config.num_pages + 1] * 2, OnDevice()
+            self.steps = CapturedSteps(shard, tables, backend, pages, config.cuda_graph_max_bs, second)  # type: ignore[arg-type]
         self.num_plain = 0  # steps that only decode, and whose states are up to date
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> Any:

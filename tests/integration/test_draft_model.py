@@ -12,15 +12,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minisgl.config.args import parse_args
+from minisgl.config.draft import with_draft
+from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
-from minisgl.config.resolve import prepare
+from minisgl.config.resolve import ModelFiles, prepare, resolve
+from minisgl.config.runtime import ServerConfig
 from minisgl.core import ReqOutput, SamplingParams, StepResult
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
 from minisgl.scheduler.planner import Planner
+from tests.integration.test_captured import Engine, Graphs, graphs
 from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, generate
 from tests.models import tiny_model
+from tests.unit.test_resolve import GPUS
 
+__all__ = ["graphs"]  # a fixture
 SAMPLED = SamplingParams(max_tokens=60, temperature=0.3, seed=4)
 
 
@@ -56,6 +62,18 @@ def test_what_it_guesses_is_what_transformers_has_it_say(setup: str) -> None:
         assert whole[0, len(tokens) :].tolist() == draft, f"after {len(tokens)} tokens"
 
 
+@pytest.mark.parametrize("max_batch", [0, 64])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_it_guesses_the_same_without_the_host(family: str, max_batch: int, graphs: list[Graphs]) -> None:
+    """In the graphs of a GPU's engine, with attention of its own."""
+    path, second = tiny_model(family), tiny_model("llama")
+    outputs, drafts = generate(path, "model", create=Engine, draft_model=second, cuda_graph_max_bs=max_batch)
+    expected = generate(path, "model", draft_model=second)
+    assert outputs == expected[0] == generate(path, "off")[0]
+    assert drafts == expected[1] and len(drafts) > 5
+    assert bool(graphs[-1].replayed) == (max_batch > 0)
+
+
 def refused(*flags: str) -> str:
     with pytest.raises(ConfigError) as error:
         prepare(parse_args(["--model", str(tiny_model("qwen3")), *flags], {}))
@@ -74,6 +92,27 @@ def test_what_cannot_guess_is_refused_by_name(tmp_path: Path) -> None:
     second = tiny_model("llama")
     both = refused(*cpu, "--draft-model", str(second), "--speculate", "ngram")
     assert both == f"--draft-model {second}: not with --speculate ngram"
+
+
+def test_on_gpus_it_is_taken_with_attention_of_its_own(tmp_path: Path) -> None:
+    """With other heads than the model's, if its layers are alike, and the attention is there for it."""
+    path, second = tiny_model("qwen3"), tiny_model("llama")
+
+    def on_gpus(draft_model: Path, *flags: str) -> ServerConfig:
+        args = parse_args(["--model", str(path), "--draft-model", str(draft_model), *flags], {})
+        args, model = with_draft(args, path, read_model_config(path), "cuda")
+        return resolve(args, ModelFiles(path, model, {}), GPUS)
+
+    config = on_gpus(second)
+    assert config.scheduler.speculate == "model" and config.engine.model.second is not None
+    assert config.engine.model.head_dim != config.engine.model.second[1].head_dim
+    with pytest.raises(ConfigError, match="not with the attention of sdpa"):
+        on_gpus(second, "--attn", "sdpa")
+    with pytest.raises(ConfigError, match="only a model whose layers have caches alike"):
+        on_gpus(tiny_model("gemma4_text"))
+    odd = tiny_model("qwen3", head_dim=24)
+    with pytest.raises(ConfigError, match=r"triton does not compute head_dim 24 \(of --draft-model\)"):
+        on_gpus(odd, "--attn", "cuda")
 
 
 def test_another_vocabulary_of_the_same_size_is_refused(tmp_path: Path) -> None:

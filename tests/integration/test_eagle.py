@@ -229,15 +229,16 @@ def test_on_gpus_it_is_taken_where_its_layer_is_like_the_models(tmp_path: Path) 
     config = on_gpus(good)
     assert (config.engine.device, config.engine.draft_len, config.scheduler.speculate) == ("cuda", 4, "eagle")
     assert config.engine.decode_backend == "triton" and config.engine.cuda_graph_max_bs > 0
-    with pytest.raises(ConfigError, match=r"^heads that guess tokens: not with the attention of sdpa; choose another"):
+    with pytest.raises(
+        ConfigError, match=r"^heads and models that guess: not with the attention of sdpa; choose another"
+    ):
         on_gpus(good, "--attn", "sdpa")
     few = {"num_attention_heads": 4}, {"num_key_value_heads": 2}, {"head_dim": 32}
-    others = [random_head(**heads).save(tmp_path / f"{i}") for i, heads in enumerate(few)]
-    for other in (*others, target("llama")):
+    for other in (random_head(**heads).save(tmp_path / f"{i}") for i, heads in enumerate(few)):
         with pytest.raises(ConfigError) as error:
             on_gpus(other)
         assert str(error.value) == (
-            f"--draft-model {other}: on GPUs so far only EAGLE-3 heads with the model's attention heads; "
+            f"--draft-model {other}: on GPUs so far only a head with the model's attention heads; "
             "choose another, or --device cpu"
         )
 
@@ -314,7 +315,7 @@ def said(
         for _ in range(2):
             told += [list(output.token_ids) for output in llm.generate(prompts, params, progress=False)]
         counts = llm.scheduler.planner.speculation
-        return told, counts.num_right["eagle"] / max(1, counts.num_drafted["eagle"])
+        return told, sum(counts.num_right.values()) / max(1, sum(counts.num_drafted.values()))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -221,8 +221,8 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
     wanted = _with_states(wanted, free)
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
-    if wanted.model.mtp and decode in ("fi", "sdpa"):  # which need the host before each token
-        raise ConfigError(f"heads that guess tokens: not with the attention of {decode}; choose another --attn")
+    if (wanted.model.mtp or wanted.model.second) and decode in ("fi", "sdpa"):  # which need the host before each token
+        raise ConfigError(f"heads and models that guess: not with the attention of {decode}; choose another --attn")
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
     if moe_backend == "triton" and "triton" not in machine.packages:
         raise ConfigError("--moe-backend triton: needs a package: pip install triton")
@@ -293,6 +293,8 @@ def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machin
 
 def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str:
     model = wanted.model
+    if model.second and not model.mtp and (why := _unfit(backend, replace(wanted, model=model.second[1]), machine)):
+        return f"{why} (of --draft-model)"
     specs = [spec for layer in model.layers if isinstance((spec := layer.attention).cache, PagedKV)]
     for feature, is_wanted in FEATURES.items():
         if feature not in backend.features and any(is_wanted(spec, model) for spec in specs):

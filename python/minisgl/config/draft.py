@@ -29,9 +29,11 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     (_, draft), is_head = told.second, told.mtp is not None
     words, others = (read_fields(each / "tokenizer.json").child("model").data.get("vocab") for each in (path, where))
     is_same = is_head or (draft.vocab_size == model.vocab_size and (None in (words, others) or words == others))
-    fits = device != "cuda" or (is_head and draft.num_qo_heads == model.num_qo_heads and len({*told.caches()}) == 1)
+    is_alike = not is_head or draft.num_qo_heads == model.num_qo_heads  # as its attention is the model's
+    fits = device != "cuda" or (is_alike and len({*(told if is_head else draft).caches()}) == 1)
+    what = "a head with the model's attention heads" if is_head else "a model whose layers have caches alike"
     problems = {
-        "on GPUs so far only EAGLE-3 heads with the model's attention heads; choose another, or --device cpu": not fits,
+        f"on GPUs so far only {what}; choose another, or --device cpu": not fits,
         f"not with --speculate {args.speculate}": args.speculate != "off",
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),

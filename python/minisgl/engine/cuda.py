@@ -18,7 +18,7 @@ from minisgl.config.states import DeltaNet
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
-from minisgl.engine.draft import HeadDrafter
+from minisgl.engine.draft import HeadDrafter, SecondModel
 from minisgl.engine.graph import DecodeGraphs, RunStep
 from minisgl.engine.memory import activation_bytes, large_step, pages_that_fit
 from minisgl.engine.rules import StepRules
@@ -29,7 +29,6 @@ from minisgl.engine.step import Launched, LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
-from minisgl.kvcache.pool import KVPool
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
@@ -143,37 +142,43 @@ def create_steps(shard: ModelShard) -> tuple[tuple[int, int], "CapturedSteps"]:
     """The numbers of pages of the KV cache, and what launches steps with it."""
     config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
-    num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend))
+    second = SecondModel(shard, *config.model.second) if config.model.second and not shard.head else None
+    num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend, second))
     # Behind all others. Without windows both kinds of layers have the first table, which is written last.
     tables.window_table[tables.padding_row] = tables.host.window_pages[tables.padding_row] = num_pages[1]
     tables.page_table[tables.padding_row] = tables.host.pages[tables.padding_row] = num_pages[0]
-    kv = shard.create_kv(*(num + 1 for num in num_pages))
-    steps = CapturedSteps(shard, kv, tables, backend, config.cuda_graph_max_bs)
+    steps = CapturedSteps(shard, tables, backend, [num + 1 for num in num_pages], config.cuda_graph_max_bs, second)
     torch.cuda.synchronize()
     return num_pages, steps
 
 
-def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend) -> int:
+def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend, second: SecondModel | None) -> int:
     """What the largest step takes, with a cache of no more pages than it needs."""
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
-    steps = CapturedSteps(shard, shard.create_kv(num_pages, num_pages), tables, backend, max_batch=0)
+    steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
     return activation_bytes(shard.config, steps.launch)
 
 
 class CapturedSteps(StepRunner):
     """Launches steps on the current stream: as graphs those of up to `max_batch` samples that only decode, or verify
-    drafts."""
+    drafts. num_pages: of both kinds of the cache's layers; second: a model that guesses."""
 
     tables: DeviceTables
 
-    def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
+    def __init__(
+        self, shard: ModelShard, tables: DeviceTables, backend: Backend, num_pages: Sequence[int], max_batch: int,
+        second: SecondModel | None = None,
+    ) -> None:  # fmt: skip
+        kv = shard.create_kv(*num_pages)
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        config, head = shard.config, shard.head
+        config, head, layers = shard.config, second or shard.head, self._layers
+        if second is not None:
+            layers = layers.of(second, second.create_kv(*num_pages), second.create_attention())
         if head is not None:
             known = lambda numbers: np.zeros(len(numbers), np.int64)  # noqa: E731
-            self.propose = HeadDrafter(head, self, self._layers, known).propose
+            self.propose = HeadDrafter(head, self, layers, known).propose
         longest, kinds = config.draft_len, config.model.states
         self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))

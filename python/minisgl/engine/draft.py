@@ -28,12 +28,11 @@ class SecondModel(ModelShard):
 
     def __init__(self, first: ModelShard, path: str, model: ModelConfig) -> None:
         super().__init__(replace(first.config, model_path=path, model=model), first.device, first.comm, first.ops)
-        self._kv = self.create_kv(self.config.num_pages + 1, self.config.num_window_pages + 1)
 
     def forward(self, tokens: Tensor, x: Tensor, step: StepContext, of_model: bool = False) -> Tensor:  # noqa: ARG002
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
         ropes = [rope(step.positions) for rope in self.ropes]
-        return self.model.hidden(tokens, replace(step, input_ids=tokens, kv=self._kv, ropes=ropes))
+        return self.model.hidden(tokens, replace(step, input_ids=tokens, ropes=ropes))
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
@@ -44,14 +43,15 @@ class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
     def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Known) -> None:
-        """layers: with the cache, the tables and the operations that the steps have."""
+        """layers: with the tables that the steps have, and the cache that the head reads."""
         self._head, self._steps, self._layers, self._known = head, steps, layers, known
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
         are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's."""
         tensors, skips_last = batch.tensors, self._head.skips_last
-        context = computed.context or self._layers.context(batch)
+        context = computed.context if skips_last else None  # which is a head's, too
+        context = context or self._layers.context(batch, captured=batch.attention.is_decode)
         following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         x = computed.hidden(torch.arange(len(following), device=ids.device))
         x = self._head.forward(following if skips_last else context.input_ids, x, context, of_model=True)
@@ -62,7 +62,7 @@ class HeadDrafter:
         for num_told in range(most):
             if num_told or not skips_last:
                 one = self._one_each(batch, position + num_told + (not skips_last), num_told)
-                context = self._layers.context(one, context.backend.prepare_both(one.attention, captured=True))
+                context = self._layers.context(one, captured=True)
                 x = self._head.forward(token, x, context)
             told.append(self._head.choose(x))
             token = told[-1].long()
@@ -86,6 +86,9 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
+    if isinstance(head, SecondModel):
+        kv = head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
+        layers = layers.of(head, kv, None)
     if head is not None:
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
     if ops is None or spec is None:

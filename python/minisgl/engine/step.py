@@ -86,11 +86,16 @@ class LayerByLayer:
             context,
         )
 
-    def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:
-        """For the model's layers, and for those that are computed beside them."""
+    def of(self, shard: ModelShard, kv: KVPool, backend: Backend | None) -> "LayerByLayer":
+        """Another model, which reads the same pages. backend: its own, if it needs one."""
+        return LayerByLayer(shard, kv, backend or self._backend, self._inputs)
+
+    def context(self, batch: Batch, metadata: Sequence[object] | None = None, captured: bool = False) -> StepContext:
+        """For the model's layers, and for those that are computed beside them. captured: where the backend has prepared
+        nothing, it does so as for a captured step."""
         drafts = batch.tensors.drafted.view(2, -1) if batch.index.drafted.any() else ()
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q, *drafts)
-        metadata = metadata or self._backend.prepare_both(batch.attention, captured=False)
+        metadata = metadata or self._backend.prepare_both(batch.attention, captured)
         ids, slots, ropes = self._inputs(batch)
         return StepContext(ids, slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
 
