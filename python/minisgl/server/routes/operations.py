@@ -118,9 +118,9 @@ class Operations:
         check_model(body.model, self._config)
         if len(body.tokens) > self._max_len:
             raise too_long("tokens", str(len(body.tokens)), self._max_len)
-        fields = {"token_ids": wire.pack_ids(body.tokens), "skip_special": body.skip_special_tokens is not False}
-        text = (await self._frontend.ask(wire.DecodeMsg, wire.DecodedReply, **fields)).text
-        return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
+        ids, skips = wire.pack_ids(body.tokens), body.skip_special_tokens is not False
+        reply = await self._frontend.ask(wire.DecodeMsg, wire.DecodedReply, token_ids=ids, skip_special=skips)
+        return json_response({"prompt": reply.text, "text": reply.text})  # vLLM's name for it, and SGLang's
 
     async def flush_cache(self) -> Response:
         """Forget all cached prefixes that no running request uses."""
