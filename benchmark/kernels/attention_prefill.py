@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.attention import AttentionConfig, Partials, attention, num_splits, query_blocks
+from minisgl.kernel.triton.attention import AttentionConfig, attention, num_splits, query_blocks
 
 Tensor = torch.Tensor
 DEVICE, DTYPE, HEAD_DIM, NUM_KV_HEADS = torch.device("cuda"), torch.bfloat16, 128, 8
@@ -129,10 +129,8 @@ def check(out: Tensor, expected: Tensor) -> None:
 
 
 def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> Any:
-    unused = Partials(*torch.empty(2, 1, device=DEVICE))
-
     def run(case: Case, caches: Tensor, blocks: Tensor) -> Tensor:
-        return attention(case.q, caches[0], caches[1], case.seqs, blocks, None, 1, unused, config, True)
+        return attention(case.q, caches[0], caches[1], case.seqs, blocks, None, 1, config, True)
 
     small = Case([700, 130], [300, 130], group, page_size)
     check(run(small, small.caches[0], small.blocks(config)), small.reference())
@@ -147,10 +145,9 @@ def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> An
 
 def bench_decode(config: AttentionConfig, page_size: int, bandwidth: float, groups: bool) -> Any:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    workspace = Partials(torch.empty(1 << 24, device=DEVICE), torch.empty(1 << 18, device=DEVICE))
 
     def run(case: Case, caches: Tensor, splits: int) -> Tensor:
-        return attention(case.q, caches[0], caches[1], case.seqs, None, None, splits, workspace, config, True)
+        return attention(case.q, caches[0], caches[1], case.seqs, None, None, splits, config, True)
 
     small = Case([700, 130, 1], [1, 1, 1], 2, page_size)
     for splits in (1, 5):

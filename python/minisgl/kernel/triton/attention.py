@@ -42,15 +42,6 @@ class AttentionConfig:
     num_stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class Partials:
-    """Workspace of the splits, float32, of as many elements at least. acc: [batch * heads * splits * head_dim];
-    lse: [batch * heads * splits], base 2."""
-
-    acc: Tensor
-    lse: Tensor
-
-
 def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
     """What fits the shared memory: 227 KB on 9.0, 163 KB on 8.0, 99 KB on 8.6 and 8.9."""
     wide = head_dim > 128
@@ -290,7 +281,7 @@ def _merge_kernel(
 
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences, blocks: Tensor | None, window: int | None,
-    splits: int, partials: Partials, config: AttentionConfig, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
+    splits: int, config: AttentionConfig, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of each query to the keys up to its own position, at most `window` of them; zeros where there are none.
 
@@ -302,11 +293,13 @@ def attention(
     assert q.stride()[1:] == (head_dim, 1)
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
-    assert splits == 1 or (blocks is None and num_tokens * num_heads * splits <= partials.lse.numel())
+    assert splits == 1 or blocks is None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_parts = num_tokens * num_heads * splits if splits > 1 else 0
+    acc, lse = (q.new_empty(num_parts, size, dtype=torch.float32) for size in (head_dim, 1))
     num_blocks, block_d = num_tokens if blocks is None else len(blocks), triton.next_power_of_2(head_dim)
     _attention_kernel[(num_kv_heads, num_blocks, splits)](
-        q, native(k_cache), native(v_cache), out, partials.acc, partials.lse, seqs.rows if blocks is None else blocks,
+        q, native(k_cache), native(v_cache), out, acc, lse, seqs.rows if blocks is None else blocks,
         seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q, sinks, head_dim**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
         num_heads, num_heads // num_kv_heads, head_dim, config.block_m, block_d, config.block_n, seqs.page_size,
@@ -315,7 +308,7 @@ def attention(
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_tokens * num_heads,)](
-            partials.acc, partials.lse, out, sinks, splits, num_heads, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
+            acc, lse, out, sinks, splits, num_heads, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
             num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out
