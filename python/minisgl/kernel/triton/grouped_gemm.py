@@ -129,16 +129,11 @@ def _sort_kernel(
     count = tl.sum(tl.where(ids == expert, counts, 0), 0)
     end = first + count
     end_block = first_block + (count + BLOCK_M - 1) // BLOCK_M
-    for block in tl.range(first_block, end_block):
-        low = first + (block - first_block) * BLOCK_M
+    for block in tl.range(first_block, tl.where(expert == NUM_EXPERTS - 1, max_blocks, end_block)):
+        low = tl.minimum(first + (block - first_block) * BLOCK_M, end)
         tl.store(blocks_ptr + block * 3, expert)
         tl.store(blocks_ptr + block * 3 + 1, low)
         tl.store(blocks_ptr + block * 3 + 2, tl.minimum(low + BLOCK_M, end))
-    if expert == NUM_EXPERTS - 1:
-        for block in tl.range(end_block, max_blocks):
-            tl.store(blocks_ptr + block * 3, 0)
-            tl.store(blocks_ptr + block * 3 + 1, 0)
-            tl.store(blocks_ptr + block * 3 + 2, 0)
     if count > 0:
         at = first
         for start in tl.range(0, num_pairs, SCAN):
