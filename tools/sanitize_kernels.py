@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmark.kernels.decode_gemm import fits
 from benchmark.kernels.skinny_gemm import variants
 from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.attention.cuda import CudaBackend
@@ -197,7 +198,7 @@ def gemm(m: int) -> None:
         plain, gated = F.linear(x, weight), REFERENCE.act_and_mul(F.linear(x, both))
         expected = plain + bias, plain + residual, gated
         x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
-        for v in (v for v in some if decode_gemm.fits(v, m, k)):
+        for v in (v for v in some if fits(v, m, k)):
             added = decode_gemm.linear(x, weight, Around(residual=up(residual)), v)
             plain = decode_gemm.linear(x, weight, Around(bias), v)
             gated = decode_gemm.linear(x, both, Around(gated=True), v)
