@@ -168,25 +168,20 @@ def _attend_all(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    diagonal = low
+    left, diagonal = low, low
     if not DECODES:
         diagonal = tl.maximum((first_pos + 1) // BLOCK_N * BLOCK_N, low)
-        left = low
         if HAS_WINDOW:
             left = tl.maximum(last_pos + 1 - window, 0)
             left = tl.minimum(tl.cdiv(left, BLOCK_N) * BLOCK_N, diagonal)
-            m, denom, acc = _attend(
-                q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, left, q_pos, seq_len, scale, window, kv_stride,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, True, PRECISION,
-            )  # fmt: skip
+    for part in tl.static_range(2 if DECODES else 0 if HAS_WINDOW else 1, 3):
+        first = low if part == 0 else left if part == 1 else diagonal
+        stop = left if part == 0 else diagonal if part == 1 else end
         m, denom, acc = _attend(
-            q, m, denom, acc, k_ptr, v_ptr, pages_ptr, left, diagonal, q_pos, seq_len, scale, window, kv_stride,
-            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, False, PRECISION,
+            q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, stop, q_pos, seq_len, scale, window, kv_stride,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, part != 1, PRECISION,
         )  # fmt: skip
-    return _attend(
-        q, m, denom, acc, k_ptr, v_ptr, pages_ptr, diagonal, end, q_pos, seq_len, scale, window, kv_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, True, PRECISION,
-    )  # fmt: skip
+    return m, denom, acc
 
 
 # Views of a step's buffer begin anywhere; a kernel for each alignment would be compiled while requests wait.
