@@ -112,25 +112,31 @@ ALONE = Around()
 
 
 class Matrix(ABC):
-    """A weight [out, in] as something to multiply with. `plain` and `rows` have to be written; `fused` is for kernels
-    that save passes over memory."""
+    """A weight [out, in] as something to multiply with. `plain` and `taken` (or `rows`) have to be written; `fused` is
+    for kernels that save passes over memory."""
 
     cpu_handle: int | None = None  # by which the CPU engine that computes whole steps knows it; None: it cannot use it
 
-    def __init__(self, ops: "LayerOps", activation: str | None) -> None:
-        """activation: of `gate_up`, a name in `ACTIVATIONS`; None for a matrix that is not used for it."""
-        self._ops, self._activation = ops, activation
+    def __init__(self, ops: "LayerOps", num_out: int, activation: str | None) -> None:
+        """activation: of gate and up, a name in `ACTIVATIONS`; None for a matrix that is not used for them."""
+        self._ops, self._num_out, self._activation = ops, num_out, activation
 
     @abstractmethod
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias, whatever the shape."""
 
-    @abstractmethod
+    def taken(self, ids: Tensor) -> Tensor:
+        """`rows` of ids that are all there, in memory of its own."""
+        raise NotImplementedError
+
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         """Rows of a table of embeddings: ids [num_tokens] int64 → [num_tokens, in].
 
         first: the id of the table's first row. Ids outside the table belong to other ranks, and give zeros.
         """
+        local = ids - first
+        is_outside = (local < 0) | (local >= self._num_out)
+        return self.taken(local.masked_fill(is_outside, 0)).masked_fill_(is_outside[:, None], 0)
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:  # noqa: ARG002
         """All of it at once, a residual being contiguous; None: no kernel takes this."""
@@ -156,26 +162,18 @@ class Matrix(ABC):
         return self.plain(x, around.bias) if residual is None else residual.add_(self.apply(x, product))
 
 
-def rows_of_part(ids: Tensor, first: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """For `Matrix.rows`: of each id its row in the table, or row 0; and whether it is outside, [num_tokens, 1]."""
-    local = ids - first
-    is_outside = (local < 0) | (local >= num_rows)
-    return local.masked_fill(is_outside, 0), is_outside[:, None]
-
-
 class TorchMatrix(Matrix):
     """A weight as checkpoints have it."""
 
     def __init__(self, ops: "LayerOps", weight: Tensor, activation: str | None) -> None:
-        super().__init__(ops, activation)
+        super().__init__(ops, len(weight), activation)
         self.weight = weight
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)
 
-    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
-        local, is_outside = rows_of_part(ids, first, len(self.weight))
-        return self.weight.index_select(0, local).masked_fill_(is_outside, 0)
+    def taken(self, ids: Tensor) -> Tensor:
+        return self.weight.index_select(0, ids)
 
 
 class LayerOps(StateOps):
