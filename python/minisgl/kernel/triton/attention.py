@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
+from minisgl.kernel.triton.common import begin, launch_options, native, precision, tiles, widen
 
 Tensor = torch.Tensor
 
@@ -43,15 +43,7 @@ class AttentionConfig:
 
 
 def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
-    """What fits the shared memory: 227 KB on 9.0, 163 KB on 8.0, 99 KB on 8.6 and 8.9."""
-    wide = head_dim > 128
-    if dtype == torch.float32:  # no tensor cores: larger blocks do not fit the registers
-        return AttentionConfig(16, 16, 4, 1)
-    if capability in ((9, 0), (10, 0)):
-        return AttentionConfig(128, 32, 8, 3) if wide else AttentionConfig(128, 64, 8, 5)
-    if capability == (8, 0) and not wide:
-        return AttentionConfig(128, 32, 8, 3)
-    return AttentionConfig(64, 32 if wide else 64, 8, 2)
+    return AttentionConfig(*tiles("attention", dtype, capability)[head_dim > 128])
 
 
 def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> AttentionConfig:

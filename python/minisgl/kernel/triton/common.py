@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import msgspec
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_TILES = msgspec.yaml.decode(Path(__file__).with_name("tiles.yaml").read_bytes())
+
+
+def tiles(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> Any:
+    """What `tiles.yaml` has for a kernel."""
+    name = "float32" if dtype == torch.float32 else ".".join(map(str, capability))
+    return _TILES[kernel].get(name, _TILES[kernel]["other"])
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

@@ -24,7 +24,7 @@ from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Stacked
 from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
+from minisgl.kernel.triton.common import begin, launch_options, native, precision, tiles, widen
 
 Tensor = torch.Tensor
 
@@ -47,20 +47,9 @@ MoeConfig = tuple[GemmConfig, GemmConfig]
 
 
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
-    """By how many pairs an expert gets on average: few are bound by reading weights, many by the tensor cores."""
-    if dtype == torch.float32:
-        return GemmConfig(16, 32, 32, 4, 1), GemmConfig(16, 32, 32, 4, 1)
-    per_expert = num_pairs / num_experts
-    large = capability in ((8, 0), (9, 0), (10, 0))  # 163 KB of shared memory and more
-    if per_expert <= 12:
-        stages = 4 if large else 3
-        return GemmConfig(16, 64, 128, 4, 3 if large else 2), GemmConfig(16, 64, 128, 4, stages)
-    if per_expert <= 48:
-        stages = 4 if large else 2
-        return GemmConfig(32, 64, 64, 4, stages), GemmConfig(32, 128, 64, 4, stages)
-    if per_expert <= 256 or not large:
-        return GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3)
-    return GemmConfig(128, 64, 64, 8, 3), GemmConfig(128, 128, 64, 8, 3)
+    by_average = tiles("experts", dtype, capability)
+    first, second = next(both for most, both in by_average.items() if num_pairs <= most * num_experts)
+    return GemmConfig(*first), GemmConfig(*second)
 
 
 @dataclass(frozen=True, slots=True)
