@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -36,6 +37,16 @@ def _whole_vectors(*tensors: Tensor) -> bool:
         if t.dtype not in DTYPES or t.stride(-1) != 1 or t.data_ptr() % 16 or any(n * t.itemsize % 16 for n in sizes):
             return False
     return True
+
+
+def tensor_at(
+    address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: Sequence[int] = (1,)
+) -> Tensor:
+    """A tensor in a GPU's memory, which it does not keep. strides: in elements."""
+    size = dtype.itemsize
+    kind = {"version": 2, "typestr": f"<i{size}", "strides": tuple(stride * size for stride in strides)}  # no bfloat16
+    interface = {**kind, "data": (address, False), "shape": shape}
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device).view(dtype)
 
 
 class CudaMatrix(TorchMatrix):

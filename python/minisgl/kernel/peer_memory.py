@@ -4,13 +4,13 @@ import json
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
+from minisgl.kernel.cuda import tensor_at
 from minisgl.kernel.jit import load_kernel
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class PeerMemory:
         self._module, self._meeting, self._regions, self._gather_bytes = module, meeting, regions, gather_bytes
         timeout, addresses = int(meeting.timeout.total_seconds() * 1e9), torch.tensor(regions, dtype=torch.int64)
         self._group = module.create_group(self.rank, addresses, HALF_BYTES, gather_bytes, timeout)
-        gathered = regions[0] + module.region_bytes(HALF_BYTES)
-        self._buffer = _as_tensor(gathered, gather_bytes, device) if gather_bytes and self.rank == 0 else None
+        gathered, has_buffer = regions[0] + module.region_bytes(HALF_BYTES), gather_bytes > 0 and self.rank == 0
+        self._buffer = tensor_at(gathered, (gather_bytes,), torch.uint8, device) if has_buffer else None
 
     def takes(self, x: torch.Tensor, max_bytes: int = TWO_SHOT_BYTES) -> bool:
         """Whether `all_reduce` and `broadcast` can work on x, which is contiguous."""
@@ -97,12 +97,6 @@ class PeerMemory:
             self._module.close_handle(address)
         if self._meeting.all_left("peer memory closed", SECONDS_TO_LEAVE):
             self._module.release(own)
-
-
-def _as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Device memory that is not torch's, as uint8."""
-    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 2}
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device)
 
 
 def open_peer_memory(meeting: Meeting, device: torch.device, gather_bytes: int) -> PeerMemory | None:
