@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, tiles, widen
+from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
 
 Tensor = torch.Tensor
 
@@ -40,10 +40,6 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
-
-
-def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
-    return AttentionConfig(*tiles("attention", dtype, capability)[head_dim > 128])
 
 
 def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> AttentionConfig:
