@@ -9,7 +9,7 @@ from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionSt
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton import attention
-from minisgl.kernel.triton.common import tiles
+from minisgl.kernel.triton.common import Tile, tiles
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -33,7 +33,7 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
             capability = torch.cuda.get_device_capability(device)
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._pdl = capability >= (9, 0)
-        narrow, wide = (attention.AttentionConfig(*c) for c in tiles("attention", shape.dtype, capability))
+        narrow, wide = (Tile(*c) for c in tiles("attention", shape.dtype, capability))
         self._prefill_config = wide if shape.head_dim > 128 else narrow
         self._decode_config = attention.decode_config(shape.dtype, shape.head_dim, self._group)
 

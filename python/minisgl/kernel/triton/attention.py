@@ -14,7 +14,6 @@ any lengths. A split without keys ends at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
+from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, widen
 
 Tensor = torch.Tensor
 
@@ -32,25 +31,15 @@ MERGE_STEP = 8  # splits that the merge loads at once
 WAVES = 4  # programs per multiprocessor to aim for where sequences decode
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionConfig:
-    """block_m: rows of queries (tokens times heads of a group); block_n: keys that a program loads at once."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> AttentionConfig:
+def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
     """At most 64 KB of shared memory, which every GPU since 8.0 has.
 
     Of num_stages, half are in flight where a page number must be loaded before the keys.
     """
     block_m = max(16, triton.next_power_of_2(group))  # of products
     if dtype == torch.float32:
-        return AttentionConfig(block_m, 32, 4, 1)
-    return AttentionConfig(block_m, 32 if head_dim > 128 else 64, 4, 3)
+        return Tile(block_m, 32, 4, 1)
+    return Tile(block_m, 32 if head_dim > 128 else 64, 4, 3)
 
 
 def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: int, num_sms: int) -> int:
@@ -264,7 +253,7 @@ def _merge_kernel(
 
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences, blocks: Tensor | None, window: int | None,
-    splits: int, config: AttentionConfig, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
+    splits: int, config: Tile, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of each query to the keys up to its own position, at most `window` of them; zeros where there are none.
 

@@ -24,32 +24,21 @@ from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Stacked
 from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, tiles, widen
+from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, tiles, widen
 
 Tensor = torch.Tensor
 
 SCAN = 1024  # pairs that a sorting program looks at together
 
 
-@dataclass(frozen=True, slots=True)
-class GemmConfig:
-    """block_m: pairs of one expert; block_n: output features; block_k: input features."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
 # Of gate and up, and of down: they share block_m, since it is what pairs are sorted into.
-MoeConfig = tuple[GemmConfig, GemmConfig]
+MoeConfig = tuple[Tile, Tile]
 
 
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
     by_average = tiles("experts", dtype, capability)
     first, second = next(both for most, both in by_average.items() if num_pairs <= most * num_experts)
-    return GemmConfig(*first), GemmConfig(*second)
+    return Tile(*first), Tile(*second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +317,7 @@ def fused_moe(
 
 
 def _product(
-    x: Tensor, w: Stack, out: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor, c: GemmConfig,
+    x: Tensor, w: Stack, out: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor, c: Tile,
     kind: tuple[bool, bool], pdl: bool,
 ) -> None:  # fmt: skip
     (order, blocks), top_k = pairs, weights.shape[1]
