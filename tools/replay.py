@@ -20,7 +20,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.pages import PageAllocator, Pages, WindowPages
-from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
+from minisgl.kvcache.radix import PrefixCache, RadixNode
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.planner import Planner
@@ -69,8 +69,7 @@ def load(path: Path) -> tuple[str, Planner]:
             cache = value["cache"]
             cache["_root"] = _node(nodes, cache["_root"])
             cache["candidates"] = [(stamp, serial, _node(nodes, x)) for stamp, serial, x in cache["candidates"]]
-            kind = PrefixCache if config.cache_type == "radix" else NaiveCache
-            value = _filled(Pages(config), value | {"cache": _filled(kind(config.page_size), cache)})
+            value = _filled(Pages(config), value | {"cache": _filled(PrefixCache(config.page_size), cache)})
         setattr(planner, name, value)
     return reason, planner
 

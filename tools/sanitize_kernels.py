@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmark.kernels.decode_gemm import fits
 from benchmark.kernels.skinny_gemm import variants
 from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.attention.cuda import CudaBackend
@@ -171,9 +172,9 @@ def skinny_gemm() -> None:
     for m, (n, k) in itertools.product((7, 13, 29), ((152, 416), (18424, 96))):  # octets of rows: fewer than SMs; more
         x, gain, weight, both = randn(m, k), randn(k), randn(n, k), randn(2 * n, k)
         bias, residual = randn(n), randn(m, n)
-        plain, normed = F.linear(x, weight, bias), REFERENCE.matrix(weight).norm_apply(x, gain, EPS, bias)
+        plain, normed = F.linear(x, weight, bias), REFERENCE.matrix(weight).apply(x, Around(bias, gain, EPS))
         gated, inputs = (
-            REFERENCE.matrix(both, "silu").gate_up(x, gain, EPS),
+            REFERENCE.matrix(both, "silu").apply(x, Around(None, gain, EPS, gated=True)),
             [up(t) for t in (x, gain, weight, both, bias)],
         )
         x, gain, weight, both, bias = inputs
@@ -197,7 +198,7 @@ def gemm(m: int) -> None:
         plain, gated = F.linear(x, weight), REFERENCE.act_and_mul(F.linear(x, both))
         expected = plain + bias, plain + residual, gated
         x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
-        for v in (v for v in some if decode_gemm.fits(v, m, k)):
+        for v in (v for v in some if fits(v, m, k)):
             added = decode_gemm.linear(x, weight, Around(residual=up(residual)), v)
             plain = decode_gemm.linear(x, weight, Around(bias), v)
             gated = decode_gemm.linear(x, both, Around(gated=True), v)
@@ -224,9 +225,14 @@ def float8_products(has_groups: bool) -> None:
         matrix = Float8Matrix(ops, weight, DTYPE, None, "silu")
         if m == 1:
             if k % 128 == 0:
-                found = [matrix.norm_apply(up(x), up(gain), EPS), matrix.apply_add(up(x), up(residual))]
+                found = [
+                    matrix.apply(up(x), Around(None, up(gain), EPS)),
+                    matrix.apply(up(x), Around(residual=up(residual))),
+                ]
                 check(("one token e4m3", n, k), found, (normed, plain + residual))
-                check(("one token e4m3", n, k), [matrix.gate_up(up(x))], [REFERENCE.act_and_mul(plain)])
+                check(
+                    ("one token e4m3", n, k), [matrix.apply(up(x), Around(gated=True))], [REFERENCE.act_and_mul(plain)]
+                )
             continue
         tokens = matrix.quantize(up(x), up(gain), EPS)
         data, scales = tokens[0].cpu().view(torch.float8_e4m3fn).float(), tokens[1].cpu()
@@ -367,9 +373,11 @@ def packed(m: int) -> None:
         matrix = PackedMatrix(CudaOps(arch), arch, packed, DTYPE, "silu" if gated else None)
         product = x @ part.dequantize().T
         if gated:
-            check(("packed gate_up", m, arch), [matrix.gate_up(up(x))], [REFERENCE.act_and_mul(product)])
+            check(
+                ("packed gate_up", m, arch), [matrix.apply(up(x), Around(gated=True))], [REFERENCE.act_and_mul(product)]
+            )
         else:
-            check(("packed", m, arch), [matrix.apply_add(up(x), up(residual))], [product + residual])
+            check(("packed", m, arch), [matrix.apply(up(x), Around(residual=up(residual)))], [product + residual])
 
 
 TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile

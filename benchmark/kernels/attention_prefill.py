@@ -20,26 +20,27 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.attention import AttentionConfig, Partials, attention, num_splits, query_blocks
+from minisgl.kernel.triton.attention import attention, num_splits, query_blocks
+from minisgl.kernel.triton.common import Tile
 
 Tensor = torch.Tensor
 DEVICE, DTYPE, HEAD_DIM, NUM_KV_HEADS = torch.device("cuda"), torch.bfloat16, 128, 8
 DECODE_VARIANTS = (
-    AttentionConfig(16, 64, 4, 3),
-    AttentionConfig(16, 64, 4, 5),
-    AttentionConfig(16, 64, 2, 3),
-    AttentionConfig(16, 64, 8, 5),
-    AttentionConfig(16, 128, 4, 3),
-    AttentionConfig(16, 128, 8, 3),
-    AttentionConfig(16, 32, 2, 5),
-    AttentionConfig(16, 32, 4, 7),
+    Tile(16, 64, 4, 3),
+    Tile(16, 64, 4, 5),
+    Tile(16, 64, 2, 3),
+    Tile(16, 64, 8, 5),
+    Tile(16, 128, 4, 3),
+    Tile(16, 128, 8, 3),
+    Tile(16, 32, 2, 5),
+    Tile(16, 32, 4, 7),
 )
 PREFILL_VARIANTS = (
-    AttentionConfig(128, 64, 8, 3),
-    AttentionConfig(128, 64, 8, 5),
-    AttentionConfig(128, 128, 8, 3),
-    AttentionConfig(128, 128, 8, 2),
-    AttentionConfig(64, 64, 4, 3),
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 8, 5),
+    Tile(128, 128, 8, 3),
+    Tile(128, 128, 8, 2),
+    Tile(64, 64, 4, 3),
 )
 # (name, sequence lengths, of which new)
 PREFILLS = (
@@ -77,7 +78,7 @@ class Case:
             sum(n * s + n * (n + 1) // 2 for s, n in zip(starts, num_new, strict=True))
         )  # fmt: skip
 
-    def blocks(self, config: AttentionConfig) -> Tensor:
+    def blocks(self, config: Tile) -> Tensor:
         num_new = np.array(self.num_new)
         group = self.q.shape[1] // NUM_KV_HEADS
         blocks = query_blocks(np.array(self.seq_lens) - num_new, num_new, group, config.block_m)
@@ -128,11 +129,9 @@ def check(out: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
 
 
-def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> Any:
-    unused = Partials(*torch.empty(2, 1, device=DEVICE))
-
+def bench_prefill(config: Tile, page_size: int, group: int = 2) -> Any:
     def run(case: Case, caches: Tensor, blocks: Tensor) -> Tensor:
-        return attention(case.q, caches[0], caches[1], case.seqs, blocks, None, 1, unused, config, True)
+        return attention(case.q, caches[0], caches[1], case.seqs, blocks, None, 1, config, True)
 
     small = Case([700, 130], [300, 130], group, page_size)
     check(run(small, small.caches[0], small.blocks(config)), small.reference())
@@ -145,12 +144,11 @@ def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> An
     return row
 
 
-def bench_decode(config: AttentionConfig, page_size: int, bandwidth: float, groups: bool) -> Any:
+def bench_decode(config: Tile, page_size: int, bandwidth: float, groups: bool) -> Any:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    workspace = Partials(torch.empty(1 << 24, device=DEVICE), torch.empty(1 << 18, device=DEVICE))
 
     def run(case: Case, caches: Tensor, splits: int) -> Tensor:
-        return attention(case.q, caches[0], caches[1], case.seqs, None, None, splits, workspace, config, True)
+        return attention(case.q, caches[0], caches[1], case.seqs, None, None, splits, config, True)
 
     small = Case([700, 130, 1], [1, 1, 1], 2, page_size)
     for splits in (1, 5):

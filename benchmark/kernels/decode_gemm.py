@@ -34,6 +34,17 @@ PEAK = 4.3e12  # bytes per second that an H200 reads
 COPIES_BYTES = 400_000_000
 ODD_TOKENS = (17, 33, 100, 129, 180, 200, 256)
 OPS = functools.cache(lambda: CudaOps(torch.cuda.get_device_capability()))
+MAX_SPLIT = 8
+
+
+def fits(variant: Variant, m: int, k: int) -> bool:
+    """Whether a variant exists for `m` tokens and `k` inputs: registers and shared memory limit it."""
+    tile, rows = decode_gemm.token_tile(m), variant.rows
+    stage = 128 * (rows + tile)
+    stages = (227 * 1024 - 1408 - 80 * rows) // stage
+    sums = 4 * rows * tile if variant.split > 1 else 0
+    room = stages >= 2 and min(stages, 24) * stage >= sums
+    return room and (2 * rows + 32) * (tile // 2 + 48) <= 65536 and variant.split <= min(MAX_SPLIT, k // 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +144,7 @@ def smoke() -> None:
     for tile, form, rows, split in itertools.product(decode_gemm.TOKEN_TILES, forms, (64, 128, 192), (1, 2, 0)):
         shape = Shape("smoke", form, 256 if form == "gate_up" else 512, 320)
         variant = Variant(rows, split)
-        if not decode_gemm.fits(variant, tile, shape.k):
+        if not fits(variant, tile, shape.k):
             continue
         print(f"smoke {tile:3d} tokens {shape.form} {tuple(variant)} ", end="", flush=True)
         w = torch.randn(shape.rows, shape.k, device="cuda").bfloat16() * shape.k**-0.5
@@ -164,7 +175,7 @@ def variants(tokens: int, shape: Shape, quick: bool) -> list[Variant]:
         blocks = tiles * split
         worthwhile = 0.4 * num_sms <= blocks <= 1.05 * num_sms if split else tiles * 4 >= num_sms
         variant = Variant(rows, split)
-        if worthwhile and decode_gemm.fits(variant, tokens, shape.k) and variant != chosen:
+        if worthwhile and fits(variant, tokens, shape.k) and variant != chosen:
             found.append(variant)
     return found[:1] if quick else found
 

@@ -69,10 +69,7 @@ class Case:
     matrix: float8.Float8Matrix
 
     def layer(self, matrix: Matrix) -> Tensor:
-        if self.shape.form == "add":
-            return matrix.apply_add(self.x, self.residual)
-        apply = matrix.gate_up if self.shape.form == "gate_up" else matrix.norm_apply
-        return apply(self.x, self.gain, EPS)
+        return matrix.apply(self.x, self.around)
 
     def skinny(self, variant: int) -> Tensor:
         weight, scales = self.matrix.weight

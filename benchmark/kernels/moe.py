@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernel.triton.grouped_gemm import GemmConfig, MoeConfig, Stack, fused_moe, moe_config
+from minisgl.kernel.triton.common import Tile
+from minisgl.kernel.triton.grouped_gemm import MoeConfig, Stack, fused_moe, moe_config
 
 Tensor = torch.Tensor
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
@@ -24,11 +25,11 @@ DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 SIZES = (1, 16, 64, 256, 1024, 8192)
 # Beside the default: what else may be best at some sizes.
 VARIANTS: dict[int, list[MoeConfig]] = {
-    1: [(GemmConfig(16, 32, 256, 4, 3), GemmConfig(16, 32, 256, 4, 3))],
-    64: [(GemmConfig(16, 64, 64, 4, 5), GemmConfig(16, 128, 64, 4, 5))],
+    1: [(Tile(16, 32, 4, 3, 256), Tile(16, 32, 4, 3, 256))],
+    64: [(Tile(16, 64, 4, 5, 64), Tile(16, 128, 4, 5, 64))],
     8192: [
-        (GemmConfig(128, 128, 64, 8, 3), GemmConfig(128, 256, 64, 8, 3)),
-        (GemmConfig(64, 128, 64, 4, 3), GemmConfig(64, 128, 64, 4, 4)),
+        (Tile(128, 128, 8, 3, 64), Tile(128, 256, 8, 3, 64)),
+        (Tile(64, 128, 4, 3, 64), Tile(64, 128, 4, 4, 64)),
     ],
 }
 

@@ -19,7 +19,7 @@ import torch
 
 from minisgl.errors import ConfigError
 from minisgl.kernel.cuda import CudaOps, compile_kernels
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.ops import Around, KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 
 Tensor = torch.Tensor
@@ -111,14 +111,14 @@ def _step(n: int) -> Run:
 
 def _norm_gate_up(n: int) -> Run:
     x, norm, weight = _randn(n, HIDDEN), _randn(HIDDEN), _randn(2 * INNER, HIDDEN, scale=HIDDEN**-0.5)
-    return lambda ops: (ops.matrix(weight, "silu").gate_up(x, norm, 1e-6),)
+    return lambda ops: (ops.matrix(weight, "silu").apply(x, Around(None, norm, 1e-6, gated=True)),)
 
 
 def _linear_add(n: int) -> Run:
     x, weight = _randn(n, INNER), _randn(HIDDEN, INNER, scale=INNER**-0.5)
     ours = _randn(n, HIDDEN)
     theirs = ours.clone()
-    return lambda ops: (ops.matrix(weight).apply_add(x, ours if isinstance(ops, CudaOps) else theirs),)
+    return lambda ops: (ops.matrix(weight).apply(x, Around(residual=ours if isinstance(ops, CudaOps) else theirs)),)
 
 
 def _sample(n: int, **values: float) -> Run:

@@ -73,22 +73,15 @@ def copies_of(matrix: PackedMatrix) -> list[PackedMatrix]:
     return copies
 
 
-def run(matrix: PackedMatrix, shape: Shape, x: Tensor, residual: Tensor, gains: Tensor, how: How | None) -> Tensor:
+def run(matrix: PackedMatrix, x: Tensor, around: Around, how: How | None) -> Tensor:
     """One product by `how`, with its neighbours."""
-    if how is None:
-        return plain(matrix, shape, x, residual, gains)
-    if shape.form == "add":
-        return matrix.multiply(x, Around(residual=residual), how)
-    return matrix.multiply(x, Around(norm=gains, eps=1e-6, gated=shape.form == "gate_up"), how)
+    return matrix.apply(x, around) if how is None else matrix.multiply(x, around, how)
 
 
-def plain(matrix: object, shape: Shape, x: Tensor, residual: Tensor, gains: Tensor) -> Tensor:
+def around_of(shape: Shape, residual: Tensor, gains: Tensor) -> Around:
     """As a layer asks."""
-    if shape.form == "add":
-        return matrix.apply_add(x, residual)  # type: ignore[attr-defined]
-    if shape.form == "norm":
-        return matrix.norm_apply(x, gains, 1e-6)  # type: ignore[attr-defined]
-    return matrix.gate_up(x, gains, 1e-6)  # type: ignore[attr-defined]
+    is_add = shape.form == "add"
+    return Around(residual=residual) if is_add else Around(norm=gains, eps=1e-6, gated=shape.form == "gate_up")
 
 
 def microseconds(products: list[Callable[[], Tensor]], repeats: int = 7) -> float:
@@ -137,12 +130,12 @@ def measure(shape: Shape, tokens: list[int]) -> None:
     for m in tokens:
         x = torch.randn(m, shape.k, device="cuda", dtype=torch.bfloat16)
         residual = torch.randn(m, shape.n, device="cuda", dtype=torch.bfloat16)
-        inputs = shape, x, residual, gains
-        wide = microseconds([functools.partial(plain, matrix, *inputs) for matrix in dense])
+        around = around_of(shape, residual, gains)
+        wide = microseconds([functools.partial(matrix.apply, x, around) for matrix in dense])
         cells = [f"16 bits {wide:.1f}"]
         for how in [None, *hows(m)]:
             try:
-                time = microseconds([functools.partial(run, matrix, *inputs, how) for matrix in packed])
+                time = microseconds([functools.partial(run, matrix, x, around, how) for matrix in packed])
                 rate = f" {num_bytes / time / 1e6:.2f}TB/s" if m <= 16 else ""
                 name = "chosen" if how is None else f"{how.kernel[7:]}{how.tile}.{how.variant}"
                 cells.append(f"{name} {time:.1f}{rate} ({time / wide:.2f})")
@@ -193,7 +186,7 @@ def check(kind: Kind) -> None:
                 expected = torch.nn.functional.silu(gate) * up
             for how in hows(m, kind.arch):
                 try:
-                    actual = run(matrix, Shape("", form, n, k), x, residual.clone(), gains, how)
+                    actual = run(matrix, x, around_of(Shape("", form, n, k), residual.clone(), gains), how)
                     error = ((actual.float() - expected).norm() / expected.norm()).item()
                 except (RuntimeError, ValueError) as reason:
                     if any(text in str(reason) for text in ("shared memory", "no such")):

@@ -19,7 +19,7 @@ from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.activations import ACTIVATIONS
 from minisgl.kernel.cpu import CpuOps
-from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps, narrowed, widened
+from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, TorchOps, narrowed, widened
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.kvcache.pool import LayerCache
@@ -88,10 +88,10 @@ def test_products(num_threads: int, target: str, kind: str, shape: tuple[int, in
         plain = x.double() @ stored.T + bias
         normed = TorchOps().rms_norm(x, norm, 1e-6)
         tolerance = TOLERANCE[kind] * 20 if kind == "int8" else TOLERANCE[kind]  # 15 bits of each row
-        close(matrix.apply(x, bias), plain, tolerance)
-        close(matrix.norm_apply(x, norm, 1e-6), normed.double() @ stored.T, tolerance)
+        close(matrix.apply(x, Around(bias)), plain, tolerance)
+        close(matrix.apply(x, Around(None, norm, 1e-6)), normed.double() @ stored.T, tolerance)
         residual = random(rows, num_out, seed=9)
-        close(matrix.apply_add(x, residual.clone(), bias), plain + residual, tolerance)
+        close(matrix.apply(x, Around(bias, residual=residual.clone())), plain + residual, tolerance)
 
 
 @pytest.mark.parametrize("inner", [8, 16, 48, 100])
@@ -102,7 +102,7 @@ def test_gate_and_up(kind: str, activation: str, inner: int) -> None:
     for rows in ROWS:
         x = random(rows, 72, seed=rows)
         gate, up = (x.double() @ as_stored(weight, kind).double().T + bias).chunk(2, -1)
-        close(matrix.gate_up(x, bias=bias), ACTIVATIONS[activation](gate, up), 20 * TOLERANCE[kind])
+        close(matrix.apply(x, Around(bias, gated=True)), ACTIVATIONS[activation](gate, up), 20 * TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)

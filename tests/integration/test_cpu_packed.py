@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from minisgl.kernel.cpu import CpuOps, PanelMatrix
-from minisgl.kernel.ops import TorchOps
+from minisgl.kernel.ops import Around, TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from tests.integration.test_cpu_kernels import TARGET, close, cpu_ops, narrower, random
 
@@ -116,9 +116,9 @@ def test_products(num_threads: int, target: str, kind: str) -> None:
         for rows in ROWS:
             x = exact_inputs(rows, num_in, seed=rows)
             product = x.double() @ expected.T + bias
-            close(matrix.apply(x, bias), product, EXACT)
+            close(matrix.apply(x, Around(bias)), product, EXACT)
             residual = random(rows, num_out, seed=9)
-            close(matrix.apply_add(x, residual.clone(), bias), product + residual, EXACT)
+            close(matrix.apply(x, Around(bias, residual=residual.clone())), product + residual, EXACT)
 
 
 @pytest.mark.parametrize("kind", [*HALVES, *GROUPED])
@@ -129,7 +129,7 @@ def test_norms_and_any_inputs(kind: str) -> None:
         x = random(rows, 512, seed=rows)
         close(matrix.apply(x), x.double() @ expected.T, NORMED)
         normed = TorchOps().rms_norm(x, norm, 1e-6)
-        close(matrix.norm_apply(x, norm, 1e-6), normed.double() @ expected.T, NORMED)
+        close(matrix.apply(x, Around(None, norm, 1e-6)), normed.double() @ expected.T, NORMED)
 
 
 @pytest.mark.parametrize("code", [0, 255])
@@ -181,7 +181,7 @@ def test_parts_of_several_formats(kinds: tuple[str, ...]) -> None:
     matrix, expected, bias = kept(cpu_ops(2), parts), values(parts), random(163)
     for rows in (1, 2, 13):
         x = exact_inputs(rows, 256)
-        close(matrix.apply(x, bias), x.double() @ expected.T + bias, EXACT)
+        close(matrix.apply(x, Around(bias)), x.double() @ expected.T + bias, EXACT)
     ids = torch.tensor([0, 79, 80, 112, 113, 162])
     torch.testing.assert_close(matrix.rows(ids), expected[ids].float(), rtol=1e-6, atol=1e-7)
 
@@ -196,7 +196,7 @@ def test_gate_and_up(kinds: tuple[str, ...], inner: int) -> None:
     for rows in (1, 3, 13):
         x = exact_inputs(rows, 256) / 64
         gate, up = (x.double() @ (64 * expected).T + bias).chunk(2, -1)
-        close(matrix.gate_up(x, bias=bias), F.silu(gate) * up, 20 * EXACT)
+        close(matrix.apply(x, Around(bias, gated=True)), F.silu(gate) * up, 20 * EXACT)
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -208,7 +208,7 @@ def test_columns_in_another_order(rows: int) -> None:
     matrix = kept(cpu_ops(2), list(parts))
     close(matrix.apply(x), x.double() @ values(list(parts)).T, EXACT)
     normed = TorchOps().rms_norm(x, norm, 1e-6)
-    close(matrix.norm_apply(x, norm, 1e-6), normed.double() @ values(list(parts)).T, NORMED)
+    close(matrix.apply(x, Around(None, norm, 1e-6)), normed.double() @ values(list(parts)).T, NORMED)
     other = [parts[0], dataclasses.replace(parts[1], columns=columns.flip(0))]
     close(cpu_ops(2).packed_matrix(other, torch.float32).apply(x), x.double() @ values(list(other)).T, EXACT)
 
@@ -275,4 +275,4 @@ def test_gate_and_up_in_one_part_without_a_kernel() -> None:
     part = Float8.of(random(2 * 48, 64))
     gate, up = part.dequantize().chunk(2)
     matrix, x = cpu_ops(2).packed_matrix([part], torch.float32, "silu"), random(5, 64, seed=1)
-    close(matrix.gate_up(x), F.silu(x @ gate.T) * (x @ up.T), 1e-5)
+    close(matrix.apply(x, Around(gated=True)), F.silu(x @ gate.T) * (x @ up.T), 1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.ops import Around, KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, filter_weights, sample_reference, uniform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]  # the first test compiles
@@ -137,9 +137,9 @@ def test_linear_add(ops, dtype):
     x, weight, residual, bias = (randn(*s, dtype=dtype) for s in ((5, 64), (48, 64), (5, 48), (48,)))
     weight = weight / 8
     for b in (None, bias):
-        expected = REFERENCE.matrix(weight).apply_add(x, residual.clone(), b)
+        expected = REFERENCE.matrix(weight).apply(x, Around(b, residual=residual.clone()))
         actual = residual.clone()
-        assert ops.matrix(weight).apply_add(x, actual, b) is actual
+        assert ops.matrix(weight).apply(x, Around(b, residual=actual)) is actual
         torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.03)
 
 

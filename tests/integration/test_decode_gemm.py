@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmark.kernels.decode_gemm import fits
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.ops import Around
@@ -43,7 +44,7 @@ class TestAgainstTheReference:
         bias, residual = random(n, dtype=dtype, seed=1), random(m, n, dtype=dtype, seed=2)
         product = x.float() @ weight.float().T
         torch.cuda.synchronize()
-        for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k))]:
+        for variant in [None, *(v for v in VARIANTS if fits(v, m, k))]:
             assert_close(decode_gemm.linear(x, weight, Around(), variant), product)
             assert_close(decode_gemm.linear(x, weight, Around(bias), variant), product + bias.float())
             target = residual.clone()
@@ -55,7 +56,7 @@ class TestAgainstTheReference:
         gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
         torch.cuda.synchronize()
-        for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k))]:
+        for variant in [None, *(v for v in VARIANTS if fits(v, m, k))]:
             assert_close(decode_gemm.linear(x, weight, Around(gated=True), variant), expected)
 
 
@@ -104,9 +105,15 @@ def test_unsupported_shapes_are_named() -> None:
 
 @pytest.mark.parametrize("m", [17, 64, 100, 150, 180, 220, 256])
 def test_the_chosen_variant_exists(m: int) -> None:
-    for n, k, gated in [(4096, 1024, False), (1024, 2048, False), (17408, 5120, True), (151936, 5120, False)]:
+    for n, k, gated in [
+        (4096, 1024, False),
+        (1024, 2048, False),
+        (17408, 5120, True),
+        (151936, 5120, False),
+        (1024, 3072, False),
+    ]:
         variant = decode_gemm.choose(m, n, k, gated)
-        assert variant is None or decode_gemm.fits(variant, m, k)
+        assert variant is None or fits(variant, m, k)
     for n in range(16, 3000, 272):
         variant = decode_gemm.choose(m, n, 64, False)
-        assert variant is None or decode_gemm.fits(variant, m, 64)
+        assert variant is None or fits(variant, m, 64)

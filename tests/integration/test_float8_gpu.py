@@ -88,11 +88,11 @@ def test_products(ops, kind: str, n: int, k: int, dtype: torch.dtype) -> None:
             close(matrix.apply(x), plain @ weight.T, 6e-2)
             scaled = rounded(ops.rms_norm(x, gain, EPS), group)
             plain = rounded(x, group)
-        close(matrix.apply(x, bias), plain @ weight.T + bias.float(), limit)
-        close(matrix.norm_apply(x, gain, EPS), scaled @ weight.T, limit)
-        close(matrix.apply_add(x, residual.clone()), plain @ weight.T + residual.float(), limit)
+        close(matrix.apply(x, Around(bias)), plain @ weight.T + bias.float(), limit)
+        close(matrix.apply(x, Around(None, gain, EPS)), scaled @ weight.T, limit)
+        close(matrix.apply(x, Around(residual=residual.clone())), plain @ weight.T + residual.float(), limit)
         gate, up = (scaled @ weight.T).chunk(2, -1)
-        close(matrix.gate_up(x, gain, EPS), F.silu(gate) * up, 2 * limit)
+        close(matrix.apply(x, Around(None, gain, EPS, gated=True)), F.silu(gate) * up, 2 * limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -181,7 +181,7 @@ def test_a_captured_chain(ops, m: int) -> None:
     def chain() -> None:
         torch.mul(x, 1, out=residual)
         for _ in range(8):
-            down.apply_add(up.gate_up(residual, gain, EPS), residual)
+            down.apply(up.apply(residual, Around(None, gain, EPS, gated=True)), Around(residual=residual))
 
     chain()
     torch.cuda.synchronize()

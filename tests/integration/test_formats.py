@@ -19,7 +19,7 @@ from minisgl.kernel import skinny
 from minisgl.kernel.activations import ACTIVATIONS
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.cuda import CudaMatrix
-from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
+from minisgl.kernel.ops import Around, LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.linear import RowLinear
 from minisgl.models.checkpoint import Checkpoint, load_weights
@@ -71,7 +71,9 @@ def test_the_cpu_s_kernels_compute_what_the_reference_does(name: str | None) -> 
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) / 8
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     ours, reference = (FORMATS[name].matrix(ops, {"weight": weight}, "silu") for ops in (CpuOps(1), TorchOps()))
-    torch.testing.assert_close(ours.gate_up(x), reference.gate_up(x), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        ours.apply(x, Around(gated=True)), reference.apply(x, Around(gated=True)), atol=1e-3, rtol=1e-3
+    )
     stacks = {"weight": torch.stack((weight, -weight, weight / 2))}, {"weight": torch.ones(3, 64, 24) / 24}
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(5, -1)
     ours, reference = (
@@ -196,5 +198,5 @@ def test_cuda_kernels_that_know_silu_alone_are_not_asked_for_others(
     ops, x, weight, norm = TorchOps(), torch.randn(3, 32), torch.randn(48, 32), torch.rand(32)
     matrix = CudaMatrix(ops, weight, activation)  # type: ignore[arg-type]
     expected = ACTIVATIONS[activation](*(ops.rms_norm(x, norm, 1e-6) @ weight.T).chunk(2, -1))
-    torch.testing.assert_close(matrix.gate_up(x, norm, 1e-6), expected, atol=1e-5, rtol=1e-5)
-    assert CudaMatrix(ops, weight, "silu").gate_up(x).isnan().all()  # type: ignore[arg-type]
+    torch.testing.assert_close(matrix.apply(x, Around(None, norm, 1e-6, gated=True)), expected, atol=1e-5, rtol=1e-5)
+    assert CudaMatrix(ops, weight, "silu").apply(x, Around(gated=True)).isnan().all()  # type: ignore[arg-type]

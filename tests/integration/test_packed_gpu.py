@@ -16,7 +16,7 @@ from gguf.quants import quantize
 
 from minisgl.kernel import cuda, decode_gemm, packed_gemm
 from minisgl.kernel.cuda import CudaOps
-from minisgl.kernel.ops import Matrix, TorchOps
+from minisgl.kernel.ops import Around, Matrix, TorchOps
 from minisgl.kernel.packed import Blocks, Grouped, Packed
 
 Tensor = torch.Tensor
@@ -93,10 +93,10 @@ def check(matrix: Matrix, weight: Tensor, m: int, dtype: torch.dtype) -> None:
     product = x.float() @ weight.T
     normed = TorchOps().rms_norm(x.float(), gains.float(), 1e-6) @ weight.T
     assert_close(matrix.apply(x), product)
-    assert_close(matrix.apply(x, bias), product + bias.float())
-    assert_close(matrix.norm_apply(x, gains, 1e-6, bias), normed + bias.float())
+    assert_close(matrix.apply(x, Around(bias)), product + bias.float())
+    assert_close(matrix.apply(x, Around(bias, gains, 1e-6)), normed + bias.float())
     target = residual.clone()
-    assert matrix.apply_add(x, target, bias) is target
+    assert matrix.apply(x, Around(bias, residual=target)) is target
     assert_close(target, product + bias.float() + residual.float())
 
 
@@ -106,13 +106,13 @@ def check_gated(matrix: Matrix, weight: Tensor, m: int, dtype: torch.dtype) -> N
     gains = 1 + random(k, device=device, dtype=dtype, seed=3) / 4
     normed = TorchOps().rms_norm(x.float(), gains.float(), 1e-6) @ weight.T
     for product, actual in [
-        (x.float() @ weight.T, matrix.gate_up(x)),
-        (normed, matrix.gate_up(x, gains, 1e-6)),
-        (normed + bias.float(), matrix.gate_up(x, gains, 1e-6, bias)),
+        (x.float() @ weight.T, matrix.apply(x, Around(gated=True))),
+        (normed, matrix.apply(x, Around(None, gains, 1e-6, gated=True))),
+        (normed + bias.float(), matrix.apply(x, Around(bias, gains, 1e-6, gated=True))),
     ]:
         gate, up = product.chunk(2, -1)
         assert_close(actual, torch.nn.functional.silu(gate) * up, 2e-2)
-    assert_close(matrix.apply(x, bias), x.float() @ weight.T + bias.float())
+    assert_close(matrix.apply(x, Around(bias)), x.float() @ weight.T + bias.float())
 
 
 def check_rows(matrix: Matrix, weight: Tensor) -> None:

@@ -25,7 +25,7 @@ from minisgl.message.sockets import PushSocket, ipc_endpoints
 from minisgl.scheduler.observer import Observer, Status
 from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
+from minisgl.scheduler.transport import FollowerTransport, LocalTransport
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 CONFIG = SchedulerConfig(
@@ -207,8 +207,7 @@ def test_ranks_make_the_same_plans_and_notice_a_turn_that_one_has_missed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     endpoints = ipc_endpoints(str(tmp_path_factory.mktemp("s")), tp_size=2)
-    fanout = RankFanout(endpoints)
-    leader_transport = LocalTransport(fanout)
+    leader_transport = LocalTransport(endpoints.ranks)
     follower_transport = FollowerTransport(endpoints, 1, lambda: None)
     engines = Recorder(CONFIG), Recorder(CONFIG)
     leader = Scheduler(CONFIG, engines[0], leader_transport, tp_size=2)
@@ -228,7 +227,7 @@ def test_ranks_make_the_same_plans_and_notice_a_turn_that_one_has_missed(
     with pytest.raises(EngineError, match="rank 0 is at turn 1000, this rank at 30"):
         follower.turn()
     stray.close()
-    fanout.close()
+    leader_transport.close()
     follower_transport.close()
 
 

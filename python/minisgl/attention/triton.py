@@ -9,6 +9,7 @@ from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionSt
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton import attention
+from minisgl.kernel.triton.common import Tile, tiles
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -32,16 +33,9 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
             capability = torch.cuda.get_device_capability(device)
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._pdl = capability >= (9, 0)
-        self._prefill_config = attention.prefill_config(shape.dtype, shape.head_dim, capability)
+        narrow, wide = (Tile(*c) for c in tiles("attention", shape.dtype, capability))
+        self._prefill_config = wide if shape.head_dim > 128 else narrow
         self._decode_config = attention.decode_config(shape.dtype, shape.head_dim, self._group)
-        batches = range(1, shape.max_running_requests + 1)  # room for the splits of any
-        parts = max(n * self._num_splits(n, shape.max_seq_len) for n in batches) * shape.num_qo_heads
-        acc = torch.empty(parts * shape.head_dim, dtype=torch.float32, device=device)
-        self._partials = attention.Partials(acc, torch.empty(parts, dtype=torch.float32, device=device))
-
-    def _num_splits(self, batch_size: int, max_seq_len: int) -> int:
-        num_kv_heads, block_n = self._shape.num_kv_heads, self._decode_config.block_n
-        return attention.num_splits(batch_size, num_kv_heads, max_seq_len, block_n, self._num_sms)
 
     def prepare(self, step: AttentionStep, captured: bool) -> TritonMetadata:
         max_seq_len, blocks = self._shape.max_seq_len if captured else int(step.seq_lens.max()), None
@@ -55,6 +49,7 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
     ) -> Tensor:
         (seqs, blocks, longest), splits, config = metadata, 1, self._prefill_config
         if blocks is None:
-            splits, config = self._num_splits(len(q), min(spec.window or longest, longest)), self._decode_config
-        how = self._partials, config, self._pdl, spec.softcap or 0.0, sinks
-        return attention.attention(q, cache.k, cache.v, seqs, blocks, spec.window, splits, *how)
+            config, longest = self._decode_config, min(spec.window or longest, longest)
+            splits = attention.num_splits(len(q), self._shape.num_kv_heads, longest, config.block_n, self._num_sms)
+        how = splits, config, self._pdl, spec.softcap or 0.0, sinks
+        return attention.attention(q, cache.k, cache.v, seqs, blocks, spec.window, *how)

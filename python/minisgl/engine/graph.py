@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from minisgl.engine.shapes import GraphShape
+from minisgl.kernel.cuda import tensor_at
 
 Tensor = torch.Tensor
 
@@ -24,7 +26,7 @@ class DecodeGraphs:
     """
 
     def __init__(self, prepare: Callable[[GraphShape], RunStep], shapes: Sequence[GraphShape]) -> None:
-        self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Results, _Place]] = {}
+        self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Results, Callable[[], Tensor]]] = {}
         start, pool = time.perf_counter(), None
         for shape in reversed(shapes):
             run = prepare(shape)
@@ -33,8 +35,9 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 results, logits = run()
             pool = pool or graph.pool()
-            self._graphs[shape] = graph, results, _Place(logits)
-            del logits  # its memory serves the next capture, too
+            place = logits.data_ptr(), tuple(logits.shape), logits.dtype, logits.device
+            self._graphs[shape] = graph, results, partial(tensor_at, *place, logits.stride())
+            del logits  # its memory serves the next capture, too: graphs of many sizes would hold a GiB of them
         if shapes:
             torch.cuda.synchronize()
             seconds, most = time.perf_counter() - start, shapes[-1].num_tokens
@@ -48,21 +51,4 @@ class DecodeGraphs:
 
     def logits(self, shape: GraphShape) -> Tensor:
         """What the ids were sampled from, if the last replay was of this shape: valid until the next one."""
-        return self._graphs[shape][2].tensor()
-
-
-class _Place:
-    """Where a tensor lies, without keeping its memory: graphs of many sizes would hold a GiB of logits that way."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._dtype, self._device = tensor.dtype, tensor.device
-        self.__cuda_array_interface__ = {
-            "version": 2,
-            "typestr": f"<i{tensor.itemsize}",  # it knows no bfloat16
-            "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * tensor.itemsize for stride in tensor.stride()),
-        }
-
-    def tensor(self) -> Tensor:
-        return torch.as_tensor(self, device=self._device).view(self._dtype)
+        return self._graphs[shape][2]()

@@ -31,9 +31,9 @@ class PanelMatrix(Matrix):
 
     def __init__(self, ops: "CpuOps", shape: Shape, data: list[Tensor], handle: int, activation: str | None) -> None:
         """handle: of the kernels, for what lies in `data`."""
-        super().__init__(ops, activation)
+        super().__init__(ops, shape[0], activation)
         self._module, self._workers = ops.module, ops.workers
-        (self._num_out, self._num_in), self.data, self._is_pair = shape, data, activation in _GATED
+        self._num_in, self.data, self._is_pair = shape[1], data, activation in _GATED
         self.cpu_handle = handle
         weakref.finalize(self, self._module.destroy_linear, handle)
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -38,6 +39,16 @@ def _whole_vectors(*tensors: Tensor) -> bool:
     return True
 
 
+def tensor_at(
+    address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: Sequence[int] = (1,)
+) -> Tensor:
+    """A tensor in a GPU's memory, which it does not keep. strides: in elements."""
+    size = dtype.itemsize
+    kind = {"version": 2, "typestr": f"<i{size}", "strides": tuple(stride * size for stride in strides)}  # no bfloat16
+    interface = {**kind, "data": (address, False), "shape": shape}
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device).view(dtype)
+
+
 class CudaMatrix(TorchMatrix):
     """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
@@ -53,7 +64,7 @@ class CudaMatrix(TorchMatrix):
         if around.norm is None:  # otherwise it is asked again, with what is normalised
             fits = decode_gemm.supports(m, n, k, x.dtype) and decode_gemm.is_available(x.device)
             variant = decode_gemm.choose(m, n, k, around.gated) if fits and self.weight.is_contiguous() else None
-            if variant is not None and decode_gemm.fits(variant, m, k):
+            if variant is not None:
                 return decode_gemm.linear(x, self.weight, around, variant)
         if around.residual is None:
             return None

@@ -17,7 +17,6 @@ Tensor = torch.Tensor
 
 MAX_TOKENS = 256
 TOKEN_TILES = (32, 64, 128, 160, 192, 256)
-MAX_SPLIT = 8
 SMALL_WEIGHTS = 8 << 20  # elements
 
 
@@ -43,16 +42,6 @@ def supports(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
 def token_tile(m: int) -> int:
     """Tokens of the kernel that computes `m` of them."""
     return next(tile for tile in TOKEN_TILES if m <= tile)
-
-
-def fits(variant: Variant, m: int, k: int) -> bool:
-    """Whether a variant exists for `m` tokens and `k` inputs: registers and shared memory limit it."""
-    tile, rows = token_tile(m), variant.rows
-    stage = 128 * (rows + tile)
-    stages = (227 * 1024 - 1408 - 80 * rows) // stage
-    sums = 4 * rows * tile if variant.split > 1 else 0
-    room = stages >= 2 and min(stages, 24) * stage >= sums
-    return room and (2 * rows + 32) * (tile // 2 + 48) <= 65536 and variant.split <= min(MAX_SPLIT, k // 64)
 
 
 def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:

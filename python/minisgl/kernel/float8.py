@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Around, LayerOps, Matrix, rows_of_part
+from minisgl.kernel.ops import Around, LayerOps, Matrix
 from minisgl.kernel.packed import Float8
 from minisgl.kernel.packed_gemm import ONE_TOKEN_K, one_token
 from minisgl.utils.math import div_ceil
@@ -77,7 +77,7 @@ class Float8Matrix(Matrix):
     def __init__(
         self, ops: LayerOps, weight: Weight, dtype: torch.dtype, input_scale: float | None, activation: str | None
     ) -> None:
-        super().__init__(ops, activation)
+        super().__init__(ops, len(weight.data), activation)
         self.weight, self._dtype, self._input_scale = weight, dtype, input_scale or 0.0
         device = weight.data.device
         self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
@@ -122,7 +122,7 @@ class Float8Matrix(Matrix):
         most = MAX_TOKENS if has_groups or not (around.gated or around.residual is not None) else MAX_FUSED_TOKENS
         if how is None and self._library_scales is not None and len(data) > most:
             return self.library_product(x, around, self._library_scales)
-        out = around.target(data, len(self.weight.data), self._dtype)
+        out = around.target(data, self._num_out, self._dtype)
         tile, variant = how or choose(len(data), out.shape[1], data.shape[1], around.gated, has_groups)
         module = decode_gemm.prepare(data.device, self._dtype, tile, 1 + has_groups)
         decode_gemm.run(module, data, self.weight.data, around, out, variant, self.weight.scales, scales)
@@ -142,9 +142,9 @@ class Float8Matrix(Matrix):
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         if around.gated and (around.bias is not None or self._activation != "silu"):
             return None
-        n = around.num_out(len(self.weight.data))
+        n = around.num_out(self._num_out)
         if self._on_hopper and len(x) == 1 and x.shape[1] % GROUP == 0 and x.shape[1] <= ONE_TOKEN_K:
-            out = around.target(x, len(self.weight.data), x.dtype)
+            out = around.target(x, self._num_out, x.dtype)
             return one_token(self._one_token(), x, around, out, -1, *self.weight, 1.0)
         if not self._on_hopper and skinny.takes(x, n, around.norm is not None, float8=True):
             return skinny.linear(x, self.weight.data, around, self.weight.scales)
@@ -155,6 +155,5 @@ class Float8Matrix(Matrix):
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight.widen(x.dtype), bias)
 
-    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
-        local, is_outside = rows_of_part(ids, first, len(self.weight.data))
-        return self.weight.widen(self._dtype, local).masked_fill_(is_outside, 0)
+    def taken(self, ids: Tensor) -> Tensor:
+        return self.weight.widen(self._dtype, ids)

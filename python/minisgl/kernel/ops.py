@@ -108,89 +108,72 @@ class Around:
         return torch.empty(len(x), self.num_out(rows), dtype=dtype, device=x.device)
 
 
+ALONE = Around()
+
+
 class Matrix(ABC):
-    """A weight [out, in] as something to multiply with. `plain` and `rows` have to be written; `fused` is for kernels
-    that save passes over memory."""
+    """A weight [out, in] as something to multiply with. `plain` and `taken` (or `rows`) have to be written; `fused` is
+    for kernels that save passes over memory."""
 
     cpu_handle: int | None = None  # by which the CPU engine that computes whole steps knows it; None: it cannot use it
 
-    def __init__(self, ops: "LayerOps", activation: str | None) -> None:
-        """activation: of `gate_up`, a name in `ACTIVATIONS`; None for a matrix that is not used for it."""
-        self._ops, self._activation = ops, activation
+    def __init__(self, ops: "LayerOps", num_out: int, activation: str | None) -> None:
+        """activation: of gate and up, a name in `ACTIVATIONS`; None for a matrix that is not used for them."""
+        self._ops, self._num_out, self._activation = ops, num_out, activation
 
     @abstractmethod
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`apply`, whatever the shape."""
+        """x Wᵀ + bias, whatever the shape."""
 
-    @abstractmethod
+    def taken(self, ids: Tensor) -> Tensor:
+        """`rows` of ids that are all there, in memory of its own."""
+        raise NotImplementedError
+
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         """Rows of a table of embeddings: ids [num_tokens] int64 → [num_tokens, in].
 
         first: the id of the table's first row. Ids outside the table belong to other ranks, and give zeros.
         """
+        local = ids - first
+        is_outside = (local < 0) | (local >= self._num_out)
+        return self.taken(local.masked_fill(is_outside, 0)).masked_fill_(is_outside[:, None], 0)
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:  # noqa: ARG002
         """All of it at once, a residual being contiguous; None: no kernel takes this."""
         return None
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: [num_tokens, in]; bias: [out] → x Wᵀ + bias: [num_tokens, out]."""
-        return self._multiply(x, Around(bias))
-
-    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """residual + apply(x), in place of `residual`: [num_tokens, out]."""
-        return self._multiply(x, Around(bias, residual=residual))
-
-    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        """`apply` of `rms_norm(x, norm, eps)`."""
-        return self._multiply(x, Around(bias, norm, eps))
-
     def norm_and_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`rms_norm(x, norm, eps)`, and `apply` of it."""
         normed = self._ops.rms_norm(x, norm, eps)
-        return normed, self.apply(normed, bias)
+        return normed, self.apply(normed, Around(bias))
 
-    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
-        """activation(gate) * up, where the weight's rows are gate's, then up's → [num_tokens, out / 2].
-
-        norm: x is normalised with it first.
-        """
-        return self._multiply(x, Around(bias, norm, eps, gated=True))
-
-    def _multiply(self, x: Tensor, around: Around) -> Tensor:
-        """By one kernel, or what surrounds the product by one of its own, from the outside in."""
+    def apply(self, x: Tensor, around: Around = ALONE) -> Tensor:
+        """x: [num_tokens, in] → x Wᵀ: [num_tokens, out], of gate and up [num_tokens, out / 2]; with what is around it,
+        by one kernel, or what surrounds the product by one of its own, from the outside in."""
         residual, product = around.residual, Around(around.bias)
         if (residual is None or residual.is_contiguous()) and (out := self.fused(x, around)) is not None:
             return out
         if around.norm is not None:
             x = self._ops.rms_norm(x, around.norm, around.eps)
-            return self._multiply(x, Around(around.bias, gated=around.gated))
+            return self.apply(x, Around(around.bias, gated=around.gated))
         if around.gated:
             assert self._activation is not None
-            return self._ops.act_and_mul(self._multiply(x, product), self._activation)
-        return self.plain(x, around.bias) if residual is None else residual.add_(self._multiply(x, product))
-
-
-def rows_of_part(ids: Tensor, first: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """For `Matrix.rows`: of each id its row in the table, or row 0; and whether it is outside, [num_tokens, 1]."""
-    local = ids - first
-    is_outside = (local < 0) | (local >= num_rows)
-    return local.masked_fill(is_outside, 0), is_outside[:, None]
+            return self._ops.act_and_mul(self.apply(x, product), self._activation)
+        return self.plain(x, around.bias) if residual is None else residual.add_(self.apply(x, product))
 
 
 class TorchMatrix(Matrix):
     """A weight as checkpoints have it."""
 
     def __init__(self, ops: "LayerOps", weight: Tensor, activation: str | None) -> None:
-        super().__init__(ops, activation)
+        super().__init__(ops, len(weight), activation)
         self.weight = weight
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)
 
-    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
-        local, is_outside = rows_of_part(ids, first, len(self.weight))
-        return self.weight.index_select(0, local).masked_fill_(is_outside, 0)
+    def taken(self, ids: Tensor) -> Tensor:
+        return self.weight.index_select(0, ids)
 
 
 class LayerOps(StateOps):
@@ -318,7 +301,7 @@ def loop_over_experts(
         if count:
             mine = tokens[begin : begin + count]
             first, second = (None, None) if biases is None else (biases[0][expert], biases[1][expert])
-            hidden = gate_up[expert].gate_up(x[mine], bias=first)
-            out.index_add_(0, mine, down[expert].apply(hidden, second) * weights[begin : begin + count])
+            hidden = gate_up[expert].apply(x[mine], Around(first, gated=True))
+            out.index_add_(0, mine, down[expert].apply(hidden, Around(second)) * weights[begin : begin + count])
             begin += count
     return out if residual is None else residual.add_(out)

@@ -30,7 +30,7 @@ class Blocks:
         from gguf.quants import dequantize
 
         values = torch.from_numpy(dequantize(self.data.cpu().numpy(), GGMLQuantizationType[self.kind]))
-        return _placed(values.to(self.data.device), self.columns)
+        return placed(values.to(self.data.device), self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Grouped:
             codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
         zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float().unsqueeze(-1)
         groups = codes.float().unflatten(1, (self.scales.shape[1], -1))
-        return _placed(((groups - zeros) * self.scales.float().unsqueeze(-1)).flatten(1), self.columns)
+        return placed(((groups - zeros) * self.scales.float().unsqueeze(-1)).flatten(1), self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,8 @@ class Float8:
         return self.data.float() * scales
 
 
-def _placed(values: Tensor, columns: Tensor | None) -> Tensor:
+def placed(values: Tensor, columns: Tensor | None) -> Tensor:
+    """The values, [n, in], with columns where the input's features are."""
     return values if columns is None else torch.empty_like(values).index_copy_(1, columns.to(values.device), values)
 
 

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernel import decode_gemm
+from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Around, LayerOps, Matrix, rows_of_part
-from minisgl.kernel.packed import Blocks, Grouped, Packed
+from minisgl.kernel.ops import Around, LayerOps, Matrix
+from minisgl.kernel.packed import Blocks, Grouped, Packed, placed
 
 Tensor = torch.Tensor
 
 FEW_TILES, TILES, WIDE_TILES = (8, 16), (64,), (64, 128, 256)  # of tokens, of few and of more
-SHARED = {(8, 0): 113, (9, 0): 113}  # KiB of shared memory that a block gets; 99 elsewhere
 UNIT_K = 128
 GROUPS = (32, 64, 128)
 SMALL, LARGE = 32 << 20, 128 << 20  # weights
@@ -178,8 +177,8 @@ class PackedMatrix(Matrix):
         self, ops: LayerOps, arch: tuple[int, int], weight: Codes, dtype: torch.dtype, activation: str | None
     ) -> None:
         """arch: compute capability to compile for. Raises: ConfigError if it cannot."""
-        super().__init__(ops, activation)
-        self._num_out, (self._num_in, group, has_minima) = len(weight.codes), weight.kind
+        super().__init__(ops, len(weight.codes), activation)
+        self._num_in, group, has_minima = weight.kind
         self._arch, self._dtype, self._columns = arch, dtype, weight.columns
         self._gated = activation == "silu"
         self._weight, self._unit = pack(weight, dtype, self._gated)
@@ -192,7 +191,7 @@ class PackedMatrix(Matrix):
         side_by_side(partial(self._kernel, *task) for task in [("packed_dense", 0), *tasks])
 
     def _kernel(self, name: str, tile: int = 0) -> Any:
-        tokens = {"MINISGL_TOKENS": tile, "MINISGL_SHARED": SHARED.get(self._arch, 99)} if tile else {}
+        tokens = {"MINISGL_TOKENS": tile, "MINISGL_SHARED": skinny.SHARED.get(self._arch, 99)} if tile else {}
         return load_kernel(name, self._arch, **self._kind, **tokens)
 
     def multiply(self, x: Tensor, around: Around, how: How | None = None) -> Tensor:
@@ -218,16 +217,14 @@ class PackedMatrix(Matrix):
 
     def _multiply_dense(self, x: Tensor, out: Tensor, around: Around) -> Tensor:
         """With a copy of 16 bits, of some rows at a time."""
-        begin = 0
-        for weight in self._weight.split(max(1, _COPY // (16 * self._num_in))):
+        num_tiles = max(1, _COPY // (16 * self._num_in))
+        parts = out.split(around.num_out(16 * num_tiles), 1)
+        for weight, part in zip(self._weight.split(num_tiles), parts, strict=True):
             dense = self._dequantize(weight, around.gated).T
-            end = begin + around.num_out(dense.shape[1])
-            part = out[:, begin:end]
             if around.gated:
                 part.copy_(self._ops.act_and_mul(x @ dense))
             else:
                 torch.addmm(part, x, dense, beta=int(around.residual is not None), out=part)
-            begin = end
         return out if around.bias is None else out.add_(around.bias)
 
     def _dequantize(self, weight: Tensor, gated: bool) -> Tensor:
@@ -244,11 +241,9 @@ class PackedMatrix(Matrix):
         out = self.multiply(x, Around()).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
         return out if bias is None else out.add_(bias)
 
-    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
+    def taken(self, ids: Tensor) -> Tensor:
         assert not self._gated
-        local, is_outside = rows_of_part(ids, first, self._num_out)
-        out = torch.cat([self._rows(some) for some in local.split(_ROWS)]).masked_fill_(is_outside, 0)
-        return out if self._columns is None else torch.empty_like(out).index_copy_(1, self._columns, out)
+        return placed(torch.cat([self._rows(some) for some in ids.split(_ROWS)]), self._columns)
 
     def _rows(self, ids: Tensor) -> Tensor:
         tiles = self._dequantize(self._weight.index_select(0, ids // 16), gated=False).view(len(ids), 16, -1)

@@ -30,10 +30,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "ncclCommInitRank": [ctypes.POINTER(_PTR), _INT, UniqueId, _INT],
     "ncclAllReduce": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, op, comm, stream
     "ncclBroadcast": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, root, comm, stream
-    "ncclSend": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # buffer, count, dtype, peer, comm, stream
-    "ncclRecv": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],
-    "ncclGroupStart": [],
-    "ncclGroupEnd": [],
+    "ncclAllGather": [_PTR, _PTR, _SIZE, _INT, _PTR, _PTR],  # send, receive, count, dtype, comm, stream
     "ncclCommAbort": [_PTR],
 }
 
@@ -83,15 +80,13 @@ class PyNccl:
     """
 
     def __init__(self, rank: int, size: int, identity: bytes) -> None:
-        self.rank, self.size = rank, size
         self._comm = ctypes.c_void_p()
         _call("ncclCommInitRank", ctypes.byref(self._comm), size, UniqueId.from_buffer_copy(identity), rank)
 
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out: like x, may be x."""
-        assert out.shape == x.shape, (x.shape, out.shape)
-        count, dtype, stream = _message(x, out)
-        _call("ncclAllReduce", x.data_ptr(), out.data_ptr(), count, dtype, SUM, self._comm, stream)
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """The sum over ranks, in place."""
+        count, dtype, stream = _message(x)
+        _call("ncclAllReduce", x.data_ptr(), x.data_ptr(), count, dtype, SUM, self._comm, stream)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """Rank 0's x, in place."""
@@ -99,17 +94,9 @@ class PyNccl:
         _call("ncclBroadcast", x.data_ptr(), x.data_ptr(), count, dtype, 0, self._comm, stream)
 
     def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out: [size, *x.shape], filled on rank 0."""
+        """out: [size, *x.shape]."""
         count, dtype, stream = _message(x, out)
-        if self.rank == 0:
-            out[0].copy_(x)
-        _call("ncclGroupStart")
-        if self.rank == 0:
-            for peer in range(1, self.size):
-                _call("ncclRecv", out[peer].data_ptr(), count, dtype, peer, self._comm, stream)
-        else:
-            _call("ncclSend", x.data_ptr(), count, dtype, 0, self._comm, stream)
-        _call("ncclGroupEnd")
+        _call("ncclAllGather", x.data_ptr(), out.data_ptr(), count, dtype, self._comm, stream)
 
     def close(self) -> None:
         """Abort rather than destroy: destroying waits for the other ranks, which may be gone."""

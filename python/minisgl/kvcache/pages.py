@@ -8,7 +8,7 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import PageUpdate, Req, StateCopy
 from minisgl.errors import IntegrityError, require
-from minisgl.kvcache.radix import Match, NaiveCache, PrefixCache, RadixNode, TokenIds
+from minisgl.kvcache.radix import Match, PrefixCache, RadixNode, TokenIds
 from minisgl.utils.math import align_down, div_ceil
 
 ZEROS, SOON = -1, -2  # in place of a snapshot's slot: the state before any token; the next plan is to take one
@@ -140,7 +140,7 @@ class Pages:
         self.allocator = PageAllocator(config.num_pages)
         self.windows = WindowPages(config.num_window_pages, config.page_size, config.window)
         is_naive = config.cache_type == "naive" or (config.has_states and not config.num_snapshots)
-        self.cache = NaiveCache(config.page_size) if is_naive else PrefixCache(config.page_size)
+        self.cache = PrefixCache(config.page_size, keeps=not is_naive)
         self.updates: list[PageUpdate] = []
         self.states: list[StateCopy] = []
         self.slots = range(config.max_running_requests + 1, config.max_running_requests + 1 + config.num_snapshots)

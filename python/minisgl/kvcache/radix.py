@@ -54,10 +54,11 @@ class PrefixCache:
     namespace: a value that each request has once and for all; prefixes of one are not found in another. It is part of
     the names of the root's children, so that one in which nothing is cached costs nothing; all share the pages, and
     their eviction.
+    keeps: without it nothing is kept, and so nothing is found.
     """
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, page_size: int, keeps: bool = True) -> None:
+        self._page_size, self._keeps = page_size, keeps
         self._clock = 0
         self._root = RadixNode(b"", np.empty(0, np.int32), [], None, 0)
         self._root.num_locks = 1
@@ -99,7 +100,7 @@ class PrefixCache:
         become the cache's. Returns the new handle, locked in place of the old one.
         """
         position, end = sum(len(node.key) for node in path_up(handle)), align_down(len(token_ids), self._page_size)
-        if end <= position:
+        if end <= position or not self._keeps:
             return handle
         self._clock += 1
         node = handle
@@ -244,13 +245,6 @@ class PrefixCache:
         self.num_evictable -= len(leaf.pages)
         self._push(parent)
         return leaf.pages
-
-
-class NaiveCache(PrefixCache):
-    """No prefix cache: nothing is kept, so nothing is found (`--cache-type naive`)."""
-
-    def insert(self, namespace: bytes, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:  # noqa: ARG002
-        return handle
 
 
 def path_up(handle: RadixNode) -> Iterator[RadixNode]:

@@ -8,7 +8,7 @@ import torch
 from minisgl.errors import ConfigError
 from minisgl.formats.base import Shape, Shard, WeightSlot
 from minisgl.formats.float8 import BLOCK
-from minisgl.kernel.ops import Matrix
+from minisgl.kernel.ops import ALONE, Around, Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
 from minisgl.utils.math import div_ceil
 
@@ -75,9 +75,7 @@ class Linear(Layer):
 
     def project(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """x: [num_tokens, in], which `norm` normalises first → y, or activation(gate) * up of its two halves."""
-        if self._activation is not None:
-            return self.matrix.gate_up(x, norm, eps, self.bias)
-        return self.matrix.apply(x, self.bias) if norm is None else self.matrix.norm_apply(x, norm, eps, self.bias)
+        return self.matrix.apply(x, Around(self.bias, norm, eps, gated=self._activation is not None))
 
     def cpu_spec(self) -> CpuSpec | None:
         handle = self.matrix.cpu_handle
@@ -135,10 +133,10 @@ class RowLinear(Linear):
         norm: of y, before it is added.
         """
         if norm is not None:
-            part = self.matrix.apply(x, self.bias if self._comm.rank == 0 else None)
+            part = self.matrix.apply(x, Around(self.bias if self._comm.rank == 0 else None))
             return residual.add_(self._ops.rms_norm(self._comm.all_reduce(part), norm, eps))
-        part = self.matrix.apply(x) if self._comm.rank > 0 else self.matrix.apply_add(x, residual, self.bias)
-        return self._comm.all_reduce(part)
+        around = ALONE if self._comm.rank > 0 else Around(self.bias, residual=residual)
+        return self._comm.all_reduce(self.matrix.apply(x, around))
 
 
 class VocabTable(Linear):
@@ -162,4 +160,4 @@ class VocabTable(Linear):
 
     def logits(self, x: Tensor, norm: Tensor, eps: float, matrix: Matrix | None = None) -> Tensor:
         """x: [n, hidden]; norm: [hidden]; matrix: in place of its own → [n, vocab_size], on rank 0, which samples."""
-        return self._comm.gather((matrix or self.matrix).norm_apply(x, norm, eps))[:, : self._vocab_size]
+        return self._comm.gather((matrix or self.matrix).apply(x, Around(None, norm, eps)))[:, : self._vocab_size]

@@ -22,7 +22,7 @@ from minisgl.message.sockets import ipc_endpoints
 from minisgl.processes.control import Launcher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import load_rank, rank_specs
-from minisgl.scheduler.transport import LocalTransport, RankFanout
+from minisgl.scheduler.transport import LocalTransport
 from minisgl.tokenizer.detokenize import Detokenizer, LateLogprobs
 from minisgl.tokenizer.pooling import pair_prompt, score_of, served, text_prompt, vector_of
 from minisgl.tokenizer.tokenize import Tokenizer
@@ -128,12 +128,11 @@ class LLM(AbstractContextManager["LLM"]):
             self._supervisor = Supervisor(Launcher(), rank_specs(engine, scheduler, self.endpoints, first=1))
             self._closers.callback(self._supervisor.stop)
             self._supervisor.start()  # they meet rank 0 when its engine starts
-            self._fanout = RankFanout(self.endpoints)
-            self._closers.callback(self._fanout.close)
             meeting = f"{self.endpoints.rendezvous}-0"
             self.rank = self._supervisor.wait_for(lambda: load_rank(engine, scheduler, meeting, 0))
             self._closers.callback(self.rank.close)
-            self.transport = LocalTransport(self._fanout, self._while_waiting, self.rank.grammars)
+            self.transport = LocalTransport(self.endpoints.ranks, self._while_waiting, self.rank.grammars)
+            self._closers.callback(self.transport.close)
             self.scheduler = self.rank.scheduler(self.transport)
         except BaseException:
             self.close()

@@ -22,6 +22,7 @@ from typing import Any
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.messages import Report, report_codec
 from minisgl.utils.log import setup_logging
+from minisgl.utils.process import handled
 
 logger = logging.getLogger(__name__)
 
@@ -180,15 +181,15 @@ def signals_deferred() -> Iterator[None]:
     Children are born with them blocked, so that a Ctrl-C during their first moments is the parent's to handle.
     """
     caught, signums = list[int](), ENDING_SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    handlers = {signum: signal.signal(signum, lambda number, _: caught.append(number)) for signum in signums}
-    resource_tracker.ensure_running()  # else the first child starts it, which unblocks SIGINT and SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
-        yield
+        with handled(lambda number, _: caught.append(number), signums):
+            resource_tracker.ensure_running()  # else the first child starts it, which unblocks SIGINT and SIGTERM
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         for number in caught[:1]:
             signal.raise_signal(number)
 

@@ -69,31 +69,13 @@ class FollowerTransport(Transport):
         self._pull.close()
 
 
-class RankFanout:
-    """Rank 0's sockets to the other ranks."""
-
-    def __init__(self, endpoints: Endpoints) -> None:
-        self._sockets = [PushSocket(endpoint, wire.rank_codec) for endpoint in endpoints.ranks]
-        self._number = 0
-
-    def send(self, messages: Sequence[wire.RankMsg]) -> None:
-        for socket in self._sockets:
-            socket.send([wire.RankBatch(self._number, list(messages))])
-        self._number += 1
-
-    def close(self) -> None:
-        for socket in self._sockets:
-            socket.close()
-
-
 class LocalTransport(Transport):
-    """Rank 0, inside the caller's process: messages are put in, outputs are taken out."""
+    """Rank 0, inside the caller's process: messages are put in, outputs are taken out. ranks: where the others are."""
 
-    def __init__(
-        self, fanout: RankFanout | None = None, beat: Beat = lambda: None, grammars: Grammars | None = None
-    ) -> None:
+    def __init__(self, ranks: Sequence[str] = (), beat: Beat = lambda: None, grammars: Grammars | None = None) -> None:
         super().__init__(beat, grammars)
-        self._fanout = fanout
+        self._ranks = [PushSocket(endpoint, wire.rank_codec) for endpoint in ranks]
+        self._number = 0
         self._received: list[wire.RankMsg] = []
         self._outputs: list[Reply] = []
 
@@ -108,12 +90,17 @@ class LocalTransport(Transport):
         messages = self._admit(0.0)
         if block and not messages:
             messages = self._admit(0.0 if self.grammars.wait() else _IDLE_SECONDS)
-        if self._fanout is not None:
-            self._fanout.send(messages)
+        for socket in self._ranks:
+            socket.send([wire.RankBatch(self._number, messages)])
+        self._number += 1
         return messages
 
     def send(self, messages: Sequence[Reply]) -> None:
         self._outputs += messages
+
+    def close(self) -> None:
+        for socket in self._ranks:
+            socket.close()
 
     def _admit(self, timeout: float) -> list[wire.RankMsg]:
         self._take(timeout)
@@ -133,7 +120,7 @@ class LeaderTransport(LocalTransport):
     def __init__(
         self, endpoints: Endpoints, beat: Beat, grammars: Grammars | None = None, answers: Answers | None = None
     ) -> None:
-        super().__init__(RankFanout(endpoints), beat, grammars)
+        super().__init__(endpoints.ranks, beat, grammars)
         self._pull = PullSocket(endpoints.backend, wire.backend_codec)
         self._push: PushSocket[wire.TokenizerMsg] = PushSocket(endpoints.detokenizer, wire.tokenizer_codec)
         self._push.send([wire.FlushMsg(0)])  # of the scheduler before, where this one was started again
@@ -160,6 +147,7 @@ class LeaderTransport(LocalTransport):
         self._frontend.send([message])
 
     def close(self) -> None:
+        super().close()
         for socket in (self._pull, self._push, self._frontend):
             socket.close()
 

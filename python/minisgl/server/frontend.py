@@ -17,7 +17,7 @@ import msgspec
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message import messages
-from minisgl.message.messages import AbortMsg, FrontendMsg, PingMsg, UserReply, pack_ids, unpack_ids
+from minisgl.message.messages import AbortMsg, FrontendMsg, PingMsg, UserReply
 from minisgl.message.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 from minisgl.server.metrics import RequestMetrics, Timing
 from minisgl.trace.journal import Journal, arrived, take
@@ -244,27 +244,14 @@ class Frontend:
         questions = [PingMsg(next(self._uids)) for _ in self._routes or [""]]  # one for each of them
         await asyncio.gather(*(self._ask(question, PingMsg, timeout) for question in questions))
 
-    async def encode(self, prompt: messages.ChatPrompt | messages.TextPrompt, *, special: bool) -> list[int]:
-        """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
-        question = messages.EncodeMsg(next(self._uids), prompt, special)
-        return unpack_ids((await self._ask(question, messages.EncodedReply)).token_ids)
+    async def ask(
+        self, question: Callable[..., messages.Message], kind: type[A], timeout: float | None = None, **fields: Any
+    ) -> A:
+        """The answer to a question: its message, of which these are the fields, and the kind of its answer.
 
-    async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
-        question = messages.DecodeMsg(next(self._uids), pack_ids(token_ids), skip_special)
-        return (await self._ask(question, messages.DecodedReply)).text
-
-    async def stats(self, timeout: float) -> messages.StatsReply:
-        """Rank 0's counts. Raises: WorkerDied, as `ping`."""
-        return await self._ask(messages.StatsMsg(next(self._uids)), messages.StatsReply, timeout)
-
-    async def trace(self, timeout: float, **wanted: Any) -> messages.TraceReply:
-        """What rank 0 remembers. wanted: fields of the question. Raises: WorkerDied, as `ping`."""
-        return await self._ask(messages.TraceMsg(next(self._uids), **wanted), messages.TraceReply, timeout)
-
-    async def flush_cache(self, timeout: float) -> int:
-        """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
-        return (await self._ask(messages.FlushMsg(next(self._uids)), messages.FlushReply, timeout)).num_pages
+        Raises: RequestError when it is refused; WorkerDied, also after so many seconds.
+        """
+        return await self._ask(question(next(self._uids), **fields), kind, timeout)
 
     async def _ask(self, question: Any, kind: type[A], timeout: float | None = None) -> A:
         """question: a message, with the uid that its answer has. kind: of the answer."""

@@ -8,7 +8,6 @@ import importlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 
 import psutil
 
@@ -20,7 +19,7 @@ from minisgl.message.sockets import ipc_endpoints
 from minisgl.processes.control import ENDING_SIGNALS, Launcher, ignore_signals, signals_deferred
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import worker_specs
-from minisgl.utils.process import private_folder
+from minisgl.utils.process import handled, private_folder
 
 
 def serve(args: ServerArgs) -> int:
@@ -39,7 +38,9 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
     Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
     """
     try:
-        with signals_raised(), contextlib.ExitStack() as stack:
+        # SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. But not under nohup.
+        signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
+        with handled(signal.default_int_handler, signums), contextlib.ExitStack() as stack:
             with signals_deferred():
                 directory = stack.enter_context(private_folder())
             endpoints = ipc_endpoints(directory, config.num_tokenizer, config.engine.tp_size)
@@ -61,18 +62,6 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
             return asyncio.run(serve_http(config, endpoints, supervisor, listener))
     except KeyboardInterrupt:
         return 130
-
-
-@contextlib.contextmanager
-def signals_raised() -> Iterator[None]:
-    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
-    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
-    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def bind_port(host: str, port: int) -> socket.socket:

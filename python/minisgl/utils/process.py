@@ -8,9 +8,10 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from minisgl.errors import ConfigError
 
@@ -50,6 +51,17 @@ def _remove_stale(parent: str) -> None:
 
 
 @contextmanager
+def handled(handler: Callable[[int, Any], object], signums: Iterable[int]) -> Iterator[None]:
+    """Until the end of the block these signals are handled so, then as before. In the main thread only."""
+    before = {signum: signal.signal(signum, handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, signal.SIG_DFL if old is None else old)
+
+
+@contextmanager
 def held_interrupts() -> Iterator[Callable[[], None]]:
     """Ctrl-C does nothing until the end of the block, or until what this yields is called inside.
 
@@ -64,14 +76,11 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
             handler(signal.SIGINT, None)
 
     is_held = callable(handler) and threading.current_thread() is threading.main_thread()
-    if is_held:
-        signal.signal(signal.SIGINT, lambda signum, _: caught.append(signum))
     try:
-        yield release
+        with handled(lambda signum, _: caught.append(signum), [signal.SIGINT] if is_held else ()):
+            yield release
     finally:
-        if is_held:
-            signal.signal(signal.SIGINT, handler)
-            release()
+        release()
 
 
 CHILD_PREFIX = "minisgl-"  # of the names of all our child processes

@@ -14,7 +14,6 @@ any lengths. A split without keys ends at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
+from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, widen
 
 Tensor = torch.Tensor
 
@@ -32,46 +31,15 @@ MERGE_STEP = 8  # splits that the merge loads at once
 WAVES = 4  # programs per multiprocessor to aim for where sequences decode
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionConfig:
-    """block_m: rows of queries (tokens times heads of a group); block_n: keys that a program loads at once."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Partials:
-    """Workspace of the splits, float32, of as many elements at least. acc: [batch * heads * splits * head_dim];
-    lse: [batch * heads * splits], base 2."""
-
-    acc: Tensor
-    lse: Tensor
-
-
-def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
-    """What fits the shared memory: 227 KB on 9.0, 163 KB on 8.0, 99 KB on 8.6 and 8.9."""
-    wide = head_dim > 128
-    if dtype == torch.float32:  # no tensor cores: larger blocks do not fit the registers
-        return AttentionConfig(16, 16, 4, 1)
-    if capability in ((9, 0), (10, 0)):
-        return AttentionConfig(128, 32, 8, 3) if wide else AttentionConfig(128, 64, 8, 5)
-    if capability == (8, 0) and not wide:
-        return AttentionConfig(128, 32, 8, 3)
-    return AttentionConfig(64, 32 if wide else 64, 8, 2)
-
-
-def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> AttentionConfig:
+def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
     """At most 64 KB of shared memory, which every GPU since 8.0 has.
 
     Of num_stages, half are in flight where a page number must be loaded before the keys.
     """
     block_m = max(16, triton.next_power_of_2(group))  # of products
     if dtype == torch.float32:
-        return AttentionConfig(block_m, 32, 4, 1)
-    return AttentionConfig(block_m, 32 if head_dim > 128 else 64, 4, 3)
+        return Tile(block_m, 32, 4, 1)
+    return Tile(block_m, 32 if head_dim > 128 else 64, 4, 3)
 
 
 def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: int, num_sms: int) -> int:
@@ -177,25 +145,20 @@ def _attend_all(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    diagonal = low
+    left, diagonal = low, low
     if not DECODES:
         diagonal = tl.maximum((first_pos + 1) // BLOCK_N * BLOCK_N, low)
-        left = low
         if HAS_WINDOW:
             left = tl.maximum(last_pos + 1 - window, 0)
             left = tl.minimum(tl.cdiv(left, BLOCK_N) * BLOCK_N, diagonal)
-            m, denom, acc = _attend(
-                q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, left, q_pos, seq_len, scale, window, kv_stride,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, True, PRECISION,
-            )  # fmt: skip
+    for part in tl.static_range(2 if DECODES else 0 if HAS_WINDOW else 1, 3):
+        first = low if part == 0 else left if part == 1 else diagonal
+        stop = left if part == 0 else diagonal if part == 1 else end
         m, denom, acc = _attend(
-            q, m, denom, acc, k_ptr, v_ptr, pages_ptr, left, diagonal, q_pos, seq_len, scale, window, kv_stride,
-            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, False, PRECISION,
+            q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, stop, q_pos, seq_len, scale, window, kv_stride,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, part != 1, PRECISION,
         )  # fmt: skip
-    return _attend(
-        q, m, denom, acc, k_ptr, v_ptr, pages_ptr, diagonal, end, q_pos, seq_len, scale, window, kv_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, True, PRECISION,
-    )  # fmt: skip
+    return m, denom, acc
 
 
 # Views of a step's buffer begin anywhere; a kernel for each alignment would be compiled while requests wait.
@@ -290,7 +253,7 @@ def _merge_kernel(
 
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences, blocks: Tensor | None, window: int | None,
-    splits: int, partials: Partials, config: AttentionConfig, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
+    splits: int, config: Tile, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of each query to the keys up to its own position, at most `window` of them; zeros where there are none.
 
@@ -302,11 +265,13 @@ def attention(
     assert q.stride()[1:] == (head_dim, 1)
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
-    assert splits == 1 or (blocks is None and num_tokens * num_heads * splits <= partials.lse.numel())
+    assert splits == 1 or blocks is None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_parts = num_tokens * num_heads * splits if splits > 1 else 0
+    acc, lse = (q.new_empty(num_parts, size, dtype=torch.float32) for size in (head_dim, 1))
     num_blocks, block_d = num_tokens if blocks is None else len(blocks), triton.next_power_of_2(head_dim)
     _attention_kernel[(num_kv_heads, num_blocks, splits)](
-        q, native(k_cache), native(v_cache), out, partials.acc, partials.lse, seqs.rows if blocks is None else blocks,
+        q, native(k_cache), native(v_cache), out, acc, lse, seqs.rows if blocks is None else blocks,
         seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q, sinks, head_dim**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
         num_heads, num_heads // num_kv_heads, head_dim, config.block_m, block_d, config.block_n, seqs.page_size,
@@ -315,7 +280,7 @@ def attention(
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_tokens * num_heads,)](
-            partials.acc, partials.lse, out, sinks, splits, num_heads, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
+            acc, lse, out, sinks, splits, num_heads, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
             num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out

@@ -3,10 +3,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a program works on at a time, and how it is launched. block_m: rows of queries (tokens times heads of a
+    group), or pairs of one expert; block_n: keys, or output features; block_k: input features of products."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_k: int = 0
+
+
+_TILES = msgspec.yaml.decode(Path(__file__).with_name("tiles.yaml").read_bytes())
+
+
+def tiles(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> Any:
+    """What `tiles.yaml` has for a kernel."""
+    name = "float32" if dtype == torch.float32 else ".".join(map(str, capability))
+    return _TILES[kernel].get(name, _TILES[kernel]["other"])
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

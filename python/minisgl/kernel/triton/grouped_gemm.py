@@ -24,43 +24,21 @@ from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Stacked
 from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
-from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
+from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, tiles, widen
 
 Tensor = torch.Tensor
 
 SCAN = 1024  # pairs that a sorting program looks at together
 
 
-@dataclass(frozen=True, slots=True)
-class GemmConfig:
-    """block_m: pairs of one expert; block_n: output features; block_k: input features."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
 # Of gate and up, and of down: they share block_m, since it is what pairs are sorted into.
-MoeConfig = tuple[GemmConfig, GemmConfig]
+MoeConfig = tuple[Tile, Tile]
 
 
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
-    """By how many pairs an expert gets on average: few are bound by reading weights, many by the tensor cores."""
-    if dtype == torch.float32:
-        return GemmConfig(16, 32, 32, 4, 1), GemmConfig(16, 32, 32, 4, 1)
-    per_expert = num_pairs / num_experts
-    large = capability in ((8, 0), (9, 0), (10, 0))  # 163 KB of shared memory and more
-    if per_expert <= 12:
-        stages = 4 if large else 3
-        return GemmConfig(16, 64, 128, 4, 3 if large else 2), GemmConfig(16, 64, 128, 4, stages)
-    if per_expert <= 48:
-        stages = 4 if large else 2
-        return GemmConfig(32, 64, 64, 4, stages), GemmConfig(32, 128, 64, 4, stages)
-    if per_expert <= 256 or not large:
-        return GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3)
-    return GemmConfig(128, 64, 64, 8, 3), GemmConfig(128, 128, 64, 8, 3)
+    by_average = tiles("experts", dtype, capability)
+    first, second = next(both for most, both in by_average.items() if num_pairs <= most * num_experts)
+    return Tile(*first), Tile(*second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +107,11 @@ def _sort_kernel(
     count = tl.sum(tl.where(ids == expert, counts, 0), 0)
     end = first + count
     end_block = first_block + (count + BLOCK_M - 1) // BLOCK_M
-    for block in tl.range(first_block, end_block):
-        low = first + (block - first_block) * BLOCK_M
+    for block in tl.range(first_block, tl.where(expert == NUM_EXPERTS - 1, max_blocks, end_block)):
+        low = tl.minimum(first + (block - first_block) * BLOCK_M, end)
         tl.store(blocks_ptr + block * 3, expert)
         tl.store(blocks_ptr + block * 3 + 1, low)
         tl.store(blocks_ptr + block * 3 + 2, tl.minimum(low + BLOCK_M, end))
-    if expert == NUM_EXPERTS - 1:
-        for block in tl.range(end_block, max_blocks):
-            tl.store(blocks_ptr + block * 3, 0)
-            tl.store(blocks_ptr + block * 3 + 1, 0)
-            tl.store(blocks_ptr + block * 3 + 2, 0)
     if count > 0:
         at = first
         for start in tl.range(0, num_pairs, SCAN):
@@ -344,7 +317,7 @@ def fused_moe(
 
 
 def _product(
-    x: Tensor, w: Stack, out: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor, c: GemmConfig,
+    x: Tensor, w: Stack, out: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor, c: Tile,
     kind: tuple[bool, bool], pdl: bool,
 ) -> None:  # fmt: skip
     (order, blocks), top_k = pairs, weights.shape[1]

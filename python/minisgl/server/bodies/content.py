@@ -223,8 +223,7 @@ def tool_use(tools: Sequence[Tool], choice: str | Object | None, parallel: bool 
     mode, allowed, single = _chosen(choice, names)
     refuse_unless(names or mode != "required", "tool_choice asks for a call, but there are no tools", "tool_choice")
     unknown = next((name for name in allowed or () if name not in names), None)
-    if unknown is not None:
-        raise RequestError(f"tool_choice: there is no function {quoted(unknown)} in tools", param="tool_choice")
+    refuse_unless(unknown is None, f"tool_choice: there is no function {quoted(unknown)} in tools", "tool_choice")
     if not described or mode == "none":
         return None
     return ToolUse(described, mode == "required", allowed, parallel is not False and not single)

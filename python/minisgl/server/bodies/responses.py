@@ -140,9 +140,8 @@ def messages_of(items: list[Item]) -> list[Object]:
     messages: list[Object] = []
     for index, item in enumerate(items):
         where, kind = f"input[{index}]", item.get("type", "message")
-        if not isinstance(kind, str) or kind not in OBJECTS["item"].kinds:
-            where = f"{where}.type"
-            raise RequestError(f"{where} must be one of {_KINDS}, not {quoted(kind)}", param=where)
+        is_known = isinstance(kind, str) and kind in OBJECTS["item"].kinds
+        refuse_unless(is_known, f"{where}.type must be one of {_KINDS}, not {quoted(kind)}", f"{where}.type")
         said = messages[-1] if messages and messages[-1]["role"] == "assistant" else None  # and nobody since
         if kind == "message":
             message = _message(item, where)

@@ -11,7 +11,7 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError
-from minisgl.message.messages import ChatPrompt
+from minisgl.message.messages import ChatPrompt, EncodedReply, EncodeMsg, TraceMsg, TraceReply, unpack_ids
 from minisgl.page.routes import add_page
 from minisgl.server.admission import BYTES_PER_TOKEN, Admission
 from minisgl.server.answers.delivery import answer_request
@@ -67,7 +67,8 @@ class Generation:
         """So many tokens a conversation has."""
         prompt = (await self._read(request, parse_messages, {})).prompts[0]
         assert isinstance(prompt, ChatPrompt)
-        return json_response({"input_tokens": len(await self._frontend.encode(prompt, special=False))})
+        reply = await self._frontend.ask(EncodeMsg, EncodedReply, prompt=prompt, special=False)
+        return json_response({"input_tokens": len(unpack_ids(reply.token_ids))})
 
     def _route(self, parse: Parse[R], make: Make[R]) -> Callable[..., object]:
         async def route(request: Request) -> Response:
@@ -111,5 +112,5 @@ def create_app(
     add_stored(app, store)
     add_page(app)
     traced = (*DIALECTS, *VECTOR_PATHS, "/v1/responses")
-    Trace(frontend.trace, frontend.journal, frontend.metrics, config).add_to(app, traced)
+    Trace(partial(frontend.ask, TraceMsg, TraceReply), frontend.journal, frontend.metrics, config).add_to(app, traced)
     return app

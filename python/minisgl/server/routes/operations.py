@@ -11,13 +11,13 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError, WorkerDied, too_long
-from minisgl.message.messages import TextPrompt
+from minisgl.message import messages as wire
 from minisgl.server.access import require_operator
 from minisgl.server.bodies.fields import load
 from minisgl.server.bodies.intake import Bodies, check_model
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
 from minisgl.server.bodies.responses import ResponseStore
-from minisgl.server.errors import json_response, shown
+from minisgl.server.errors import json_response, refuse_unless, shown
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 
@@ -73,7 +73,7 @@ class Operations:
 
     async def server_info(self) -> Response:
         """What was decided at start, and what is going on."""
-        stats = await self._frontend.stats(self._seconds)
+        stats = await self._frontend.ask(wire.StatsMsg, wire.StatsReply, self._seconds)
         load = {
             "num_requests_in_flight": self._frontend.num_in_flight,
             "num_running_requests": stats.num_running,
@@ -97,7 +97,7 @@ class Operations:
     async def metrics(self, request: Request) -> Response:
         """Counts and timings, in Prometheus' text format."""
         try:
-            stats = await self._frontend.stats(SCRAPE_SECONDS)
+            stats = await self._frontend.ask(wire.StatsMsg, wire.StatsReply, SCRAPE_SECONDS)
         except WorkerDied:
             stats = None  # what is known here may tell why
         data, media_type = self._exposition.render(stats, request.headers.get("accept", ""))
@@ -107,8 +107,9 @@ class Operations:
         """The token ids of a text or a chat, as a request would have them."""
         body, prompt = await self._bodies.read(request, partial(parse_tokenize, self._max_len))
         check_model(body.model, self._config)
-        special = isinstance(prompt, TextPrompt) and body.add_special_tokens is not False
-        tokens = await self._frontend.encode(prompt, special=special)
+        special = isinstance(prompt, wire.TextPrompt) and body.add_special_tokens is not False
+        reply = await self._frontend.ask(wire.EncodeMsg, wire.EncodedReply, prompt=prompt, special=special)
+        tokens = wire.unpack_ids(reply.token_ids)
         return json_response({"count": len(tokens), "max_model_len": self._max_len, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
@@ -117,18 +118,19 @@ class Operations:
         check_model(body.model, self._config)
         if len(body.tokens) > self._max_len:
             raise too_long("tokens", str(len(body.tokens)), self._max_len)
-        text = await self._frontend.decode(body.tokens, skip_special=body.skip_special_tokens is not False)
-        return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
+        ids, skips = wire.pack_ids(body.tokens), body.skip_special_tokens is not False
+        reply = await self._frontend.ask(wire.DecodeMsg, wire.DecodedReply, token_ids=ids, skip_special=skips)
+        return json_response({"prompt": reply.text, "text": reply.text})  # vLLM's name for it, and SGLang's
 
     async def flush_cache(self) -> Response:
         """Forget all cached prefixes that no running request uses."""
-        return json_response({"status": "ok", "num_pages": await self._frontend.flush_cache(self._seconds)})
+        reply = await self._frontend.ask(wire.FlushMsg, wire.FlushReply, self._seconds)
+        return json_response({"status": "ok", "num_pages": reply.num_pages})
 
     async def abort_request(self, request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there, or another key's, are no error."""
         body = await self._bodies.read(request, partial(load, AbortBody))
-        if (body.rid is None) == (not body.abort_all):
-            raise RequestError("give either rid or abort_all: true", param="rid")
+        refuse_unless((body.rid is None) == bool(body.abort_all), "give either rid or abort_all: true", "rid")
         require_operator(request.scope["state"], "abort_all", body.abort_all)
         rids = None if body.rid is None else {body.rid} if isinstance(body.rid, str) else {*body.rid}
         streams = self._frontend.find(rids, None if request.state.operator else request.state.owner)
@@ -149,8 +151,8 @@ def add_stored(app: FastAPI, store: ResponseStore) -> None:
     @app.get(path)
     async def retrieve(request: Request, response_id: str) -> Response:
         """A response that was stored."""
-        if request.query_params.get("stream", "false").lower() == "true":
-            raise RequestError("stream: what is stored is not streamed again", param="stream")
+        is_whole = request.query_params.get("stream", "false").lower() != "true"
+        refuse_unless(is_whole, "stream: what is stored is not streamed again", "stream")
         return json_response(store.get(request.state.owner, response_id)[0])
 
     @app.delete(path)
@@ -164,11 +166,9 @@ def add_stored(app: FastAPI, store: ResponseStore) -> None:
         """The items that it answers, the last one first."""
         query, items = request.query_params, store.get(request.state.owner, response_id)[1]
         order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
-        if order not in ("asc", "desc"):
-            raise RequestError(f"order must be asc or desc, not {shown(order)!r}", param="order")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
-            expected = f"a whole number from 1 to {MAX_PAGE}"
-            raise RequestError(f"limit must be {expected}, not {shown(limit)!r}", param="limit")
+        refuse_unless(order in ("asc", "desc"), f"order must be asc or desc, not {shown(order)!r}", "order")
+        is_known = limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE
+        refuse_unless(is_known, f"limit must be a whole number from 1 to {MAX_PAGE}, not {shown(limit)!r}", "limit")
         items = items if order == "asc" else items[::-1]
         ids = [item["id"] for item in items]
         first = ids.index(after) + 1 if after in ids else 0
