@@ -109,7 +109,8 @@ class Engine:
         shard = ModelShard(config, torch.device("cpu"), Communicator(), Ops())
         tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
         backend: Any = NoBackend()
-        self.steps = Steps(shard, shard.create_kv(config.num_pages + 1), tables, backend, config.cuda_graph_max_bs)
+        pages = [config.num_pages + 1] * 2
+        self.steps = Steps(shard, tables, backend, pages, config.cuda_graph_max_bs)
         self.ready = 0.0
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> Any:

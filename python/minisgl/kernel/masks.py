@@ -35,14 +35,12 @@ class NativeMatcher:
     @property
     def num_tokens(self) -> int:
         """Of the output, that it has taken; -1: it is broken."""
-        num: int = self._ours.num_tokens_of(self.address)
-        return num
+        return int(self._ours.num_tokens_of(self.address))
 
     @property
     def cost(self) -> float:
         """Seconds of a core that its last call took."""
-        seconds: float = self._ours.cost_of(self.address)
-        return seconds
+        return float(self._ours.cost_of(self.address))
 
     def deep_copy(self) -> "NativeMatcher":
         return NativeMatcher(self._ours.copy_matcher(self.address))
@@ -99,14 +97,12 @@ class MaskWorker:
     @property
     def num_dear(self) -> int:
         """How many masks were dear."""
-        num: int = self._ours.num_dear_of(self._own)
-        return num
+        return int(self._ours.num_dear_of(self._own))
 
     @property
     def cost(self) -> float:
         """Seconds of a core that the masks of the last step took."""
-        seconds: float = self._ours.last_cost_of(self._own)
-        return seconds
+        return float(self._ours.last_cost_of(self._own))
 
     def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words) -> None:
         """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s."""

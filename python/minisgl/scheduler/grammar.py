@@ -140,13 +140,13 @@ class Grammars:
             return None
         shares = zip(planned.reqs, plan.reqs, strict=True)
         masked = [req for req, share in shares if share.num_samples and req.params.grammar is not None]
+        outputs = [(req, self.outputs[req.uid]) for req in masked]
         self.begin()
         now, before = time.perf_counter(), [step for step in submitted if step[0].plan.masked]
         interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, self._last_time = plan.step_id, now
         self._most = tuple(share * self._interval for share in self._shares)
-        outputs = [(req, self.outputs[req.uid]) for req in masked]
         self._last = LateMasks(self, plan, outputs, before, self._last if before else None)
         return self._last
 
@@ -158,15 +158,15 @@ class Grammars:
     def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
         """Have masks of a step computed beside Python, as many as are there in time. last: of the step before, if it
         has not ended; what goes on as it did there costs the host next to nothing. → the other rows."""
-        worker, most = self._worker, _WORKER_SHARE * self._interval
-        going_on = None if last is None or not masks.follows(last) else last.table
-        is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
-        if worker is not None and last is not None and going_on is not None and is_cheap:
-            masks.table = going_on + _NEXT
-            masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
-            worker.submit(masks.table, words, states)
-            return []
-        refs = {} if last is None else dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
+        worker, most, refs = self._worker, _WORKER_SHARE * self._interval, dict[int, int]()
+        if worker is not None and last is not None:
+            is_cheap = worker.num_dear == self._num_dear and worker.cost <= most
+            if is_cheap and last.table is not None and masks.follows(last):
+                masks.table = last.table + _NEXT
+                masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
+                worker.submit(masks.table, words, states)
+                return []
+            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
         shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
         for row in sorted(masks.rows(), key=lambda row: row.output.cost):
             beside = self._beside(row, refs.get(row.req.uid, 0))
@@ -217,22 +217,15 @@ class Grammars:
         for output in (row.output for row in rows if row.output.matcher is None):
             output.cost = max(output.cost, output.grammar.cost)
         for row, ids in sorted(zip(rows, new_ids, strict=True), key=lambda item: item[0].output.cost):
-            output, found, is_cheap = row.output, list[Words](), row.output.cost <= CHEAP_SECONDS
+            output, found, grammar = row.output, list[Words](), row.output.grammar
+            is_dear = self._is_gpu and grammar.mean > CHEAP_SECONDS  # others may have its lock when its turn comes
+            is_free = not is_dear and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
+            has_time = is_free and spent + output.cost <= most[output.cost <= CHEAP_SECONDS]
             if output.ready[0] == row.length:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif (
-                len(plan.reqs) == 1
-                or output.error is not None
-                or (
-                    spent + output.cost <= most[is_cheap]
-                    and (output.grammar.cost <= CHEAP_SECONDS or not output.grammar.lock.locked())
-                    and not (
-                        self._is_gpu and output.grammar.mean > CHEAP_SECONDS
-                    )  # it may be locked when its turn comes
-                )
-            ):
+            elif has_time or len(plan.reqs) == 1 or output.error is not None:
                 found = self._mask(row, ids)
                 spent += output.cost * max(1, len(found))
             else:
