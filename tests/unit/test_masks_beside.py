@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -309,6 +311,21 @@ def test_a_row_waits_for_its_token_and_not_for_ever(store: GrammarStore) -> None
     (_, states), (_, later), begin = room.compute(2, token, token, late=True), room.compute(3, 5, 5), time.monotonic()
     room.worker.close()
     assert [*states, *later] == [MASK_NOT_READY] * 4 and time.monotonic() - begin < 20
+
+
+def test_what_a_worker_has_still_to_write_is_kept(store: GrammarStore) -> None:
+    """Its steps' arrays may be nobody else's any more: it has their addresses, and nothing that holds them."""
+    room = Room(store, 1)
+    refs = [weakref.ref(array) for array in room.compute(1, -1, late=True)]
+    room.compute(1, -1, late=True)
+    gc.collect()
+    assert all(ref() is not None for ref in refs)
+    room.ids[:] = NOT_READY
+    for _ in range(2):  # in the order of the steps
+        wait_for(room.compute(0, -1)[1])
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+    room.worker.close()
 
 
 @pytest.mark.parametrize("length", [0, 2, 4, 5])

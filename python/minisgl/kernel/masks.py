@@ -1,5 +1,6 @@
 """Matchers of llguidance through its C functions, and a thread that computes their masks without Python's lock."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.core import MASK_PENDING
 from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_masks
 
@@ -87,12 +89,13 @@ class NativeVocabulary:
 
 
 class MaskWorker:
-    """Computes masks in the order of their steps, on a thread of its own. What it writes to is there until `close`."""
+    """Computes masks in the order of their steps, on a thread of its own."""
 
     def __init__(self, dear: float) -> None:
         """dear: seconds of a core."""
         self._ours: Any = load_masks()
         self._own = self._ours.make_worker(dear)
+        self._held = deque[tuple[Words, ...]]()  # what it reads and writes: states first
 
     @property
     def num_dear(self) -> int:
@@ -104,8 +107,11 @@ class MaskWorker:
         """Seconds of a core that the masks of the last step took."""
         return float(self._ours.last_cost_of(self._own))
 
-    def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words) -> None:
-        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s."""
+    def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words, *read: Words) -> None:
+        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s; read: what they refer to."""
+        while self._held and MASK_PENDING not in self._held[0][0]:
+            self._held.popleft()
+        self._held.append((states, words, *read))
         places = rows.ctypes.data, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1]
         self._ours.submit(self._own, *places)
 

@@ -164,7 +164,7 @@ class Grammars:
             if is_cheap and last.table is not None and masks.follows(last):
                 masks.table = last.table + _NEXT
                 masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
-                worker.submit(masks.table, words, states)
+                worker.submit(masks.table, words, states, last.ids)
                 return []
             refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
         shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
@@ -178,7 +178,7 @@ class Grammars:
         if shared:
             worker = self._worker = worker or MaskWorker(FREE_SECONDS)
             table, self._num_dear = np.array(shared, np.int64), worker.num_dear
-            worker.submit(table, words, states)
+            worker.submit(table, words, states, *(() if last is None else (last.ids,)))
             masks.table = None if left else table
         return left
 
@@ -328,7 +328,7 @@ class LateMasks:
         self.shape = len(plan.masked), len(grammars.all_allowed)
         self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
         self.table: npt.NDArray[np.int64] | None = None
-        self._ids = np.empty(0, np.int32)  # where a device writes its tokens
+        self.ids = np.empty(0, np.int32)  # where a device writes its tokens
         self._left: tuple[list[_Row], Words, Words] | None = None
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
@@ -336,7 +336,7 @@ class LateMasks:
         if ids is None:
             self._fill(self.rows(), words, states, is_late=False)
             return
-        self._ids, self._left = ids, (self._grammars.share(self, last, words, states), words, states)
+        self.ids, self._left = ids, (self._grammars.share(self, last, words, states), words, states)
         self._last, self._outputs = last, []
         if not self._before:
             self.begin()
@@ -345,7 +345,7 @@ class LateMasks:
         """The steps before it have ended: what is left is computed, once."""
         last, self._last = self._last, None
         if last is not None:  # those of a step that has failed will not come
-            last._ids[last._ids == ID_PENDING] = NOT_READY
+            last.ids[last.ids == ID_PENDING] = NOT_READY
         left, self._left = self._left, None
         if left is not None:
             self._fill(*left, is_late=True)
@@ -364,7 +364,7 @@ class LateMasks:
     @property
     def addresses(self) -> npt.NDArray[np.int64]:
         """Where the device writes the tokens that it samples."""
-        return self._ids.ctypes.data + 4 * np.arange(len(self.numbers))
+        return self.ids.ctypes.data + 4 * np.arange(len(self.numbers))
 
     def _fill(self, rows: list[_Row], words: Words, states: Words, is_late: bool) -> None:
         """Compute the masks of these rows, and let them go."""
