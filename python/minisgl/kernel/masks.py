@@ -108,7 +108,7 @@ class MaskWorker:
         return float(self._ours.last_cost_of(self._own))
 
     def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words, *read: Words) -> None:
-        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s; read: what they refer to."""
+        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s; read: what those name."""
         while self._held and MASK_PENDING not in self._held[0][0]:
             self._held.popleft()
         self._held.append((states, words, *read))
