@@ -3,7 +3,7 @@ then done once.
 
 `python -m tests.forkers DESCRIPTOR` forks what `tests.forked` asks for on that socket. A server that is made so has a
 child of its own that forks the server's workers, since a process with threads should not. What a worker is given is
-pickled on its way, as it is where workers are spawned. Ranks of several are spawned as ever.
+pickled on its way, as it is where workers are spawned.
 """
 
 from __future__ import annotations
@@ -185,12 +185,7 @@ def let_fork(workers: socket.socket) -> None:
             self.finalizer = util.Finalize(self, util.close_fds, (alive, ours))
             self.sentinel = alive
 
-    def start(process: Any) -> Any:
-        spec = process._args[0]
-        is_one_of_several = any(getattr(given, "tp_size", 1) > 1 for given in spec.args)
-        return control.SpawnProcess._Popen(process) if is_one_of_several else Popen(process)
-
-    control.LocalProcess._Popen = staticmethod(start)
+    control.LocalProcess._Popen = Popen
 
 
 def main() -> None:

@@ -285,7 +285,7 @@ def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path, vi
 
 
 def test_a_real_server_stops_at_ctrl_c(start: Start, tiny_path: Path) -> None:
-    server = start(real(tiny_path, "--tp", "2"))
+    server = start(real(tiny_path, "--tp", "2"), is_new=True)
     stream = Background(server, stream=True, max_tokens=60)
     server.interrupt()
     stream.end()
