@@ -1,4 +1,5 @@
-"""Servers without the start of a Python process: forked from one that has imported what they need (`forkers.py`)."""
+"""Servers, and ranks of an `LLM`, without the start of a Python process: forked from one that has imported what they
+need (`forkers.py`)."""
 
 from __future__ import annotations
 
@@ -10,12 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from tests.forkers import send
+import pytest
+
+from minisgl.processes.control import LocalProcess
+from tests.forkers import NUMBER, ask, let_fork
 
 ROOT = Path(__file__).parents[1]
 BASE = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}"}
@@ -40,13 +45,9 @@ class Forked:
     returncode: int | None
 
     def __init__(self, args: list[str], env: dict[str, str], output: BinaryIO) -> None:
-        status, theirs = os.pipe()
-        with _lock:
-            send(_line(), (args, env), [output.fileno(), theirs])
-        os.close(theirs)
-        self.pid, self.returncode = int(os.read(status, 16)), None
-        self._status = status
-        self._close = weakref.finalize(self, os.close, status)
+        self.pid, self._status = ask(_line(), (args, env), output.fileno())
+        self.returncode = None
+        self._close = weakref.finalize(self, os.close, self._status)
 
     def poll(self) -> int | None:
         return self._wait(0)
@@ -69,12 +70,18 @@ class Forked:
 
     def _wait(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
-            self.returncode = int(os.read(self._status, 16))
+            self.returncode = NUMBER.unpack(os.read(self._status, NUMBER.size))[0]
             self._close()
         return self.returncode
 
 
-_lock = threading.Lock()
+@contextmanager
+def ranks() -> Iterator[None]:
+    """The ranks of an `LLM` in this process are forked, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalProcess, "_Popen", LocalProcess._Popen)  # as it is again afterwards
+        let_fork(_line)
+        yield
 
 
 @functools.cache
