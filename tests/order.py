@@ -7,7 +7,6 @@ from xdist.scheduler import LoadFileScheduling
 # What takes long comes first, so that no worker is alone with it at the end; the rest follows as it is collected.
 LONGEST = (
     "tests/soak/",
-    "tests/cluster/",
     "tests/browser/test_inside.py",
     "tests/browser/test_chat.py",
     "tests/faults/test_restart.py",
@@ -40,8 +39,6 @@ APART = (
     "tests/faults/test_restart.py",
     "tests/faults/test_start.py",
 )
-# Folders that are one worker's: what their files share is dear, and they wait for most of the time.
-TOGETHER = ("tests/cluster/",)
 
 
 def rank(nodeid: str) -> int:
@@ -52,6 +49,4 @@ def rank(nodeid: str) -> int:
 class InOrder(LoadFileScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if nodeid.startswith(TOGETHER):
-            return file.rpartition("/")[0]
         return nodeid if file in APART else file

@@ -167,7 +167,7 @@ def running(log: Path, *flags: str) -> Iterator[Cluster]:
         assert not alive, f"left behind: {alive}"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two replicas."""
     with running(tmp_path_factory.mktemp("cluster") / "log", "--replicas", "2", "--max-replicas", "2") as one:
