@@ -19,7 +19,7 @@ APART := $(wildcard tests/clients/apart/*.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test test-clients test-faults test-browser test-cluster page wheel soak sanitize lint format docs docs-site links audit clean
+.PHONY: help serve chat doctor bench test test-all test-clients test-faults test-browser test-cluster page wheel soak sanitize lint format docs docs-site links audit clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ TESTS ?= tests/unit tests/integration tests/gpu tests/e2e
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 test: $(DEV)  ## Run the tests: units, integration, end to end
 	$(PYTEST) $(TESTS) $(ARGS)
+
+test-all: $(CLIENTS) $(BROWSER)  ## Run all tests but those of clusters in one go, as CI does
+	$(PYTEST) $(TESTS) tests/faults tests/soak tests/clients tests/browser $(ARGS)
 
 test-clients: $(CLIENTS)  ## Run the tests with the programs that people call the server with
 	$(PYTEST) tests/clients $(ARGS)

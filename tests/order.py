@@ -7,6 +7,8 @@ from xdist.scheduler import LoadFileScheduling
 # What takes long comes first, so that no worker is alone with it at the end; the rest follows as it is collected.
 LONGEST = (
     "tests/soak/",
+    "tests/browser/test_inside.py",
+    "tests/browser/test_chat.py",
     "tests/faults/test_restart.py",
     "tests/faults/test_slow_clients.py",
     "tests/faults/test_large_bodies.py",
@@ -21,8 +23,11 @@ LONGEST = (
     "tests/integration/test_real_model.py",
     "tests/e2e/test_learn.py",
     "tests/e2e/test_lifecycle.py",
+    "tests/faults/",
     "tests/e2e/",
     "tests/integration/",
+    "tests/browser/",
+    "tests/clients/",
 )
 # Files whose tests share nothing that is dear: each goes to whichever worker is free. Any other file is one worker's.
 APART = (

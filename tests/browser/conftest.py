@@ -27,7 +27,7 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its event loop would be in the way of other tests'
 def browser() -> Iterator[Browser]:
     program = chromium()
     if program is None:

@@ -19,12 +19,12 @@ import openai
 import psutil
 import pytest
 
+from tests.forked import BASE, Forked, can_be_forked
 from tests.tokenizers_fixture import make_byte_level
 from tests.waiting import poll, still_running
 
 ROOT = Path(__file__).parents[2]
-PYTHONPATH = f"{ROOT / 'python'}{os.pathsep}{ROOT}"
-INJECTED = f"{ROOT / 'tests' / 'faults' / 'inject'}{os.pathsep}{PYTHONPATH}"  # with `tests/faults/points.py`
+PYTHONPATH = BASE["PYTHONPATH"]
 START_SECONDS = 200  # that a server may take to be ready, where other work has the cores
 httpx._config.DEFAULT_TIMEOUT_CONFIG.read = 60.0  # its own five seconds are few on such a machine
 
@@ -38,16 +38,21 @@ def short_path() -> Iterator[Path]:
 
 class Server:
     """A server process: `args` are those after `python`. Its children are noted when it is ready. What the walk over
-    its pages finds ends its scheduler."""
+    its pages finds ends its scheduler. is_new: its processes are new ones, and not forked (`tests.forked`)."""
 
-    def __init__(self, args: list[str], log: Path, *, wait: bool = True, **env: str) -> None:
+    process: subprocess.Popen[bytes] | Forked
+
+    def __init__(self, args: list[str], log: Path, *, wait: bool = True, is_new: bool = False, **env: str) -> None:
         self.log = log
         walk = {"MINISGL_CHECK_INTEGRITY": "4", "MINISGL_INTEGRITY_FATAL": "1"}
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": PYTHONPATH, **walk, **env}
         with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *args], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-            )
+            if not is_new and can_be_forked(args, environment):
+                self.process = Forked(args, environment, output)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, *args], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+                )
         self.url = ""
         self.children: list[psutil.Process] = []
         if wait:
@@ -148,8 +153,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers of a test's own, and ends them with it."""
     started: list[Server] = []
 
-    def start_server(args: list[str], *, wait: bool = True, **env: str) -> Server:
-        running = Server(args, tmp_path / f"server-{len(started)}.log", wait=False, **env)
+    def start_server(args: list[str], *, wait: bool = True, **options: Any) -> Server:
+        running = Server(args, tmp_path / f"server-{len(started)}.log", wait=False, **options)
         started.append(running)
         if wait:
             running.wait_ready()

@@ -61,7 +61,7 @@ class Background(threading.Thread):
 
 
 def test_processes_have_their_names_and_a_private_directory(start: Start, model_path: Path, short_path: Path) -> None:
-    server = start(fake(model_path, num_tokenizer=2), TMPDIR=str(short_path))
+    server = start(fake(model_path, num_tokenizer=2), is_new=True, TMPDIR=str(short_path))
     titles = {" ".join(child.cmdline()).strip() for child in server.children}
     expected = {"minisgl-TP0-scheduler", "minisgl-detokenizer-0", "minisgl-tokenizer-0", "minisgl-tokenizer-1"}
     assert expected <= titles
@@ -169,7 +169,7 @@ def test_a_second_ctrl_c_does_not_wait(start: Start, model_path: Path) -> None:
 def test_a_signal_during_start_up_leaves_nothing(
     start: Start, model_path: Path, short_path: Path, signum: signal.Signals, delay: float
 ) -> None:
-    server = start(fake(model_path, num_tokenizer=1), wait=False, TMPDIR=str(short_path))
+    server = start(fake(model_path, num_tokenizer=1), wait=False, is_new=True, TMPDIR=str(short_path))
     parent = psutil.Process(server.process.pid)
     poll(lambda: len(parent.children()) >= 2, "it starts no workers")
     time.sleep(delay)
@@ -189,7 +189,8 @@ def processor_time() -> float:
 
 def test_a_taken_port_is_one_line_and_at_once(start: Start, model_path: Path) -> None:
     before = processor_time()
-    assert start(["-m", "minisgl", "--port", "0", "--host", "no.such.host.invalid"], wait=False).wait_exit() == 2
+    nowhere = ["-m", "minisgl", "--port", "0", "--host", "no.such.host.invalid"]
+    assert start(nowhere, wait=False, is_new=True).wait_exit() == 2
     at_once = processor_time() - before  # what Python and the imports take
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -198,7 +199,7 @@ def test_a_taken_port_is_one_line_and_at_once(start: Start, model_path: Path) ->
             if listening:
                 taken.listen()
             before = processor_time()
-            server = start(fake(model_path, port=port), wait=False)
+            server = start(fake(model_path, port=port), wait=False, is_new=True)
             assert server.wait_exit() == 2
             assert processor_time() - before < 2 * at_once + 1, "workers were started"
             (line,) = server.output().splitlines()
@@ -233,7 +234,7 @@ def test_two_servers_side_by_side_and_a_restart_on_the_same_port(start: Start, m
 
 @pytest.mark.parametrize("worker", ["minisgl-TP0-scheduler", "minisgl-detokenizer-0"])
 def test_a_child_that_cannot_start_ends_the_start_up(start: Start, model_path: Path, worker: str) -> None:
-    server = start(fake(model_path, die=worker), wait=False)
+    server = start(fake(model_path, die=worker), wait=False, is_new=True)
     assert server.wait_exit() == 2
     (line,) = server.output().splitlines()
     assert line == f"minisgl: error: {worker}: the model is made of cheese"
@@ -247,8 +248,10 @@ def test_a_model_directory_without_tokenizer(start: Start, tmp_path: Path) -> No
     assert "empty: no such model directory" in line
 
 
-def test_only_the_scheduler_loads_torch(server: Server, client: openai.OpenAI) -> None:
-    assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).choices
+def test_only_the_scheduler_loads_torch(start: Start, tiny_path: Path) -> None:
+    server = start(real(tiny_path), is_new=True)
+    with server.client() as client:
+        assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).choices
     for process in (psutil.Process(server.process.pid), *server.children):
         has_torch = any("libtorch" in mapped.path for mapped in process.memory_maps())
         assert has_torch == ("scheduler" in " ".join(process.cmdline()))
@@ -282,7 +285,7 @@ def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path, vi
 
 
 def test_a_real_server_stops_at_ctrl_c(start: Start, tiny_path: Path) -> None:
-    server = start(real(tiny_path, "--tp", "2"))
+    server = start(real(tiny_path, "--tp", "2"), is_new=True)
     stream = Background(server, stream=True, max_tokens=60)
     server.interrupt()
     stream.end()

@@ -16,7 +16,8 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import INJECTED, Server
+from tests.e2e.conftest import Server
+from tests.forked import INJECTED
 
 HELLO = [{"role": "user", "content": "Give me a person."}]
 SCHEMA = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import INJECTED, Server, fake, model_path, real, server, short_path, start, tiny_path
+from tests.e2e.conftest import Server, fake, model_path, real, server, short_path, start, tiny_path
+from tests.forked import INJECTED
 
 __all__ = ["Faults", "Server", "fake", "model_path", "real", "server", "short_path", "start", "tiny_path"]
 

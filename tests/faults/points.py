@@ -168,16 +168,23 @@ class Injector(importlib.abc.MetaPathFinder):
 
         def execute_and_wrap(module: ModuleType) -> None:
             execute(module)
-            for constant, value in CLOCKS.get(name, {}).items() if "PATIENT" in os.environ else ():
-                setattr(module, constant, value)
-            for where, wrapper in POINTS.get(name, ()):
-                *owner, function = where.split(".")
-                place = functools.reduce(getattr, owner, module)
-                setattr(place, function, wrapper(getattr(place, function)))
+            wrap(module)
 
         spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
         return spec
 
 
+def wrap(module: ModuleType) -> None:
+    for constant, value in CLOCKS.get(module.__name__, {}).items() if "PATIENT" in os.environ else ():
+        setattr(module, constant, value)
+    for where, wrapper in POINTS.get(module.__name__, ()):
+        *owner, function = where.split(".")
+        place = functools.reduce(getattr, owner, module)
+        setattr(place, function, wrapper(getattr(place, function)))
+
+
 def inject() -> None:
+    """In a process that was forked, some modules are there already."""
+    for name in {*POINTS, *CLOCKS} & {*sys.modules}:
+        wrap(sys.modules[name])
     sys.meta_path.insert(0, Injector())

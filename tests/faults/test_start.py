@@ -41,7 +41,7 @@ def test_a_signal_at_any_moment_of_a_start(
     start: Start, tiny_path: Path, short_path: Path, moment: int, signum: signal.Signals
 ) -> None:
     """Before the command has begun it is the kernel that ends it; there is nothing to be left behind then."""
-    server = start(real(tiny_path, "--num-tokenizer", "1"), wait=False, TMPDIR=str(short_path))
+    server = start(real(tiny_path, "--num-tokenizer", "1"), wait=False, is_new=True, TMPDIR=str(short_path))
     time.sleep(0.1 + 0.9 * moment)
     server.children = descendants(server)
     server.process.send_signal(signum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.order import APART, LONGEST, rank
+from tests.order import APART, LONGEST, InOrder, rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,3 +21,11 @@ def test_files_come_before_their_folder_and_units_last() -> None:
         "tests/soak/x.py::d",
     ]
     assert sorted(names, key=rank) == names[::-1]
+
+
+def test_what_is_one_workers() -> None:
+    def scope(nodeid: str) -> str:
+        return InOrder._split_scope(None, nodeid)
+
+    assert scope("tests/unit/test_args.py::a[x/y]") == scope("tests/unit/test_args.py::b") == "tests/unit/test_args.py"
+    assert scope("tests/e2e/test_learn.py::a") != scope("tests/e2e/test_learn.py::b")
