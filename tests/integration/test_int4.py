@@ -40,6 +40,7 @@ def fibonacci(n):
         a, b = b, a + b
     return a
 """
+TEXT += (ROOT / "docs" / "reliability.md").read_text()[:1200]  # of fewer tokens the share depends on the processor
 
 
 def nearest(weight: torch.Tensor) -> torch.Tensor:
