@@ -41,7 +41,8 @@ from minisgl.grammar.source import VocabularyConfig, load_vocabulary, to_llguida
 from minisgl.grammar.store import GrammarStore
 from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher, Words
 from minisgl.message.messages import DetokenizeMsg, ForcedMsg, UserMsg, pack_ids, unpack_ids
-from minisgl.scheduler.grammar import Grammars, LateMasks, _Row
+from minisgl.scheduler.grammar import Grammars
+from minisgl.scheduler.late import LateMasks, Row, beside
 from minisgl.scheduler.matching import Matching
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
@@ -196,9 +197,10 @@ def time_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, all masks are cheap."""
     monkeypatch.setattr("minisgl.scheduler.matching.CHEAP_SECONDS", 60.0)
     monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 60.0)
+    monkeypatch.setattr("minisgl.scheduler.late.CHEAP_SECONDS", 60.0)
     monkeypatch.setattr("minisgl.scheduler.grammar._GPU_SHARES", (1e6, 1e6))
-    monkeypatch.setattr("minisgl.scheduler.grammar.FREE_SECONDS", 60.0)
-    monkeypatch.setattr("minisgl.scheduler.grammar._WORKER_SHARE", 1e6)
+    monkeypatch.setattr("minisgl.scheduler.late.FREE_SECONDS", 60.0)
+    monkeypatch.setattr("minisgl.scheduler.late._SHARE", 1e6)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -391,11 +393,11 @@ def test_a_failure_is_told_and_the_device_goes_on(
     assert states[0] == MASK_NOT_READY
 
 
-def rows_of(store: GrammarStore, grammars: Grammars, cost: float = 1e9) -> list[_Row]:
+def rows_of(store: GrammarStore, grammars: Grammars, cost: float = 1e9) -> list[Row]:
     """A request's first token, whose mask is dear."""
     grammar = replace(store.request(GRAMMARS[1]).result(60), cost=cost)
     params, grammars.outputs[7] = SamplingParams(seed=0), Matching(grammar)
-    return [_Row(Req(7, [1], np.empty(0, np.int32), 1, params, 9, 1), grammars.outputs[7], 1)]
+    return [Row(Req(7, [1], np.empty(0, np.int32), 1, params, 9, 1), grammars.outputs[7], 1)]
 
 
 def test_a_new_request_of_a_dear_grammar_is_expected_to_be_dear(store: GrammarStore) -> None:
@@ -411,14 +413,13 @@ def test_a_new_request_of_a_dear_grammar_is_expected_to_be_dear(store: GrammarSt
 
 def test_what_threads_compute_no_worker_waits_for(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grammar's matchers share a lock: where its masks are dear, none of them is computed for a device that waits."""
-    monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 0.001)
-    grammars = Grammars(store, is_gpu=True)
-    (row,) = rows_of(store, grammars, cost=0.0)
-    assert grammars._beside(row, 0) is not None
+    monkeypatch.setattr("minisgl.scheduler.late.CHEAP_SECONDS", 0.001)
+    (row,) = rows_of(store, Grammars(store, is_gpu=True), cost=0.0)
+    assert beside(row, 0) is not None
     row.output.grammar.mean = 0.01
-    assert grammars._beside(row, 0) is None
+    assert beside(row, 0) is None
     row.output.grammar.mean = 0.0
-    assert grammars._beside(row, 0) is not None
+    assert beside(row, 0) is not None
 
 
 def test_nobody_waits_for_threads_where_a_grammar_is_dear(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,7 +462,7 @@ def test_what_is_prescribed_is_told_beside_a_gpu_too(plain_store: GrammarStore) 
         SamplingParams(seed=0),
     )
     grammars = Grammars(plain_store, is_gpu=True, tells_forced=True)
-    rows = [_Row(Req(7, [1], np.empty(0, np.int32), 1, params, 9, 1), Matching(grammar, asks_forced=True), 1)]
+    rows = [Row(Req(7, [1], np.empty(0, np.int32), 1, params, 9, 1), Matching(grammar, asks_forced=True), 1)]
     is_ready = np.zeros(1, np.bool_)
     plan = StepPlan(1, (), (), (ScheduledReq(0, 0, 1, 1),), 1, masked=(0,))
     grammars.compute(plan, rows, [[]], np.zeros((1, VOCAB // 32), np.int32), is_ready)

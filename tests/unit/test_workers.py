@@ -14,12 +14,12 @@ from unittest.mock import Mock
 import psutil
 import pytest
 
+import minisgl.scheduler.grammar  # noqa: F401 (so that it is not made of mocks)
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.message.messages import Report, report_codec
 from minisgl.processes import control as control_module
-import minisgl.scheduler.grammar  # noqa: F401 (so that it is not made of mocks)
 from minisgl.processes import workers
 from minisgl.processes.control import Control, Launcher, Worker, WorkerSpec
 from minisgl.processes.supervisor import Supervisor

@@ -10,29 +10,17 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from minisgl.core import (
-    ID_PENDING,
-    MASK_NOT_READY,
-    MASK_READY,
-    NOT_READY,
-    FinishReason,
-    Req,
-    ReqOutput,
-    StepHandle,
-    StepPlan,
-)
-from minisgl.errors import EngineError, RequestError
+from minisgl.core import FinishReason, ReqOutput, StepPlan
+from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
-from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher
 from minisgl.message import messages as wire
+from minisgl.scheduler.late import Beside, LateMasks, Row, Submitted
 from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Words
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
@@ -41,29 +29,13 @@ logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
-_STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
-# computed in vain, for more than that. A GPU computes meanwhile; and what a thread beside Python may take, then.
-CPU_SHARES, _GPU_SHARES, _WORKER_SHARE = (0.1, 0.4), (0.1, 2.0), 0.75
+# computed in vain, for more than that. A GPU computes meanwhile.
+CPU_SHARES, _GPU_SHARES = (0.1, 0.4), (0.1, 2.0)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 MOST_SECONDS = 10.0  # of a core: what the masks of one request may take beyond `FREE_SECONDS` each
 
-_REF, _PLACE = map(MaskRow._fields.index, ("ref", "place"))
-_NEXT = np.array(MaskRow(matcher=0, ref=0, length=1, known=0, place=0))  # of a row that goes on: one token more
-
-Submitted = tuple[Planned, StepHandle]
 Reply = wire.DetokenizeMsg | wire.ErrorReply
-
-
-class _Row(NamedTuple):
-    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these. Their
-    masks are at `place` of the step's."""
-
-    req: Req
-    output: Matching
-    length: int
-    draft: tuple[int, ...] = ()
-    place: int = 0
 
 
 class Grammars:
@@ -83,8 +55,7 @@ class Grammars:
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
-        self._worker: MaskWorker | None = None  # computes cheap masks of native matchers
-        self._num_dear = 0  # of its masks, when rows were last looked at
+        self._beside = Beside()
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._is_gpu, self._shares = is_gpu, _GPU_SHARES if is_gpu else CPU_SHARES
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
@@ -132,7 +103,7 @@ class Grammars:
         replies, self._replies = self._replies, []
         return admitted, replies
 
-    def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> "LateMasks | None":
+    def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> LateMasks | None:
         """The masks of a step's rows that have to match a grammar, computed after the engine has asked for them.
         submitted: the steps before it that are not retired, oldest first."""
         plan = planned.plan
@@ -155,31 +126,9 @@ class Grammars:
         if self._last is not None:
             self._last.begin()
 
-    def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[_Row]:
-        """Have masks of a step computed beside Python, as many as are there in time. last: of the step before, if it
-        has not ended; what goes on as it did there costs the host next to nothing. → the other rows."""
-        worker, most, refs = self._worker, _WORKER_SHARE * self._interval, dict[int, int]()
-        if worker is not None and last is not None:
-            is_cheap = worker.num_dear == self._num_dear and worker.cost <= most
-            if is_cheap and last.table is not None and masks.follows(last):
-                masks.table = last.table + _NEXT
-                masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
-                worker.submit(masks.table, words, states, last.ids)
-                return []
-            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
-        shared, left, self._late_cost = list[MaskRow](), list[_Row](), 0.0
-        for row in sorted(masks.rows(), key=lambda row: row.output.cost):
-            beside = self._beside(row, refs.get(row.req.uid, 0))
-            if beside is None or self._late_cost + row.output.cost > most:
-                left.append(row)
-            else:
-                shared.append(beside)
-                self._late_cost += row.output.cost
-        if shared:
-            worker = self._worker = worker or MaskWorker(FREE_SECONDS)
-            table, self._num_dear = np.array(shared, np.int64), worker.num_dear
-            worker.submit(table, words, states, *(() if last is None else (last.ids,)))
-            masks.table = None if left else table
+    def share(self, masks: LateMasks, last: LateMasks | None, words: Words, states: Words) -> list[Row]:
+        """Have masks computed beside Python. last: of the step before, if it has not ended. → the other rows."""
+        left, self._late_cost = self._beside.share(masks, last, words, states, self._interval)
         return left
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
@@ -197,7 +146,7 @@ class Grammars:
                 if own.error is not None and output.finish_reason is FinishReason.ABORT:
                     output = output._replace(finish_reason=FinishReason.ERROR, error=own.error, error_status=400)
             elif own is not None and req.num_inflight == req.num_stale:
-                row, ids = _Row(req, own, len(req.tokens)), req.tokens[req.prompt_len + own.num_tokens :]
+                row, ids = Row(req, own, len(req.tokens)), req.tokens[req.prompt_len + own.num_tokens :]
                 if req.held:
                     self._waiting[req.uid] = own
                     if own.ready[0] != len(req.tokens) and (own.job is None or own.job.done()):
@@ -209,7 +158,7 @@ class Grammars:
         return told
 
     def compute(
-        self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None], words: Words, is_ready: Flags
+        self, plan: StepPlan, rows: Sequence[Row], new_ids: Sequence[list[int] | None], words: Words, is_ready: Flags
     ) -> None:
         """Write masks, as far as there is time, for `LateMasks`, which call it in the order of the steps.
         new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
@@ -236,33 +185,12 @@ class Grammars:
         self._last_time += time.perf_counter() - start  # which is no time of the step, else it would be ever more
 
     def close(self) -> None:
-        """Before the engine: it is written to."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        """Before the engine: its memory is written to."""
+        self._beside.close()
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
-
-    def _beside(self, row: _Row, ref: int) -> MaskRow | None:
-        """What computes a row's mask without Python, if it is needed, and not dear. ref: where the last token will
-        be, if a step before has not ended."""
-        req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
-        if own.matcher is None and own.error is None and own.grammar.cost <= FREE_SECONDS:
-            own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
-        num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
-        if not isinstance(matcher, NativeMatcher):
-            return None
-        own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
-        own.grammar.mean += (matcher.cost - own.grammar.mean) / 16
-        if own.grammar.mean > CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
-            return None
-        is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
-        if own.cost > FREE_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
-            return None
-        known = req.tokens[-1] if len(req.tokens) > req.prompt_len else -1
-        return MaskRow(matcher.address, ref if num_late else 0, num_output, known, row.place)
 
     def _release(self, uid: int) -> bool:
         """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
@@ -275,10 +203,10 @@ class Grammars:
         self._replies.append(wire.DetokenizeMsg(uid, b"", finish_reason=FinishReason.ABORT))
         return True
 
-    def _start(self, row: _Row, ids: list[int]) -> None:
+    def _start(self, row: Row, ids: list[int]) -> None:
         row.output.job = self._threads[row.output.cost > FREE_SECONDS].submit(self._mask, row, ids)
 
-    def _follow(self, row: _Row, ids: list[int], num_words: int) -> tuple[list[Words], str | None]:
+    def _follow(self, row: Row, ids: list[int], num_words: int) -> tuple[list[Words], str | None]:
         output = row.output
         found = output.follow(ids, row.draft, num_words, FREE_SECONDS)
         if output.forced and row.length + len(output.forced) > output.forced_to:
@@ -286,7 +214,7 @@ class Grammars:
             self._news.append(wire.ForcedMsg(row.req.uid, row.length, wire.pack_ids(output.forced)))
         return found
 
-    def _mask(self, row: _Row, ids: list[int]) -> list[Words]:
+    def _mask(self, row: Row, ids: list[int]) -> list[Words]:
         """Advance a row's matcher by its new tokens: which ones may follow, and after each token of a draft, as far as
         that is known. All, if its request is being ended."""
         output, start, words, why = row.output, time.thread_time(), list[Words](), None
@@ -307,90 +235,3 @@ class Grammars:
             words = [self.all_allowed]
         output.ready = row.length, words[0]
         return words
-
-
-class LateMasks:
-    """A step's masks. They depend on the tokens of the step before, so on a CPU they are computed when the engine asks
-    for them: after it has launched all of the step that comes before sampling. That may be on the engine's thread. A
-    device waits for each by itself: cheap ones are computed beside Python as soon as it has written the token before,
-    the others when the step before has ended.
-
-    numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
-    masks are computed so.
-    """
-
-    def __init__(
-        self, grammars: Grammars, plan: StepPlan, outputs: list[tuple[Req, Matching]], before: list[Submitted],
-        last: "LateMasks | None" = None,
-    ) -> None:  # fmt: skip
-        """last: the masks of the step before, if that has not ended."""
-        self._grammars, self._plan, self._outputs, self._before, self._last = grammars, plan, outputs, before, last
-        self.shape = len(plan.masked), len(grammars.all_allowed)
-        self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
-        self.table: npt.NDArray[np.int64] | None = None
-        self.ids = np.empty(0, np.int32)  # where a device writes its tokens
-        self._left: tuple[list[_Row], Words, Words] | None = None
-
-    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
-        last, self._last = self._last, None
-        if ids is None:
-            self._fill(self.rows(), words, states, is_late=False)
-            return
-        self.ids, self._left = ids, (self._grammars.share(self, last, words, states), words, states)
-        self._last, self._outputs = last, []
-        if not self._before:
-            self.begin()
-
-    def begin(self) -> None:
-        """The steps before it have ended: what is left is computed, once."""
-        last, self._last = self._last, None
-        if last is not None:  # those of a step that has failed will not come
-            last.ids[last.ids == ID_PENDING] = NOT_READY
-        left, self._left = self._left, None
-        if left is not None:
-            self._fill(*left, is_late=True)
-
-    def rows(self) -> list[_Row]:
-        drafts, rows, place = {draft.row: draft.ids for draft in self._plan.drafts}, list[_Row](), 0
-        for (req, output), num in zip(self._outputs, self.numbers[:, 1].tolist(), strict=True):
-            rows.append(_Row(req, output, num - 1, drafts.get(req.row, ()), place))
-            place += 1 + len(rows[-1].draft)
-        return rows
-
-    def follows(self, last: "LateMasks") -> bool:
-        """Whether it has the same requests, each with one token more."""
-        return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
-
-    @property
-    def addresses(self) -> npt.NDArray[np.int64]:
-        """Where the device writes the tokens that it samples."""
-        return self.ids.ctypes.data + 4 * np.arange(len(self.numbers))
-
-    def _fill(self, rows: list[_Row], words: Words, states: Words, is_late: bool) -> None:
-        """Compute the masks of these rows, and let them go."""
-        is_ready = np.zeros(len(words), np.bool_)
-        try:
-            if rows and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
-                self._grammars.compute(self._plan, rows, [*self._new_ids(rows)], words, is_ready)
-        except Exception as error:
-            if not is_late and not isinstance(error, EngineError):  # of the step before: its requests end with it
-                raise
-            logger.warning("step %d has no masks: %s: %s", self._plan.step_id, type(error).__name__, error)
-        finally:
-            places = [place for row in rows for place in range(row.place, row.place + 1 + len(row.draft))]
-            states[places] = np.where(is_ready[places], MASK_READY, MASK_NOT_READY)
-            self._outputs, self._before = [], []
-
-    def _new_ids(self, rows: list[_Row]) -> Iterator[list[int] | None]:
-        """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
-        where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
-        sampled = dict[int, list[int]]()
-        for planned, handle in self._before:
-            reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
-            for i in planned.plan.masked:
-                sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
-        for req, output, length, *_ in rows:
-            late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
-            if num := length - begin - len(late):  # before them, or of them
-                late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]
-            yield None if NOT_READY in late else [token for token in late if token >= 0]

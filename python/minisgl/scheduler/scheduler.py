@@ -10,7 +10,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
 from minisgl.errors import EngineError, IntegrityError, WorkerDied
 from minisgl.message import messages as wire
-from minisgl.scheduler.grammar import Submitted
+from minisgl.scheduler.late import Submitted
 from minisgl.scheduler.integrity import check_integrity, dump
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner

@@ -1,0 +1,198 @@
+"""A step's masks: when they are computed, and by whom (docs/adr/0031-a-gpu-waits-for-masks.md)."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.core import ID_PENDING, MASK_NOT_READY, MASK_READY, NOT_READY, Req, StepHandle, StepPlan
+from minisgl.errors import EngineError
+from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching, Words
+from minisgl.scheduler.plan import Planned
+
+logger = logging.getLogger(__name__)
+
+_STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
+_SHARE = 0.75  # of the time between two steps: what the masks of one may take the worker
+_REF, _PLACE = map(MaskRow._fields.index, ("ref", "place"))
+_NEXT = np.array(MaskRow(matcher=0, ref=0, length=1, known=0, place=0))  # of a row that goes on: one token more
+
+Submitted = tuple[Planned, StepHandle]
+
+
+class Row(NamedTuple):
+    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these. Their
+    masks are at `place` of the step's."""
+
+    req: Req
+    output: Matching
+    length: int
+    draft: tuple[int, ...] = ()
+    place: int = 0
+
+
+class Computing(Protocol):
+    """Who computes the masks that are not computed beside Python, and has both."""
+
+    all_allowed: Words
+
+    def share(self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words) -> list[Row]: ...
+
+    def compute(
+        self, plan: StepPlan, rows: Sequence[Row], new_ids: Sequence[list[int] | None], words: Words, is_ready: Flags
+    ) -> None: ...
+
+
+class Beside:
+    """Has masks computed beside Python, from the first ones on that can be."""
+
+    def __init__(self) -> None:
+        self._worker: MaskWorker | None = None
+        self._num_dear = 0  # of its masks, when rows were last looked at
+
+    def share(
+        self, masks: "LateMasks", last: "LateMasks | None", words: Words, states: Words, interval: float
+    ) -> tuple[list[Row], float]:
+        """Have masks of a step computed, as many as are there in time. last: of the step before, if it has not ended;
+        what goes on as it did there costs the host next to nothing. interval: seconds between two steps. → the other
+        rows, and the seconds of a core that it will take."""
+        worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
+        if worker is not None and last is not None:
+            is_cheap = worker.num_dear == self._num_dear and worker.cost <= most
+            if is_cheap and last.table is not None and masks.follows(last):
+                masks.table = last.table + _NEXT
+                masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
+                worker.submit(masks.table, words, states, last.ids)
+                return [], worker.cost
+            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
+        shared, left = list[MaskRow](), list[Row]()
+        for row in sorted(masks.rows(), key=lambda row: row.output.cost):
+            one = beside(row, refs.get(row.req.uid, 0))
+            if one is None or spent + row.output.cost > most:
+                left.append(row)
+            else:
+                shared.append(one)
+                spent += row.output.cost
+        if shared:
+            worker = self._worker = worker or MaskWorker(FREE_SECONDS)
+            table, self._num_dear = np.array(shared, np.int64), worker.num_dear
+            worker.submit(table, words, states, *(() if last is None else (last.ids,)))
+            masks.table = None if left else table
+        return left, spent
+
+    def close(self) -> None:
+        """Before the engine: its memory is written to."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+def beside(row: Row, ref: int) -> MaskRow | None:
+    """What computes a row's mask without Python, if it is needed, and not dear. ref: where the last token will
+    be, if a step before has not ended."""
+    req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
+    if own.matcher is None and own.error is None and own.grammar.cost <= FREE_SECONDS:
+        own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
+    num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
+    if not isinstance(matcher, NativeMatcher):
+        return None
+    own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
+    own.grammar.mean += (matcher.cost - own.grammar.mean) / 16
+    if own.grammar.mean > CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
+        return None
+    is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
+    if own.cost > FREE_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
+        return None
+    known = req.tokens[-1] if len(req.tokens) > req.prompt_len else -1
+    return MaskRow(matcher.address, ref if num_late else 0, num_output, known, row.place)
+
+
+class LateMasks:
+    """A step's masks. They depend on the tokens of the step before, so on a CPU they are computed when the engine asks
+    for them: after it has launched all of the step that comes before sampling. That may be on the engine's thread. A
+    device waits for each by itself: cheap ones are computed beside Python as soon as it has written the token before,
+    the others when the step before has ended.
+
+    numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
+    masks are computed so.
+    """
+
+    def __init__(
+        self, computing: Computing, plan: StepPlan, outputs: list[tuple[Req, Matching]], before: list[Submitted],
+        last: "LateMasks | None" = None,
+    ) -> None:  # fmt: skip
+        """last: the masks of the step before, if that has not ended."""
+        self._computing, self._plan, self._outputs, self._before, self._last = computing, plan, outputs, before, last
+        self.shape = len(plan.masked), len(computing.all_allowed)
+        self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
+        self.table: npt.NDArray[np.int64] | None = None
+        self.ids = np.empty(0, np.int32)  # where a device writes its tokens
+        self._left: tuple[list[Row], Words, Words] | None = None
+
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        last, self._last = self._last, None
+        if ids is None:
+            self._fill(self.rows(), words, states, is_late=False)
+            return
+        self.ids, self._left = ids, (self._computing.share(self, last, words, states), words, states)
+        self._last, self._outputs = last, []
+        if not self._before:
+            self.begin()
+
+    def begin(self) -> None:
+        """The steps before it have ended: what is left is computed, once."""
+        last, self._last = self._last, None
+        if last is not None:  # those of a step that has failed will not come
+            last.ids[last.ids == ID_PENDING] = NOT_READY
+        left, self._left = self._left, None
+        if left is not None:
+            self._fill(*left, is_late=True)
+
+    def rows(self) -> list[Row]:
+        drafts, rows, place = {draft.row: draft.ids for draft in self._plan.drafts}, list[Row](), 0
+        for (req, output), num in zip(self._outputs, self.numbers[:, 1].tolist(), strict=True):
+            rows.append(Row(req, output, num - 1, drafts.get(req.row, ()), place))
+            place += 1 + len(rows[-1].draft)
+        return rows
+
+    def follows(self, last: "LateMasks") -> bool:
+        """Whether it has the same requests, each with one token more."""
+        return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Where the device writes the tokens that it samples."""
+        return self.ids.ctypes.data + 4 * np.arange(len(self.numbers))
+
+    def _fill(self, rows: list[Row], words: Words, states: Words, is_late: bool) -> None:
+        """Compute the masks of these rows, and let them go."""
+        is_ready = np.zeros(len(words), np.bool_)
+        try:
+            if rows and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+                self._computing.compute(self._plan, rows, [*self._new_ids(rows)], words, is_ready)
+        except Exception as error:
+            if not is_late and not isinstance(error, EngineError):  # of the step before: its requests end with it
+                raise
+            logger.warning("step %d has no masks: %s: %s", self._plan.step_id, type(error).__name__, error)
+        finally:
+            places = [place for row in rows for place in range(row.place, row.place + 1 + len(row.draft))]
+            states[places] = np.where(is_ready[places], MASK_READY, MASK_NOT_READY)
+            self._outputs, self._before = [], []
+
+    def _new_ids(self, rows: list[Row]) -> Iterator[list[int] | None]:
+        """Of each row the tokens of the output up to the one to be sampled that its matcher has not taken yet; None
+        where one of them was not sampled. The host knows the first of them, and the steps before have the others."""
+        sampled = dict[int, list[int]]()
+        for planned, handle in self._before:
+            reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
+            for i in planned.plan.masked:
+                sampled.setdefault(reqs[i].uid, []).append(token_ids[i])
+        for req, output, length, *_ in rows:
+            late, begin = sampled.get(req.uid, []), req.prompt_len + output.num_tokens
+            if num := length - begin - len(late):  # before them, or of them
+                late = req.tokens[begin : begin + num] + late if num > 0 else late[-num:]
+            yield None if NOT_READY in late else [token for token in late if token >= 0]
