@@ -170,9 +170,8 @@ struct ChangedSlice {
     }
   }
 
-  // Put the words of a mask that belong to this slice in place of the counts, in whole vectors of 16 bytes, for which
-  // the bus takes a quarter of the time of as many words: the board has room behind its last one. → the bit there of the
-  // slice's first token.
+  // Put the words of a mask that belong to this slice in place of the counts, in whole vectors of 16 bytes, one load for
+  // four words: the board has room behind its last one. → the bit there of the slice's first token.
   __device__ int load_mask(const uint32_t* words) const {
     const uint32_t* own = words + tokens.first / 32;
     const int before = static_cast<int>(reinterpret_cast<uintptr_t>(own) % 16 / sizeof(uint32_t));
