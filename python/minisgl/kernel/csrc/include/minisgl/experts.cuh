@@ -8,9 +8,9 @@
 //   [row][4 bytes]: the powers of two of these 32 k each, as the exponent of a T that makes numbers of `floats`
 // Gated: octets of gate and of up alternate.
 //
-// A block of threads has a block of pairs and some tiles, all k of them. A warp has tiles of its own: it waits for no
-// other one's weights, the next of which its lanes hold in registers (experts_wide.cu: its own ring). The pairs' x goes
-// through shared memory, in rows of 64 k, 128-byte swizzled, a few units at a time while the next ones are fetched.
+// Few pairs (`Share`; many: experts_wide.cuh): a block of threads has a block of pairs and some tiles, all k of them. A warp
+// has tiles of its own: it waits for no other one's weights, the next of which its lanes hold in registers. The pairs' x
+// goes through shared memory, in rows of 64 k, 128-byte swizzled, a few units at a time while the next ones are fetched.
 #pragma once
 
 #include "minisgl/arguments.cuh"
@@ -34,7 +34,7 @@ struct Args {
   T* out;
   int64_t x_stride;
   float unit;  // of all weights
-  int k, units, tiles, top_k;
+  int k, units, tiles, top_k, num_blocks;
   bool clamped;
 };
 
@@ -193,6 +193,7 @@ inline Args arguments(const TensorView& x, const TensorView& weight, double unit
           static_cast<int>(units),
           static_cast<int>(rows / 16),
           static_cast<int>(top_k),
+          static_cast<int>(blocks.size(0)),
           kind == 2};
 }
 
