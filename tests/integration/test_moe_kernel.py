@@ -253,6 +253,37 @@ def test_biases_and_clamped_activations(dtype: torch.dtype, kind: str, num_token
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("hidden", "inner"), [(1184, 736), (64, 3232)])
+@pytest.mark.parametrize("num_tokens", [150, 900])
+def test_many_tokens(dtype: torch.dtype, hidden: int, inner: int, num_tokens: int) -> None:
+    """More tiles than a GPU computes at a time, of experts with few pairs, with many and with none."""
+    from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
+
+    torch.manual_seed(1)
+    num_experts, top_k, stacks, full = 9, 3, [], []
+    for is_gated, rows, cols in ((True, 2 * inner, hidden), (False, hidden, inner)):
+        parts = [[mxfp4(rows, cols)] for _ in range(num_experts)]
+        stack = stack_of((dtype, parts), is_gated, torch.cuda.get_device_capability())
+        stacks.append(replace(stack, bias=torch.randn(num_experts, rows, device=DEVICE).to(dtype)))
+        full.append([part.dequantize().to(dtype).float() for (part,) in parts])
+    x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype) / hidden**0.5
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE) + torch.linspace(-3, 3, num_experts, device=DEVICE)
+    logits[:, 5] = -20.0  # nobody's choice
+    chosen, experts = logits.topk(top_k, dim=-1)
+    weights, expected = chosen.softmax(-1), torch.zeros(num_tokens, hidden, device=DEVICE)
+    for expert in range(num_experts):
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        first, second = ((full[i][expert], stacks[i].bias[expert].float()) for i in range(2))
+        inside = clamped_swiglu(*(x[token].float() @ first[0].T + first[1]).chunk(2, -1)).to(dtype).float()
+        expected.index_add_(0, token, (inside @ second[0].T + second[1]) * weights[token, choice, None])
+    arch = torch.cuda.get_device_capability()
+    for _ in range(3):
+        out = fused_moe(x, logits, *stacks, top_k, True, None, True, arch).float()
+        torch.testing.assert_close(out / expected.abs().max(), expected / expected.abs().max(), atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_powers_of_two_that_have_no_room(dtype: torch.dtype) -> None:
     """Numbers of their sizes have a factor then."""
     from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of

@@ -8,20 +8,20 @@ import torch
 from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.utils.math import div_ceil
 
-# Pairs of one expert that are multiplied together, by how many of them it gets on average at most; of more `WIDE`.
-BLOCKS = {0.5: 4, 5: 8, 12: 16, 24: 32, 64: 64}
-WIDE = (64, 128)  # that the tensor cores of Hopper take
+# Pairs of one expert that are multiplied together, by how many of them it gets on average at most.
+BLOCKS = {0.5: 4, 5: 8, 12: 16, 24: 32, float("inf"): 64}
+HOPPER = {0.5: 4, 5: 8, 8: 16, 48: 64, float("inf"): 128}  # from 64 on its tensor cores take them
 
 
 def load(dtype: torch.dtype, arch: tuple[int, int], block_m: int = 0) -> Any:
     """The module for blocks of so many pairs."""
-    kind: dict[str, int] = {"MINISGL_TOKENS": block_m} if arch == (9, 0) and block_m in WIDE else {}
+    kind: dict[str, int] = {"MINISGL_TOKENS": block_m} if arch == (9, 0) and block_m >= 64 else {}
     return load_kernel("experts_wide" if kind else "experts", arch, MINISGL_FP16=int(dtype == torch.float16), **kind)
 
 
 def block_of(num_pairs: int, num_experts: int, arch: tuple[int, int]) -> int:
-    fitting = (size for average, size in BLOCKS.items() if num_pairs <= num_experts * average)
-    return next(fitting, WIDE[arch == (9, 0)])
+    sizes = HOPPER if arch == (9, 0) else BLOCKS
+    return next(size for average, size in sizes.items() if num_pairs <= num_experts * average)
 
 
 def takes(gate_up: Any, down: Any, num_pairs: int, top_k: int) -> bool:
@@ -34,7 +34,7 @@ def takes(gate_up: Any, down: Any, num_pairs: int, top_k: int) -> bool:
 def pack(blocks: torch.Tensor, dtype: torch.dtype, gated: bool, arch: tuple[int, int]) -> tuple[torch.Tensor, float]:
     """blocks: [experts, rows, bytes] of `packed.Blocks`, of `gated` ones gate's rows first → the same of uint8 as the
     kernels read them, and the factor of all weights that has no room there. Compiles what multiplies with it."""
-    side_by_side(partial(load, dtype, arch, block_m) for block_m in ((0, *WIDE) if arch == (9, 0) else (0,)))
+    side_by_side(partial(load, dtype, arch, block_m) for block_m in ((0, 64, 128) if arch == (9, 0) else (0,)))
     shift = max(0, int(blocks[..., ::17].max()) - 128)
     out = blocks.new_empty(*blocks.shape[:2], div_ceil(blocks.shape[2] // 17, 4) * 68)
     for matrix, to in zip(blocks, out, strict=True):

@@ -183,15 +183,19 @@ __global__ void pack_kernel(const __grid_constant__ PackArgs args) {
   int from = args.gated ? octet * (args.rows / 2) + tile * 8 + row : tile * 16 + octet * 8 + row;
   uint8_t* out = args.out + at * kUnitBytes;
   uint32_t words[4] = {};
+  constexpr int kTurned[2][4] = {{0, 4, -6, 8}, {2, 6, -4, -2}};  // to the right, by `unpack`
   for (int j = 0; j < 4; ++j) {
     if (unit * 4 + j >= args.groups) break;
     const uint8_t* block = args.blocks + (static_cast<int64_t>(from) * args.groups + unit * 4 + j) * 17;
-    for (int i = 0; i < 8; ++i) {  // of a byte's two codes, of two bytes in a row, of the lower and the upper 8
-      int p = i / 4 * 2 + i % 4 / 2, half = i % 2;
-      uint32_t code = block[1 + i % 4 / 2 * 8 + quad * 2 + half] >> (i / 4 * 4) & 15, sign = code >> 3;
-      uint32_t last = sign << 14 | (code >> 2 & 1) << 13 | (code & 3) << 10;
-      uint32_t bits = p == 3 ? last : (sign << 15 | (code & 7) << 6) >> (3 * p);
-      words[j] |= bits << (16 * half);
+    for (int p = 0; p < 4; ++p) {
+      uint32_t bits = 0;
+      for (int half = 0; half < 2; ++half) {
+        uint32_t code = block[1 + p % 2 * 8 + quad * 2 + half] >> (p / 2 * 4) & 15;
+        bits |= (code >> 3 << 15 | (code & 7) << 6) << (16 * half);
+      }
+      bits = turn(bits, -kTurned[j % 2][p]);
+      if (p < 3) words[j] |= bits;
+      else words[j & 2] |= bits & kLeft, words[j | 1] |= bits & ~kLeft;
     }
     if (j == quad) out[kCodeBytes + (octet * 8 + row) * 4 + j] = min(max(block[0] + args.base, 0), 255);
   }

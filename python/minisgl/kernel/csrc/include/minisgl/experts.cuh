@@ -4,13 +4,13 @@
 // Packed weights (minisgl/kernel/experts.py): [expert][tile of 16 rows][unit of 128 k], of a unit
 //   [octet of rows][lane][4 words]: word j has codes of row lane / 4 of the octet, of the j-th 32 k: pair p is those that
 //                                   A fragments (mma.m16n8k16) want of the p / 2-th 16 k, their lower or upper 8, its first
-//                                   code in the lower half; where in a half it lies, `floats` says
-//   [row][4 bytes]: the powers of two of these 32 k each, as the exponent of a T that makes numbers of `floats`
+//                                   code in the lower half; where its bits lie, `unpack` says
+//   [row][4 bytes]: the powers of two of these 32 k each, as the exponent of a T that makes numbers of what `floats` finds
 // Gated: octets of gate and of up alternate.
 //
-// A block of threads has a block of pairs and some tiles, all k of them. A warp has tiles of its own: it waits for no
-// other one's weights, the next of which its lanes hold in registers (experts_wide.cu: its own ring). The pairs' x goes
-// through shared memory, in rows of 64 k, 128-byte swizzled, a few units at a time while the next ones are fetched.
+// Few pairs (`Share`; many: experts_wide.cuh): a block of threads has a block of pairs and some tiles, all k of them. A warp
+// has tiles of its own: it waits for no other one's weights, the next of which its lanes hold in registers. The pairs' x
+// goes through shared memory, in rows of 64 k, 128-byte swizzled, a few units at a time while the next ones are fetched.
 #pragma once
 
 #include "minisgl/arguments.cuh"
@@ -22,6 +22,7 @@ namespace {
 constexpr int kUnitK = 128;
 constexpr int kCodeBytes = 1024;  // of a unit
 constexpr int kUnitBytes = kCodeBytes + 64;
+constexpr uint32_t kLeft = 0x60306030;  // bits of words of even j for last pairs (`unpack`)
 constexpr int kMantissa = std::is_same_v<T, __half> ? 10 : 7;  // bits
 
 struct Args {
@@ -34,7 +35,7 @@ struct Args {
   T* out;
   int64_t x_stride;
   float unit;  // of all weights
-  int k, units, tiles, top_k;
+  int k, units, tiles, top_k, num_blocks;
   bool clamped;
 };
 
@@ -51,33 +52,43 @@ __device__ __forceinline__ uint4 load_once(const char* from) {
   return v;
 }
 
-// Pair p of a word, times a power. Three of a half's four codes lie so that a shift brings them where a bf16 has its sign
-// and the lowest bits of its exponent: pair p has sign and code at bits 15 and 8 to 6, less 3p. The last one has what is
-// left: 14, 13, 11 and 10.
-template <int p>
-__device__ __forceinline__ uint32_t floats(uint32_t word, uint32_t power) {
-  uint32_t bits;
-  if constexpr (p < 3) {
-    bits = word << (3 * p) & 0x81c081c0u;
-  } else {
-    bits = (word << 1 & 0x80008000u) | (word >> 5 & 0x01000100u) | (word >> 4 & 0x00c000c0u);
-  }
+// Two codes lie in bits 15 and 8 to 6 of `bits`' halves, where a bf16 has its sign and the lowest bits of its exponent.
+__device__ __forceinline__ uint32_t floats(uint32_t bits, T2 power) {
+  bits &= 0x81c081c0u;
 #if MINISGL_FP16
   bits = (bits & 0x80008000u) | (bits << 3 & 0x0e000e00u);
 #endif
-  T2 product = __hmul2(*reinterpret_cast<T2*>(&bits), *reinterpret_cast<T2*>(&power));
+  T2 product = __hmul2(*reinterpret_cast<T2*>(&bits), power);
   return *reinterpret_cast<uint32_t*>(&product);
 }
 
-// The A fragments of the j-th 32 k of a unit.
+// Twice the power of the j-th 32 k: products take a half in place of both, so that this costs next to nothing.
+__device__ __forceinline__ T2 power_of(uint32_t powers, int j) {
+  uint32_t bits = (powers >> (j % 2 * 8) & 0x00ff00ffu) << kMantissa;
+  T2 two = *reinterpret_cast<T2*>(&bits);
+#if MINISGL_FP16
+  return j / 2 ? __high2half2(two) : __low2half2(two);
+#else
+  return j / 2 ? __high2bfloat162(two) : __low2bfloat162(two);
+#endif
+}
+
+__device__ __forceinline__ uint32_t turn(uint32_t word, int right) { return __funnelshift_r(word, word, right); }
+
+// The A fragments of the j-th 32 k of a unit. Pairs of codes lie where turning a word brings their bits to where `floats` wants
+// them. No four such places fill a half, but eight fill two: words of an even and an odd j have three each, and what they
+// leave, together, has the last pair of both.
 __device__ __forceinline__ void unpack(const Codes& codes, int j, uint32_t (&a)[2][4]) {
 #pragma unroll
   for (int octet = 0; octet < 2; ++octet) {
     const uint4& v = codes.octets[octet];
-    uint32_t word = j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
-    uint32_t power = __byte_perm(codes.powers[octet], 0, 0x4040 | 0x0101 * j) << kMantissa;
-    a[0][octet] = floats<0>(word, power), a[0][2 + octet] = floats<1>(word, power);
-    a[1][octet] = floats<2>(word, power), a[1][2 + octet] = floats<3>(word, power);
+    uint32_t even = j < 2 ? v.x : v.z, odd = j < 2 ? v.y : v.w, left;  // (even & kLeft) | (odd & ~kLeft)
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(left) : "r"(kLeft), "r"(even), "r"(odd));
+    T2 power = power_of(codes.powers[octet], j);
+    a[0][octet] = floats(j % 2 ? turn(odd, 2) : even, power);
+    a[0][2 + octet] = floats(j % 2 ? turn(odd, 6) : turn(even, 4), power);
+    a[1][octet] = floats(j % 2 ? odd << 4 : even << 6, power);
+    a[1][2 + octet] = floats(j % 2 ? left << 2 : turn(left, 8), power);
   }
 }
 
@@ -193,6 +204,7 @@ inline Args arguments(const TensorView& x, const TensorView& weight, double unit
           static_cast<int>(units),
           static_cast<int>(rows / 16),
           static_cast<int>(top_k),
+          static_cast<int>(blocks.size(0)),
           kind == 2};
 }
 
