@@ -10,8 +10,8 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
 from minisgl.errors import EngineError, IntegrityError, WorkerDied
 from minisgl.message import messages as wire
-from minisgl.scheduler.late import Submitted
 from minisgl.scheduler.integrity import check_integrity, dump
+from minisgl.scheduler.late import Submitted
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.transport import Transport
