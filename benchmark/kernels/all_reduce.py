@@ -69,7 +69,7 @@ def check(comm: CudaCommunicator) -> None:
             comm.peers.all_reduce(x, outs["one-shot"], False)
         else:
             outs["one-shot"].copy_(outs["two-shot"])
-        comm.nccl.all_reduce(outs["NCCL"].copy_(x))
+        comm.nccl.all_reduce(x, outs["NCCL"])
         assert torch.equal(outs["one-shot"], outs["two-shot"]), num_bytes
         for name, out in outs.items():
             worst[name] = max(worst[name], float((out.double() - right).abs().max()))
@@ -124,7 +124,7 @@ def table(comm: CudaCommunicator) -> None:
                 cells.append(f"{microseconds(lambda: peers.all_reduce(x, out, two_shot)):12.2f}")  # noqa: B023
             else:
                 cells.append(f"{'-':>12}")
-        cells.append(f"{microseconds(lambda: comm.nccl.all_reduce(x)):9.2f}")  # noqa: B023
+        cells.append(f"{microseconds(lambda: comm.nccl.all_reduce(x, out)):9.2f}")  # noqa: B023
         one, two = num_bytes <= ONE_SHOT_BYTES[comm.size], num_bytes <= TWO_SHOT_BYTES
         if comm.rank == 0:
             print(

@@ -64,7 +64,7 @@ def check_sums(comm: Any) -> None:
                 assert torch.equal(before, expected), (dtype, n, two_shot, "in place")
             total = torch.stack(parts).double().sum(0)
             bound = torch.stack(parts).double().abs().sum(0) * (0 if dtype == torch.int32 else torch.finfo(dtype).eps)
-            out = comm.all_reduce(mine.clone())
+            out = comm.all_reduce(mine.clone(), torch.empty_like(mine))
             assert bool(((out.double() - total).abs() <= 2 * bound).all()), (dtype, n)
     zeros = torch.full((4096,), -0.0, device="cuda", dtype=torch.bfloat16)
     assert bool((comm.all_reduce(zeros) == 0).all()), "negative zeros mark empty slots and must still arrive"
@@ -83,7 +83,7 @@ def check_graphs(comm: Any) -> None:
         for i, x in enumerate(inputs):
             if i == 3:
                 outputs.append(comm.broadcast(ids.clone()))
-            outputs.append(comm.all_reduce(x.clone()))
+            outputs.append(comm.all_reduce(x, torch.empty_like(x)))
         return outputs
 
     step()

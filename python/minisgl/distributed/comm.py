@@ -78,9 +78,9 @@ class Communicator:
         self._meeting = meeting
         self.rank, self.size = (meeting.rank, meeting.size) if meeting else (0, 1)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks; it may be made in place of `x`."""
-        return x
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum over ranks, in `out`, which is like x; without it, may work in place and return `x`."""
+        return x if out is None else out.copy_(x)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, n] on every rank → [rows, size * n] on rank 0, ranks in order along the last dimension; elsewhere
@@ -113,9 +113,10 @@ class GlooCommunicator(Communicator):
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         self._group = gloo(meeting.store, self.rank, self.size, options)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self._group.allreduce([x]).wait()
-        return x
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = x if out is None else out.copy_(x)
+        self._group.allreduce([out]).wait()
+        return out
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

@@ -26,8 +26,10 @@ class TorchNccl:
         self._group = nccl(store, meeting.rank, meeting.size, options)
         self._group.eager_connect_single_device(device)
 
-    def all_reduce(self, x: torch.Tensor) -> None:
-        self._group.allreduce([x]).wait()
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if out is not x:
+            out.copy_(x)
+        self._group.allreduce([out]).wait()
 
     def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         self._group._allgather_base(out, x).wait()
@@ -68,7 +70,7 @@ class CudaCommunicator(Communicator):
         """Let NCCL connect and allocate now, for small and large messages, rather than inside a capture."""
         for n in (1024, 1 << 20, 16 << 20):
             x = torch.ones(n, dtype=torch.bfloat16, device=self._device)
-            self.nccl.all_reduce(x)
+            self.nccl.all_reduce(x, x)
             if not bool((x == self.size).all()):
                 raise EngineError(f"NCCL summed {n} ones of {self.size} ranks to something else")
         out = torch.empty(self.size, n, dtype=torch.bfloat16, device=self._device)
@@ -78,13 +80,14 @@ class CudaCommunicator(Communicator):
         del x, out
         torch.cuda.empty_cache()  # a quarter of a GiB, which would look like the model's
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         x = x.contiguous()
-        if self.peers is not None and self.peers.takes(x):
-            self.peers.all_reduce(x, x)
+        out = x if out is None else out
+        if self.peers is not None and self.peers.takes(x) and self.peers.takes(out):
+            self.peers.all_reduce(x, out)
         elif x.numel():
-            self.nccl.all_reduce(x)
-        return x
+            self.nccl.all_reduce(x, out)
+        return out
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

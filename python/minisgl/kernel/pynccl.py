@@ -83,10 +83,11 @@ class PyNccl:
         self._comm = ctypes.c_void_p()
         _call("ncclCommInitRank", ctypes.byref(self._comm), size, UniqueId.from_buffer_copy(identity), rank)
 
-    def all_reduce(self, x: torch.Tensor) -> None:
-        """The sum over ranks, in place."""
-        count, dtype, stream = _message(x)
-        _call("ncclAllReduce", x.data_ptr(), x.data_ptr(), count, dtype, SUM, self._comm, stream)
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out: like x, may be x."""
+        assert out.shape == x.shape, (x.shape, out.shape)
+        count, dtype, stream = _message(x, out)
+        _call("ncclAllReduce", x.data_ptr(), out.data_ptr(), count, dtype, SUM, self._comm, stream)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """Rank 0's x, in place."""
