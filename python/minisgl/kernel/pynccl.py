@@ -30,7 +30,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "ncclCommInitRank": [ctypes.POINTER(_PTR), _INT, UniqueId, _INT],
     "ncclAllReduce": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, op, comm, stream
     "ncclBroadcast": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, root, comm, stream
-    "ncclAllGather": [_PTR, _PTR, _SIZE, _INT, _PTR, _PTR],  # send, receive, count, dtype, comm, stream
+    "ncclSend": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # buffer, count, dtype, peer, comm, stream
+    "ncclRecv": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
     "ncclCommAbort": [_PTR],
 }
 
@@ -80,6 +83,7 @@ class PyNccl:
     """
 
     def __init__(self, rank: int, size: int, identity: bytes) -> None:
+        self.rank, self.size = rank, size
         self._comm = ctypes.c_void_p()
         _call("ncclCommInitRank", ctypes.byref(self._comm), size, UniqueId.from_buffer_copy(identity), rank)
 
@@ -95,9 +99,17 @@ class PyNccl:
         _call("ncclBroadcast", x.data_ptr(), x.data_ptr(), count, dtype, 0, self._comm, stream)
 
     def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out: [size, *x.shape]."""
+        """out: [size, *x.shape], filled on rank 0."""
         count, dtype, stream = _message(x, out)
-        _call("ncclAllGather", x.data_ptr(), out.data_ptr(), count, dtype, self._comm, stream)
+        if self.rank == 0:
+            out[0].copy_(x)
+        _call("ncclGroupStart")
+        if self.rank == 0:
+            for peer in range(1, self.size):
+                _call("ncclRecv", out[peer].data_ptr(), count, dtype, peer, self._comm, stream)
+        else:
+            _call("ncclSend", x.data_ptr(), count, dtype, 0, self._comm, stream)
+        _call("ncclGroupEnd")
 
     def close(self) -> None:
         """Abort rather than destroy: destroying waits for the other ranks, which may be gone."""
