@@ -2,15 +2,14 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
-from minisgl.kernel.cuda import tensor_at
 from minisgl.kernel.jit import load_kernel
 
 logger = logging.getLogger(__name__)
@@ -41,18 +40,18 @@ class Meeting(Protocol):
 class PeerMemory:
     """One rank's part. All methods run on the current stream and can be captured.
 
-    regions: address of each rank's region in this process; rank 0's ends with a buffer of `gather_bytes` for `gather`.
+    regions: address of each rank's region in this process; gathered: of rank 0's buffer for `gather`, 0 for none.
     """
 
     def __init__(
-        self, module: Any, meeting: Meeting, regions: list[int], gather_bytes: int, device: torch.device
+        self, module: Any, meeting: Meeting, regions: list[int], gathered: int, gather_bytes: int, device: torch.device
     ) -> None:
         self.rank, self.size = meeting.rank, meeting.size
-        self._module, self._meeting, self._regions, self._gather_bytes = module, meeting, regions, gather_bytes
+        self._module, self._meeting, self._regions, self._gathered = module, meeting, regions, gathered
         timeout, addresses = int(meeting.timeout.total_seconds() * 1e9), torch.tensor(regions, dtype=torch.int64)
-        self._group = module.create_group(self.rank, addresses, HALF_BYTES, gather_bytes, timeout)
-        gathered, has_buffer = regions[0] + module.region_bytes(HALF_BYTES), gather_bytes > 0 and self.rank == 0
-        self._buffer = tensor_at(gathered, (gather_bytes,), torch.uint8, device) if has_buffer else None
+        self._group = module.create_group(self.rank, addresses, HALF_BYTES, gathered, gather_bytes, timeout)
+        self._gather_bytes = gather_bytes
+        self._buffer = _as_tensor(gathered, gather_bytes, device) if gathered and self.rank == 0 else None
 
     def takes(self, x: torch.Tensor, max_bytes: int = TWO_SHOT_BYTES) -> bool:
         """Whether `all_reduce` and `broadcast` can work on x, which is contiguous."""
@@ -92,11 +91,19 @@ class PeerMemory:
         """
         self._buffer = None
         self._module.destroy_group(self._group)
-        own = self._regions.pop(self.rank)
-        for address in self._regions:
+        foreign = [address for rank, address in enumerate(self._regions) if rank != self.rank]
+        for address in foreign + ([self._gathered] if self.rank and self._gathered else []):
             self._module.close_handle(address)
         if self._meeting.all_left("peer memory closed", SECONDS_TO_LEAVE):
-            self._module.release(own)
+            self._module.release(self._regions[self.rank])
+            if self.rank == 0 and self._gathered:
+                self._module.release(self._gathered)
+
+
+def _as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Device memory that is not torch's, as uint8."""
+    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 2}
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device)
 
 
 def open_peer_memory(meeting: Meeting, device: torch.device, gather_bytes: int) -> PeerMemory | None:
@@ -104,31 +111,31 @@ def open_peer_memory(meeting: Meeting, device: torch.device, gather_bytes: int) 
 
     `device` is current.
     """
-    problem, handle = _unsupported(meeting, device), torch.zeros(64, dtype=torch.uint8)
+    problem, module, own, handles = _unsupported(meeting, device), None, {}, {}
     if meeting.rank:
         meeting.after_rank_0("compiling all_reduce")  # and then load what it compiled
     if not problem:
         try:
             module = load_kernel("all_reduce", torch.cuda.get_device_capability(device))
-            own = module.allocate(module.region_bytes(HALF_BYTES) + (0 if meeting.rank else gather_bytes))
-            module.prepare_region(own, HALF_BYTES)
-            module.export_handle(own, handle)
+            own = _allocate(module, gather_bytes if meeting.rank == 0 else 0)
+            handles = {name: _export(module, address) for name, address in own.items()}
         except (ConfigError, RuntimeError, OSError) as error:
             problem = str(error)
     if meeting.rank == 0:
         meeting.after_rank_0("compiling all_reduce")
-    if (handles := _agree(meeting, problem, handle.tolist())) is None:
+    if (texts := _agree(meeting, problem, json.dumps(handles))) is None:
         return None
-    regions = list[int]()
+    regions, gathered = [0] * meeting.size, own.get("gathered", 0)
     try:
-        for rank, theirs in enumerate(handles):
-            is_own = rank == meeting.rank
-            regions.append(own if is_own else module.import_handle(torch.tensor(theirs, dtype=torch.uint8)))
+        for rank, theirs in enumerate(json.loads(text) for text in texts):
+            regions[rank] = own["region"] if rank == meeting.rank else _import(module, theirs["region"])
+            if rank == 0 and meeting.rank and "gathered" in theirs:
+                gathered = _import(module, theirs["gathered"])
     except RuntimeError as error:
         problem = str(error)
     if _agree(meeting, problem) is None:
         return None  # 32 MiB stay allocated: such a machine is rare, and NCCL goes on
-    peers = PeerMemory(module, meeting, regions, gather_bytes, device)
+    peers = PeerMemory(module, meeting, regions, gathered, gather_bytes if gathered else 0, device)
     return peers if _agree(meeting, _wrong_sums(peers, device)) is not None else None
 
 
@@ -143,9 +150,28 @@ def _unsupported(meeting: Meeting, device: torch.device) -> str:
     return ""
 
 
-def _agree(meeting: Meeting, problem: str, numbers: Sequence[int] = ()) -> list[list[int]] | None:
-    """Every rank's `numbers`, or None on every rank where one has a problem."""
-    answers = [json.loads(answer) for answer in meeting.exchange("peer memory", json.dumps([problem, numbers]))]
+def _allocate(module: Any, gather_bytes: int) -> dict[str, int]:
+    own = {"region": module.allocate(module.region_bytes(HALF_BYTES))}
+    module.prepare_region(own["region"], HALF_BYTES)
+    if gather_bytes:
+        own["gathered"] = module.allocate(gather_bytes)
+    return own
+
+
+def _export(module: Any, address: int) -> str:
+    handle = torch.zeros(64, dtype=torch.uint8)
+    module.export_handle(address, handle)
+    return bytes(handle.tolist()).hex()
+
+
+def _import(module: Any, text: str) -> int:
+    address: int = module.import_handle(torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8))
+    return address
+
+
+def _agree(meeting: Meeting, problem: str, text: str = "") -> list[str] | None:
+    """Every rank's `text`, or None on every rank where one has a problem."""
+    answers = [json.loads(answer) for answer in meeting.exchange("peer memory", json.dumps([problem, text]))]
     problems = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0]]
     if problems:
         if meeting.rank == 0:

@@ -271,9 +271,9 @@ int64_t import_handle(TensorView handle) {
 
 void close_handle(int64_t pointer) { MINISGL_CUDA_CHECK(cudaIpcCloseMemHandle(reinterpret_cast<void*>(pointer))); }
 
-// regions: [size] int64 on the CPU, addresses, rank 0's with so many bytes for `gather` behind it; the result is passed
-// to the collectives below.
-int64_t create_group(int64_t rank, TensorView regions, int64_t half_bytes, int64_t gathered_bytes, int64_t timeout_ns) {
+// regions: [size] int64 on the CPU, addresses; the result is passed to the collectives below.
+int64_t create_group(int64_t rank, TensorView regions, int64_t half_bytes, int64_t gathered, int64_t gathered_bytes,
+                     int64_t timeout_ns) {
   MINISGL_CHECK(is_int64(regions) && regions.device().device_type == kDLCPU);
   const int64_t size = regions.numel();
   MINISGL_CHECK(size <= kMaxRanks && rank >= 0 && rank < size);
@@ -285,7 +285,7 @@ int64_t create_group(int64_t rank, TensorView regions, int64_t half_bytes, int64
   for (int r = 0; r < size; ++r) {
     group->regions[r] = reinterpret_cast<char*>(static_cast<const int64_t*>(regions.data_ptr())[r]);
   }
-  group->gathered = group->regions[0] + region_bytes(half_bytes);
+  group->gathered = reinterpret_cast<char*>(gathered);
   group->gathered_bytes = gathered_bytes;
   return reinterpret_cast<int64_t>(group);
 }
