@@ -192,6 +192,12 @@ def mask_of(matcher: source.Matcher) -> npt.NDArray[np.int32]:
     return words
 
 
+def take(matcher: source.Matcher, token: int) -> bool:
+    if isinstance(matcher, NativeMatcher):
+        return matcher.take([token], matcher.num_tokens + 1)
+    return matcher.consume_tokens([token])
+
+
 @pytest.fixture(autouse=True)
 def time_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, all masks are cheap."""
@@ -226,7 +232,7 @@ def test_each_mask_is_the_matchers_after_all_tokens_before_it(
             assert len(given.ids[uid]) == NUM_TOKENS and given.ends[uid].finish_reason is FinishReason.LENGTH
             for position, token in enumerate(given.ids[uid], 3):
                 assert (given.engine.seen[given.rows[uid], position] == mask_of(matcher)).all(), (uid, position)
-                assert matcher.consume_tokens([token])
+                assert take(matcher, token)
 
 
 def test_what_a_grammar_refuses_ends_its_own_request_only(store: GrammarStore) -> None:
@@ -249,13 +255,11 @@ def test_a_native_matcher_does_as_pythons(store: GrammarStore, plain_store: Gram
         if not (token := int(random.choice(np.flatnonzero(allowed)))) or theirs.is_stopped():
             break
         copy = ours.deep_copy()
-        assert (
-            ours.consume_tokens([token]) and theirs.consume_tokens([token]) and ours.num_tokens == copy.num_tokens + 1
-        )
-        assert copy.consume_tokens([token]) and (mask_of(copy) == mask_of(ours)).all() and copy.cost > 0
+        assert take(ours, token) and take(theirs, token) and ours.num_tokens == copy.num_tokens + 1
+        assert take(copy, token) and (mask_of(copy) == mask_of(ours)).all() and copy.cost > 0
     else:
         banned = int(np.flatnonzero(1 - np.unpackbits(mask_of(ours).view(np.uint8), bitorder="little"))[5])
-        assert not ours.consume_tokens([banned]) and not theirs.consume_tokens([banned])
+        assert not take(ours, banned) and not take(theirs, banned)
         assert ours.is_error() and theirs.is_error() and ours.get_error() == theirs.get_error() != ""
 
 
@@ -307,7 +311,7 @@ def test_a_row_waits_for_its_token_and_not_for_ever(store: GrammarStore) -> None
     room.ids[:] = token, NOT_READY
     wait_for(states)
     assert states.tolist() == [MASK_READY, MASK_NOT_READY] and [one.num_tokens for one in room.matchers] == [1, 0]
-    room.matchers[1].consume_tokens([token])
+    take(room.matchers[1], token)
     assert (words[0] == mask_of(room.matchers[1])).all()
     room.ids[:] = ID_PENDING
     (_, states), (_, later), begin = room.compute(2, token, token, late=True), room.compute(3, 5, 5), time.monotonic()
@@ -330,12 +334,26 @@ def test_what_a_worker_has_still_to_write_is_kept(store: GrammarStore) -> None:
     room.worker.close()
 
 
+def test_no_token_is_taken_twice(store: GrammarStore) -> None:
+    """A worker may come late, when a device has given up: then a thread has been told to take the same token."""
+    room = Room(store, 1)
+    token = int(np.flatnonzero(np.unpackbits(room.first.view(np.uint8), bitorder="little"))[0])
+    output = Matching(store.request(GRAMMARS[1]).result(60), matcher=room.matchers[0])
+    wait_for(room.compute(1, token)[1])
+    (words,), why = output.follow([token], 1, (), VOCAB // 32, 1.0)
+    expected = room.matchers[0].deep_copy()
+    assert why is None and output.num_tokens == 1 and (words == mask_of(expected)).all()
+    assert output.follow([token], 3, (), VOCAB // 32, 1.0)[1] is not None  # one is missing: it begins anew
+    assert output.num_tokens == 0 and output.matcher is None
+    room.worker.close()
+
+
 @pytest.mark.parametrize("length", [0, 2, 4, 5])
 def test_what_a_worker_is_not_told_of_is_not_guessed(store: GrammarStore, length: int) -> None:
     """Tokens that nobody gives it, or too many: the row sits out, and its matcher stays where it is."""
     room = Room(store, 1)
     token = int(np.flatnonzero(np.unpackbits(room.first.view(np.uint8), bitorder="little"))[0])
-    room.matchers[0].consume_tokens([token])
+    take(room.matchers[0], token)
     _, states = room.compute(length, -1)
     wait_for(states)
     assert states[0] == MASK_NOT_READY and room.matchers[0].num_tokens == 1
@@ -420,6 +438,18 @@ def test_what_threads_compute_no_worker_waits_for(store: GrammarStore, monkeypat
     assert beside(row, 0) is None
     row.output.grammar.mean = 0.0
     assert beside(row, 0) is not None
+
+
+def test_a_lone_row_does_not_wait_for_a_lock_either(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads may hold it for other rows of its grammar, which sit out."""
+    monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 0.001)
+    for is_locked in (True, False):
+        grammars = Grammars(store, is_gpu=True)
+        (row,) = rows_of(store, grammars)
+        is_ready, plan = np.zeros(1, np.bool_), StepPlan(1, (), (), (ScheduledReq(0, 0, 1, 1),), 1, masked=(0,))
+        with row.output.grammar.lock if is_locked else nullcontext():
+            grammars.compute(plan, [row], [[]], np.zeros((1, VOCAB // 32), np.int32), is_ready)
+        assert is_ready.all() != is_locked and (row.output.job is None) != is_locked
 
 
 def test_nobody_waits_for_threads_where_a_grammar_is_dear(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:

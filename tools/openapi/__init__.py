@@ -38,7 +38,7 @@ _ROUTES, _EVENTS = yaml.safe_load_all((HERE / "routes.yaml").read_text(encoding=
 
 def application() -> FastAPI:
     """The server's, of which nothing is asked but its routes."""
-    frontend = SimpleNamespace(trace=None, journal=Journal(), metrics=None)
+    frontend = SimpleNamespace(ask=print, journal=Journal(), metrics=None)
     return create_app(cast(Frontend, frontend), prepare(args_from_options({})), cast(Exposition, None))
 
 

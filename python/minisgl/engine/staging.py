@@ -118,7 +118,7 @@ class DeviceTables:
     def _ask(self, masks: Masks) -> list[int]:
         """→ where the device is to look for them: in memory that nobody uses, not even who still computes old ones."""
         self._boards.rotate()
-        if MASK_PENDING in self._boards[0][1]:
+        if MASK_PENDING in self._boards[0][1] or MASK_PENDING in self._boards[-1][1]:  # masks after it read its ids
             num, width = most_samples(self.padding_row), masks.shape[1]
             memory = torch.full((num * (width + 2) + 4,), MASK_READY, dtype=torch.int32, pin_memory=True).numpy()
             self._boards[0] = memory[2 * num : -4].reshape(num, width), memory[:num], memory[num : 2 * num]

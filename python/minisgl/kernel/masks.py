@@ -41,21 +41,18 @@ class NativeMatcher:
 
     @property
     def cost(self) -> float:
-        """Seconds of a core that its last call took."""
+        """Seconds of a core that its last mask took, or a quarter of what was known before, if that is more."""
         return float(self._ours.cost_of(self.address))
 
     def deep_copy(self) -> "NativeMatcher":
         return NativeMatcher(self._ours.copy_matcher(self.address))
 
-    def consume_tokens(self, ids: Sequence[int]) -> bool:
-        return bool(self._ours.advance(self.address, ids, 0, 0))
+    def take(self, ids: Sequence[int], length: int) -> bool:
+        """These are the last of so many tokens of the output; those of them that it has are not taken again."""
+        return bool(self._ours.advance(self.address, length, ids, 0, 0))
 
     def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
-        self._ours.advance(self.address, (), address, num_bytes)
-
-    def is_stopped(self) -> bool:
-        """Never: tokens that come behind the end are counted, and that is all."""
-        return False
+        self._ours.advance(self.address, self.num_tokens, (), address, num_bytes)
 
     def is_error(self) -> bool:
         return self.num_tokens < 0

@@ -169,12 +169,13 @@ class Grammars:
             output, found, grammar = row.output, list[Words](), row.output.grammar
             is_dear = self._is_gpu and grammar.mean > CHEAP_SECONDS  # others may have its lock when its turn comes
             is_free = not is_dear and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
+            is_alone = len(plan.reqs) == 1 and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
             has_time = is_free and spent + output.cost <= most[output.cost <= CHEAP_SECONDS]
             if output.ready[0] == row.length:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif has_time or len(plan.reqs) == 1 or output.error is not None:
+            elif has_time or is_alone or output.error is not None:
                 found = self._mask(row, ids)
                 spent += output.cost * max(1, len(found))
             else:
@@ -208,7 +209,7 @@ class Grammars:
 
     def _follow(self, row: Row, ids: list[int], num_words: int) -> tuple[list[Words], str | None]:
         output = row.output
-        found = output.follow(ids, row.draft, num_words, FREE_SECONDS)
+        found = output.follow(ids, row.length - row.req.prompt_len, row.draft, num_words, FREE_SECONDS)
         if output.forced and row.length + len(output.forced) > output.forced_to:
             output.forced_to = row.length + len(output.forced)
             self._news.append(wire.ForcedMsg(row.req.uid, row.length, wire.pack_ids(output.forced)))

@@ -61,14 +61,14 @@ class Beside:
         what goes on as it did there costs the host next to nothing. interval: seconds between two steps. → the other
         rows, and the seconds of a core that it will take."""
         worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
-        if worker is not None and last is not None:
-            is_cheap = worker.num_dear == self._num_dear and worker.cost <= most
-            if is_cheap and last.table is not None and masks.follows(last):
+        if last is not None and len(last.ids):  # none: it has failed before it asked
+            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
+            is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
+            if worker is not None and is_cheap and last.table is not None and masks.follows(last):
                 masks.table = last.table + _NEXT
                 masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
                 worker.submit(masks.table, words, states, last.ids)
                 return [], worker.cost
-            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
         shared, left = list[MaskRow](), list[Row]()
         for row in sorted(masks.rows(), key=lambda row: row.output.cost):
             one = beside(row, refs.get(row.req.uid, 0))
@@ -100,8 +100,9 @@ def beside(row: Row, ref: int) -> MaskRow | None:
     num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
     if not isinstance(matcher, NativeMatcher):
         return None
-    own.cost = own.grammar.cost = max(matcher.cost, own.cost / 4)
-    own.grammar.mean += (matcher.cost - own.grammar.mean) / 16
+    own.cost = own.grammar.cost = matcher.cost
+    own.seconds += max(0.0, own.cost - FREE_SECONDS)
+    own.grammar.mean += (own.cost - own.grammar.mean) / 16
     if own.grammar.mean > CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
         return None
     is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())

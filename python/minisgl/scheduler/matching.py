@@ -43,10 +43,11 @@ class Matching:
         return self.taken
 
     def follow(
-        self, ids: Sequence[int], draft: Sequence[int], num_words: int, seconds: float
+        self, ids: Sequence[int], length: int, draft: Sequence[int], num_words: int, seconds: float
     ) -> tuple[list[Words], str | None]:
-        """Take new tokens of the output. → words of the next token's mask, and of those after the draft's tokens as far
-        as `walk` gets, none with `num_words` 0; and why there is no next one, if the output cannot go on.
+        """Take new tokens of the output, which has `length` with them. → words of the next token's mask, and of those
+        after the draft's tokens as far as `walk` gets, none with `num_words` 0; and why there is no next one, if the
+        output cannot go on.
 
         A matcher that breaks otherwise is replaced by a new one, which will take the output from its beginning.
         """
@@ -55,7 +56,9 @@ class Matching:
             with self.grammar.lock:
                 matcher = self.matcher = self.matcher or self.grammar.matcher.deep_copy()
                 self.taken += len(ids)
-                if ids and not matcher.is_stopped():
+                if isinstance(matcher, NativeMatcher):
+                    matcher.take(ids, length)
+                elif ids and not matcher.is_stopped():
                     matcher.consume_tokens(list(ids))
                 if self.asks_forced and not isinstance(matcher, NativeMatcher):
                     self.forced = matcher.compute_ff_tokens()

@@ -90,8 +90,8 @@ struct Texts {
 };
 
 struct Matcher {
-  int64_t num_tokens = 0;  // of the output, that it has taken; -1: it is broken
-  double cost = 0;         // seconds of a core that the last mask took, with its tokens
+  std::atomic<int64_t> num_tokens = 0;  // of the output, that it has taken; -1: it is broken
+  std::atomic<double> cost = 0;         // seconds of a core that the last mask took, or a quarter of what was known before
   void* own;
   std::mutex lock;
 
@@ -100,14 +100,18 @@ struct Matcher {
   }
   ~Matcher() { library.free(own); }
 
-  // Take tokens of the output, and write the next one's mask. false: it is broken.
-  bool advance(const uint32_t* ids, size_t num, uint32_t* words, size_t num_bytes) {
+  // Write the mask behind `length` tokens of the output, of which these are the last. Those that it has are not taken again.
+  // false: it is broken, or there are not enough of them.
+  bool advance(int64_t length, const uint32_t* ids, int64_t num, uint32_t* words, size_t num_bytes) {
     const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
-    bool holds = num_tokens >= 0;
-    if (holds && num > 0 && !library.is_stopped(own)) holds = library.consume_tokens(own, ids, num) == 0;
+    const int64_t missing = length - num_tokens;
+    bool holds = num_tokens >= 0 && missing >= 0 && missing <= num;
+    if (holds && missing > 0 && !library.is_stopped(own)) {
+      holds = library.consume_tokens(own, ids + num - missing, size_t(missing)) == 0;
+    }
     if (holds && num_bytes > 0) holds = library.compute_mask_into(own, words, num_bytes) == 0;
-    num_tokens = holds ? num_tokens + int64_t(num) : -1;
-    cost = seconds(CLOCK_THREAD_CPUTIME_ID) - start;
+    num_tokens = holds ? length : -1;
+    cost = std::max(seconds(CLOCK_THREAD_CPUTIME_ID) - start, cost / 4);
     return holds;
   }
 };
@@ -174,8 +178,9 @@ class Worker {
         uint32_t* words = job.words + place * job.num_words;
         const bool is_there = serve(job.rows[i], tokens[i], *job.matchers[i], words, job.num_words * 4);
         __atomic_store_n(job.states + place, is_there ? kReady : kNotReady, __ATOMIC_RELEASE);
-        num_dear += job.matchers[i]->cost > dear;
-        spent += job.matchers[i]->cost;
+        const double taken = job.matchers[i]->cost;
+        num_dear += taken > dear;
+        spent += taken;
       }
       cost = spent;
       guard.lock();
@@ -189,7 +194,7 @@ class Worker {
     const uint32_t ids[2] = {uint32_t(before), uint32_t(last)};
     const int64_t num = row.length - matcher.num_tokens;
     if (matcher.num_tokens < 0 || num < 0 || num > 2 || (num > 0 && last < 0) || (num > 1 && before < 0)) return false;
-    return matcher.advance(ids + 2 - num, num, words, num_bytes);
+    return matcher.advance(row.length, ids, 2, words, num_bytes);
   }
 
   int64_t token_at(const int32_t* ref) {
@@ -285,7 +290,7 @@ int64_t copy_matcher(int64_t matcher) {
   Matcher& from = matcher_at(matcher);
   std::lock_guard guard(from.lock);
   auto made = std::make_shared<Matcher>(library.clone(from.own));
-  made->num_tokens = from.num_tokens;
+  made->num_tokens = from.num_tokens.load();
   return handle_of(new Handle(std::move(made)));
 }
 
@@ -304,11 +309,11 @@ String error_of(int64_t matcher) {
 }
 
 // words: the address, null for no mask.
-bool advance(int64_t matcher, const Array<int64_t>& ids, int64_t words, int64_t num_bytes) {
+bool advance(int64_t matcher, int64_t length, const Array<int64_t>& ids, int64_t words, int64_t num_bytes) {
   Matcher& own = matcher_at(matcher);
   const std::vector<uint32_t> tokens(ids.begin(), ids.end());
   std::lock_guard guard(own.lock);
-  return own.advance(tokens.data(), tokens.size(), &at<uint32_t>(words), num_bytes);
+  return own.advance(length, tokens.data(), int64_t(tokens.size()), &at<uint32_t>(words), num_bytes);
 }
 
 int64_t make_worker(double dear) { return handle_of(new Worker(dear)); }
