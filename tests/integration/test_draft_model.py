@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minisgl.config.args import parse_args
+from minisgl.config.device import step_costs
 from minisgl.config.draft import with_draft
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
@@ -106,6 +108,8 @@ def test_on_gpus_it_is_taken_with_attention_of_its_own(tmp_path: Path) -> None:
     config = on_gpus(second)
     assert config.scheduler.speculate == "model" and config.engine.model.second is not None
     assert config.engine.model.head_dim != config.engine.model.second[1].head_dim
+    alone = step_costs(replace(config.engine, model=replace(config.engine.model, second=None)))
+    assert step_costs(config.engine)[1] > alone[1]  # what it reads costs a step that drafts
     with pytest.raises(ConfigError, match="not with the attention of sdpa"):
         on_gpus(second, "--attn", "sdpa")
     with pytest.raises(ConfigError, match="only a model whose layers have caches alike"):
