@@ -99,8 +99,8 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
 
 def step_costs(engine: EngineConfig) -> tuple[float, float]:
     """`SchedulerConfig.step_costs`. On GPUs about what Qwen3-14B's and Qwen3.5-9B's shapes take on an H200: bytes that
-    are read, by a head or a second model for each token that it tells; half a millisecond a step, and one more while the host plans.
-    Where a step of drafts is not captured (short convolutions), it takes as long as two."""
+    are read, by a head or a second model for each token that it tells; half a millisecond a step, and one more while
+    the host plans. Where a step of drafts is not captured (short convolutions), it takes as long as two."""
     if engine.device == "cuda" and any(isinstance(kind, ShortConv) for kind in engine.model.states):
         return 0.06, 1.0
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
