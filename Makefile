@@ -85,7 +85,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 test: $(DEV)  ## Run the tests: units, integration, end to end
 	$(PYTEST) $(TESTS) $(ARGS)
 
-test-all: $(CLIENTS) $(BROWSER)  ## Run all tests but those of clusters in one go, as CI does
+test-all: $(CLIENTS) $(BROWSER)  ## Run all tests but those of clusters in one go
 	$(PYTEST) $(TESTS) tests/faults tests/soak tests/clients tests/browser $(ARGS)
 
 test-clients: $(CLIENTS)  ## Run the tests with the programs that people call the server with
