@@ -163,7 +163,8 @@ class Run:
         self.wanted = [GRAMMARS[uid % 3] if uid < NUM_REQUESTS - 2 else None for uid in range(NUM_REQUESTS)]
         self.futures = [store.request(grammar) for grammar in GRAMMARS]
         for future in self.futures:
-            future.result(60)  # so that all are let in at once: a request's row follows from its number
+            # All are let in at once: a request's row follows from its number. What their masks cost is known.
+            future.result(60).mean = 1e-6
         params = [SamplingParams(NUM_TOKENS, seed=0, ignore_eos=True, grammar=grammar) for grammar in self.wanted]
         transport.put([UserMsg(uid, pack_ids([7, 8, 9 + uid]), one) for uid, one in enumerate(params)])
         self.ids: dict[int, list[int]] = {uid: [] for uid in range(NUM_REQUESTS)}
@@ -433,11 +434,28 @@ def test_what_threads_compute_no_worker_waits_for(store: GrammarStore, monkeypat
     """A grammar's matchers share a lock: where its masks are dear, none of them is computed for a device that waits."""
     monkeypatch.setattr("minisgl.scheduler.late.CHEAP_SECONDS", 0.001)
     (row,) = rows_of(store, Grammars(store, is_gpu=True), cost=0.0)
+    row.output.grammar.mean = 1e-6
     assert beside(row, 0) is not None
     row.output.grammar.mean = 0.01
     assert beside(row, 0) is None
-    row.output.grammar.mean = 0.0
+    row.output.grammar.mean = 1e-6
     assert beside(row, 0) is not None
+
+
+def test_what_is_not_known_to_be_cheap_no_worker_computes(store: GrammarStore) -> None:
+    """Else the masks of all requests of a new grammar might be dear at once, and a step waits for all of them. The
+    first mask says nothing: it is the same for all outputs, and known."""
+    (row,) = rows_of(store, grammars := Grammars(store, is_gpu=True), cost=0.0)
+    row.output.grammar.mean = 0.0
+    (words,) = grammars._mask(row, [])
+    assert row.output.grammar.mean == 0 and beside(row, 0) is None
+    token = int(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))[0])
+    row.req.tokens.append(token)
+    later = row._replace(length=row.length + 1)
+    grammars._mask(later, [token])
+    assert row.output.grammar.mean == row.output.cost > 0
+    row.req.tokens.append(token)
+    assert beside(row._replace(length=row.length + 2), 0) is not None
 
 
 def test_a_lone_row_does_not_wait_for_a_lock_either(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +473,7 @@ def test_a_lone_row_does_not_wait_for_a_lock_either(store: GrammarStore, monkeyp
 def test_nobody_waits_for_threads_where_a_grammar_is_dear(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that is cheap among dear ones would wait for their lock."""
     monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SECONDS", 0.001)
-    for mean, is_inline in ((0.01, False), (0.0, True)):
+    for mean, is_inline in ((0.01, False), (0.0, False), (1e-6, True)):
         grammars = Grammars(store, is_gpu=True)
         (row,) = rows_of(store, grammars, cost=0.0)
         row.output.grammar.mean = mean

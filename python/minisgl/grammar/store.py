@@ -57,7 +57,7 @@ class CompiledGrammar:
     matcher: Matcher
     num_bytes: int
     cost: float = 0.008  # seconds of a core that a mask takes, at most: a guess, until some were computed
-    mean: float = 0.0  # seconds that the last masks took
+    mean: float = 0.0  # seconds that the last masks took, but for those before a token; 0: not known
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

@@ -167,7 +167,7 @@ class Grammars:
             output.cost = max(output.cost, output.grammar.cost)
         for row, ids in sorted(zip(rows, new_ids, strict=True), key=lambda item: item[0].output.cost):
             output, found, grammar = row.output, list[Words](), row.output.grammar
-            is_dear = self._is_gpu and grammar.mean > CHEAP_SECONDS  # others may have its lock when its turn comes
+            is_dear = self._is_gpu and not 0 < grammar.mean <= CHEAP_SECONDS  # by then others may have its lock
             is_free = not is_dear and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
             is_alone = len(plan.reqs) == 1 and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
             has_time = is_free and spent + output.cost <= most[output.cost <= CHEAP_SECONDS]
@@ -223,7 +223,8 @@ class Grammars:
             words, why = self._follow(row, ids, len(self.all_allowed))
         seconds = (time.thread_time() - start) / max(1, len(words))
         output.cost, output.grammar.cost = (max(seconds, known / 4) for known in (output.cost, output.grammar.cost))
-        output.grammar.mean += (seconds - output.grammar.mean) / 16
+        if output.num_tokens > 0:  # the first mask of all outputs is the same
+            output.grammar.mean += (seconds - output.grammar.mean) / (16 if output.grammar.mean else 1)
         output.seconds += max(0.0, seconds - FREE_SECONDS)
         if output.seconds > MOST_SECONDS:
             why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"

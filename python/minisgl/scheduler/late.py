@@ -95,15 +95,16 @@ def beside(row: Row, ref: int) -> MaskRow | None:
     """What computes a row's mask without Python, if it is needed, and not dear. ref: where the last token will
     be, if a step before has not ended."""
     req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
-    if own.matcher is None and own.error is None and own.grammar.cost <= FREE_SECONDS:
+    if own.matcher is None and own.error is None and 0 < own.grammar.mean <= CHEAP_SECONDS:
         own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
     num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
     if not isinstance(matcher, NativeMatcher):
         return None
-    own.cost = own.grammar.cost = matcher.cost
-    own.seconds += max(0.0, own.cost - FREE_SECONDS)
-    own.grammar.mean += (own.cost - own.grammar.mean) / 16
-    if own.grammar.mean > CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
+    if num_taken > 0:  # the first mask of all outputs is the same
+        own.cost = own.grammar.cost = matcher.cost
+        own.seconds += max(0.0, own.cost - FREE_SECONDS)
+        own.grammar.mean += (own.cost - own.grammar.mean) / (16 if own.grammar.mean else 1)
+    if not 0 < own.grammar.mean <= CHEAP_SECONDS:  # they share a lock: the worker would wait for the threads
         return None
     is_idle = own.ready[0] != row.length and (own.job is None or own.job.done())
     if own.cost > FREE_SECONDS or not is_idle or row.draft or num_late > bool(ref) or num_taken < num_output - 2:
