@@ -17,6 +17,7 @@ from minisgl.config import resolve
 from minisgl.core import Req
 from minisgl.scheduler import speculation
 from tests.gpu.conftest import DEVICE
+from tests.integration.test_draft_model import assert_said_by
 from tests.integration.test_eagle import CASES, HEADS, WORDS, random_head, said, served, target, train, trained
 from tests.integration.test_llm import make_prompts, with_tokenizer
 from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
@@ -137,14 +138,7 @@ def test_a_second_model_tells_what_it_says(family: str, max_batch: int) -> None:
     path, second = tiny_model(family), tiny_model("llama")
     told, drafts = generate(path, "model", draft_model=second, cuda_graph_max_bs=max_batch, **ON_DEVICE)
     assert told == generate(path, "off")[0]
-    assert len(drafts) > 5
-    model = AutoModelForCausalLM.from_pretrained(second).eval()
-    for tokens, draft in drafts:
-        with torch.no_grad():
-            whole = model.generate(
-                torch.tensor([tokens]), max_new_tokens=len(draft), do_sample=False, eos_token_id=None, pad_token_id=0
-            )
-        assert whole[0, len(tokens) :].tolist() == draft, f"after {len(tokens)} tokens"
+    assert_said_by(second, drafts)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -24,7 +24,7 @@ from minisgl.errors import ConfigError
 from minisgl.llm import LLM
 from minisgl.scheduler.planner import Planner
 from tests.integration.test_captured import Engine, Graphs, graphs
-from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, generate
+from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, Drafts, generate
 from tests.models import tiny_model
 from tests.unit.test_resolve import GPUS
 
@@ -54,8 +54,13 @@ def test_what_it_guesses_is_what_transformers_has_it_say(setup: str) -> None:
     path, second = tiny_model("qwen3"), tiny_model("llama")
     told, drafts = generate(path, "model", draft_model=second, **SETUPS[setup])
     assert told == generate(path, "off", **SETUPS[setup])[0]
+    assert_said_by(second, drafts)
+
+
+def assert_said_by(path: Path, drafts: Drafts) -> None:
+    """Each draft is what transformers has the model say."""
     assert len(drafts) > 5
-    model = AutoModelForCausalLM.from_pretrained(second).eval()
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
     for tokens, draft in drafts:
         with torch.no_grad():
             whole = model.generate(

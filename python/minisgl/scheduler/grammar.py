@@ -168,14 +168,13 @@ class Grammars:
         for row, ids in sorted(zip(rows, new_ids, strict=True), key=lambda item: item[0].output.cost):
             output, found, grammar = row.output, list[Words](), row.output.grammar
             is_dear = self._is_gpu and not 0 < grammar.mean <= CHEAP_SECONDS  # by then others may have its lock
-            is_free = not is_dear and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
-            is_alone = len(plan.reqs) == 1 and (grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked())
-            has_time = is_free and spent + output.cost <= most[output.cost <= CHEAP_SECONDS]
+            is_free = grammar.cost <= CHEAP_SECONDS or not grammar.lock.locked()
+            has_time = not is_dear and spent + output.cost <= most[output.cost <= CHEAP_SECONDS]
             if output.ready[0] == row.length:
                 found = [output.ready[1]]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif has_time or is_alone or output.error is not None:
+            elif output.error is not None or (is_free and (has_time or len(plan.reqs) == 1)):
                 found = self._mask(row, ids)
                 spent += output.cost * max(1, len(found))
             else:

@@ -62,13 +62,13 @@ class Beside:
         rows, and the seconds of a core that it will take."""
         worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
         if last is not None and len(last.ids):  # none: it has failed before it asked
-            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
             is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
             if worker is not None and is_cheap and last.table is not None and masks.follows(last):
                 masks.table = last.table + _NEXT
                 masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
                 worker.submit(masks.table, words, states, last.ids)
                 return [], worker.cost
+            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
         shared, left = list[MaskRow](), list[Row]()
         for row in sorted(masks.rows(), key=lambda row: row.output.cost):
             one = beside(row, refs.get(row.req.uid, 0))
@@ -95,8 +95,9 @@ def beside(row: Row, ref: int) -> MaskRow | None:
     """What computes a row's mask without Python, if it is needed, and not dear. ref: where the last token will
     be, if a step before has not ended."""
     req, own, num_output = row.req, row.output, row.length - row.req.prompt_len
+    first = own.grammar.matcher
     if own.matcher is None and own.error is None and 0 < own.grammar.mean <= CHEAP_SECONDS:
-        own.matcher, own.cost = own.grammar.matcher.deep_copy(), own.grammar.cost
+        own.matcher, own.cost = first.deep_copy() if isinstance(first, NativeMatcher) else None, own.grammar.cost
     num_taken, num_late, matcher = own.num_tokens, row.length - len(req.tokens), own.matcher
     if not isinstance(matcher, NativeMatcher):
         return None
