@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -13,7 +14,7 @@ from hypothesis import example, given
 
 from minisgl.config.mtp import longest_draft
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import ReqOutput, SamplingParams
+from minisgl.core import Req, ReqOutput, SamplingParams
 from minisgl.kvcache.radix import PrefixCache
 from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, Lookup, Prediction, TreePath, find_repeated
 from minisgl.scheduler.planner import Planner
@@ -356,3 +357,19 @@ def test_a_draft_of_a_request_that_has_ended_is_nobodys() -> None:
     planner.abort(0)
     assert planner.retire(engine.submit(planned.plan).result()) == [] and planner.is_idle
     assert dict(planner.speculation.num_drafted) == before
+
+
+def test_nobody_is_asked_where_no_draft_would_pay() -> None:
+    """And somebody is, where those of all would."""
+    asked = list[int]()
+
+    class Watched(GuessingDrafter):
+        def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+            asked.append(req.uid)
+            return super().propose(req, num_pending, most)
+
+    for verify_cost in (50.0, 0.03):
+        asked.clear()
+        config = replace(CONFIG, step_costs=(0.01, verify_cost))
+        serve(Planner(config, Watched(lambda uid, position: 64)), [PARAMS] * 4)
+        assert bool(asked) == (verify_cost < 1)

@@ -168,9 +168,11 @@ class Speculation:
         lengths, drafts = Lengths(*self._config.step_costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
+        may_pay = self._forced or not self._makers or self._wanted(shares, num_samples)  # if all have a draft
         for req, share in shares:
-            rate, length = self._rates.setdefault(req.uid, _FIRST_RATE), 0
-            if rate > lengths.least or self._forced:  # with many requests this is all that is done for each of them
+            rate = self._rates.setdefault(req.uid, _FIRST_RATE)
+            length = int(not may_pay and rate > lengths.least)
+            if may_pay and (rate > lengths.least or self._forced):  # else this is all that is done for each of them
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
                     continue
