@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -364,7 +363,7 @@ def test_nobody_is_asked_where_no_draft_would_pay() -> None:
     asked = list[int]()
 
     class Watched(GuessingDrafter):
-        def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
             asked.append(req.uid)
             return super().propose(req, num_pending, most)
 
