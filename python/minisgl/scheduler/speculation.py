@@ -56,9 +56,8 @@ class Lengths:
 class Speculation:
     """Owns the drafters, and what is remembered of how their drafts fared. Deterministic, as the planner is.
 
-    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate`, "tree" (other requests, with
-    ngram), "prediction" or "grammar".
-    """
+    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate` or `--draft-model`, or "tree"
+    (other requests, with ngram), "prediction" or "grammar"."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         """drafter: of all requests, in place of what `speculate` names."""
@@ -66,7 +65,7 @@ class Speculation:
         ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
         makers = ngram if config.speculate == "ngram" else {}  # by name; who comes first is asked first
         self._makers = makers if drafter is None else {config.speculate: lambda _: drafter}
-        self._asks = config.speculate in ("mtp", "model", "eagle")  # the engine
+        self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
@@ -107,7 +106,7 @@ class Speculation:
                 step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
                 num_new, num_samples = num_new + num, num_samples + num
             if (most := min(wanted.get(row, 0), req.max_len - start - num_new - 1)) > 0:
-                num_drafts = self._room(req, start + num_new, most, pages)
+                num_drafts = max(0, self._room(req, start + num_new, most + 1, pages) - 1)  # behind one that is sampled
             some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
             some_reqs.append(req)
             some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held))
