@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     assert refused(sliding) == f"--draft-model {sliding}: it has other sliding windows"
     good = saved("good")
     assert refused(good, "gemma3_text") == where % "good" + (
-        "DFlashDraftModel for Gemma3ForCausalLM (supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
+        "a DFlashDraftModel for Gemma3ForCausalLM (supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
     )
     assert refused(good, "llama", "--speculate", "ngram") == f"--draft-model {good}: not with --speculate ngram"
     assert "architecture not supported: DFlash2DraftModel" in refused(saved("2", architectures=["DFlash2DraftModel"]))

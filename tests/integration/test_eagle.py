@@ -208,7 +208,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     )
     good = saved("good")
     assert refused(good, "gemma3_text") == where % "good" + (
-        "a head of EAGLE for Gemma3ForCausalLM (supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
+        "a LlamaForCausalLMEagle3 for Gemma3ForCausalLM "
+        "(supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
     )
     assert refused(good, "llama", "--speculate", "ngram") == f"--draft-model {good}: not with --speculate ngram"
     prepare(parse_args(["--model", str(target("llama")), "--device", "cpu", "--draft-model", str(good)], {}))

@@ -66,7 +66,7 @@ def read_head(path: Path, model: ModelConfig) -> ModelConfig | None:
         if f.integer(key, wanted) != wanted:
             raise f.wrong(key, f"{wanted} in a head for this model")
     if model.architecture not in _TARGETS:
-        raise ConfigError(f"{f.source}: {names[0]} for {model.architecture} (supported: {', '.join(_TARGETS)})")
+        raise ConfigError(f"{f.source}: a {names[0]} for {model.architecture} (supported: {', '.join(_TARGETS)})")
     family = "Qwen3ForCausalLM" if is_block or f.text("model_type", "") == "qwen3" else "LlamaForCausalLM"
     known = {"architectures": [family], "vocab_size": f.integer("draft_vocab_size", vocab_size, most=vocab_size)}
     head = parse_model_config(Fields({**f.data, **known, "tie_word_embeddings": True}, f.source))

@@ -17,7 +17,7 @@ from minisgl.models.decoder import DecoderLayer, DecoderModel
 
 # Names of `fc`, of layers, of norms, and of the last norm.
 _DFLASH = f"{OF_HEAD}fc.", f"{OF_HEAD}model.layers.", f"{OF_HEAD}hidden_norm", f"{OF_HEAD}model.norm"
-_EAGLE = *_DFLASH[:2], *(f"{_DFLASH[1]}0.{name}_norm" for name in ("input_layer", "hidden")), _DFLASH[3]
+_EAGLE = *_DFLASH[:2], *(f"{_DFLASH[1]}0.{name}" for name in ("input_layernorm", "hidden_norm")), _DFLASH[3]
 _MTP = "mtp.fc.", "mtp.layers.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"
 
 
