@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from minisgl.attention.base import StepContext
 from minisgl.config.args import parse_args
 from minisgl.config.draft import read_head
 from minisgl.config.families import read_model_config
@@ -24,6 +25,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Grammar, SamplingParams
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
+from minisgl.models import heads
 from minisgl.scheduler.planner import Planner
 from tests.driver import engine_config
 from tests.integration.test_captured import Engine, Graphs, graphs
@@ -201,6 +203,23 @@ def test_what_masks_were_is_never_read_as_context(setup: str, tmp_path: Path) ->
         others, drafts = run(path, where, abort_after, **SETUPS[setup])
         assert others[1] == outputs[1] and outputs[0][: len(others[0])] == others[0] != outputs[0]
         assert_told(path, head, drafts)
+
+
+def test_what_nobody_asks_for_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has as many blocks as there are requests that want a draft: none for prompts that go on."""
+    num_reqs, num_blocks, blocks = list[int](), list[tuple[int, int]](), heads.Head._blocks
+
+    def counting(self: heads.Head, first: Tensor, x: Tensor, step: StepContext, of_model: bool, mask: int) -> Tensor:
+        if of_model:
+            num_reqs.append(len(step.seqs.slots))
+        else:
+            num_blocks.append((num_reqs[-1], len(first)))
+        return blocks(self, first, x, step, of_model, mask)
+
+    monkeypatch.setattr(heads.Head, "_blocks", counting)
+    path, head = target("qwen3"), BlockHead()
+    assert_told(path, head, generate(path, "dflash", draft_model=head.save(tmp_path / "head"))[1])
+    assert {*num_blocks} >= {(2, 1), (2, 2), (3, 2)}
 
 
 def test_a_head_that_fails_costs_drafts_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

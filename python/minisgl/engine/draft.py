@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from minisgl.attention.base import StepContext
+from minisgl.attention.base import StepContext, to_device
 from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
@@ -52,31 +52,33 @@ class HeadDrafter:
         following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         x = computed.hidden(torch.arange(len(following), device=ids.device))
         x = self._head.forward(following if skips_last else context.input_ids, x, context, of_model=True)
-        if not most:
-            return ids.new_empty(len(tensors.rows), 0)
-        last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
+        if not (drafts := ids.new_zeros(len(tensors.rows), most)).numel():
+            return drafts
+        asked, told = np.flatnonzero(batch.index.num_drafts), list[Tensor]()  # nobody: it is captured for any
+        reqs = to_device(asked, ids.device) if 0 < len(asked) < len(drafts) else slice(None)
+        last = last_kept(tensors, computed.input_ids, ids)[reqs]
         x, position, token = x[last], tensors.positions[last] + (not skips_last), following[last]
         num_masks = most if self._head.block else 0
         for num_told in range(1 if num_masks else most):
             if num_told or not skips_last:
-                context = self._context(batch, position + num_told, num_told, num_masks)
+                context = self._context(batch, reqs, position + num_told, num_told, num_masks)
                 x = self._head.forward(token, x, context)
             told.append(self._head.choose(x))
             token = told[-1].long()
-        return torch.stack(told, 1).view(-1, most)
+        drafts[reqs] = torch.stack(told, 1).view(-1, most)
+        return drafts
 
-    def _context(self, batch: Batch, first: Tensor, num_told: int, num_masks: int) -> StepContext:
-        """Of a token of each request, at position `first`, and so many masks behind it, which all see one another; of
-        requests that want no further token, or fewer, they are nobody's."""
+    def _context(self, batch: Batch, reqs: Tensor | slice, first: Tensor, num_told: int, num_masks: int) -> StepContext:
+        """Of a token of each of these requests, at position `first`, and so many masks behind it, which all see one
+        another; of requests that want no further token, or fewer, they are nobody's."""
         places = torch.arange(1 + num_masks, dtype=first.dtype, device=first.device)
-        rows, first, wanted = (numbers[:, None] for numbers in (batch.tensors.rows, first, batch.tensors.num_drafts))
+        rows, wanted, first = batch.tensors.rows[reqs, None], batch.tensors.num_drafts[reqs, None], first[:, None]
         is_wanted = wanted >= places.clamp(min=num_told + 1)  # [requests, 1 + num_masks]
         rows = rows.where(is_wanted, self._steps.tables.padding_row).flatten()
         positions = (first + places).where(is_wanted, 0).flatten()
         seq_lens = (first + wanted.clamp(max=num_masks) + 1).where(is_wanted, 1).flatten()
         num, cu_q = len(rows), torch.arange(len(rows) + 1, dtype=rows.dtype, device=rows.device)
-        # What can be captured reads the device's.
-        known = [x.numpy() if x.is_cpu else np.zeros(num, np.int64) for x in (rows, seq_lens - 1)]
+        known = [x.numpy() if x.is_cpu else np.zeros(num, np.int64) for x in (rows, seq_lens - 1)]  # a GPU has its own
         sequences = known[0], known[1], np.ones(num, np.int64), np.arange(num + 1)
         attention = self._steps.attention(sequences, (rows, seq_lens, cu_q), num)
         numbers = batch.tensors._replace(rows=rows, seq_lens=seq_lens, cu_q=cu_q, token_rows=rows, positions=positions)
