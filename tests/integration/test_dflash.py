@@ -135,7 +135,7 @@ class BlockHead:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3, many layers": ("qwen3", {"num_layers": 3, "layer_ids": (0, 3)}),
-    "qwen3_moe, one layer": ("qwen3_moe", {"num_layers": 1, "layer_ids": (3, 5)}),
+    "qwen3_moe, one layer": ("qwen3_moe", {"num_layers": 1, "layer_ids": (5, 3)}),
 }
 
 
@@ -248,6 +248,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     assert refused(saved("far", **config(target_layer_ids=[1, 8]))) == (
         where % "far" + "a head that reads behind layers [2, 9] of 8"
     )
+    assert refused(saved("last", **config(target_layer_ids=[1, 7]))).endswith("reads behind layers [2, 8] of 8")
     assert refused(saved("maskless", **config(mask_token_id=None))) == (
         where % "maskless" + "dflash_config.mask_token_id must be a token of the model, not None"
     )

@@ -72,7 +72,8 @@ def read_head(path: Path, model: ModelConfig) -> ModelConfig | None:
     head = parse_model_config(Fields({**f.data, **known, "tie_word_embeddings": True}, f.source))
     aux = f.child("eagle_config").list_of(int, _AUX) or told.list_of(int, "target_layer_ids")
     aux = f.list_of(int, _AUX) or [i + 1 for i in aux] or [2, num // 2, num - 3]
-    if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num:
+    aux = aux if is_block else sorted({*aux})
+    if len({*aux}) < 2 or not 0 < min(aux) <= max(aux) <= num - is_block:  # behind the last one DFlash has the norm
         raise ConfigError(f"{f.source}: a head that reads behind layers {aux} of {num}")
     if (mask := told.integer("mask_token_id", None, 0, vocab_size - 1)) is None and is_block:
         raise told.wrong("mask_token_id", "a token of the model")
@@ -81,5 +82,5 @@ def read_head(path: Path, model: ModelConfig) -> ModelConfig | None:
         norms = replace(layer.norms, before_attention=layer.norms.before_attention * is_block)
         layers.append(replace(layer, attention=replace(layer.attention, rope_index=len(model.ropes)), norms=norms))
     block = None if mask is None else (told.integer("block_size", f.integer("block_size", 16, 2), 2), mask)
-    head = replace(head, layers=(), aux_layers=tuple(sorted({*aux})), norms_residual=before, block=block)
+    head = replace(head, layers=(), aux_layers=tuple(aux), norms_residual=before, block=block)
     return replace(model, second=(str(path), head), mtp=tuple(layers), ropes=(*model.ropes, *head.ropes[:1]))

@@ -72,7 +72,7 @@ class Head:
         return layer.mlp.forward(x, layer.norms[2])
 
     def _blocks(self, first: Tensor, x: Tensor, step: StepContext, of_model: bool, mask: int) -> Tensor:
-        """As `forward`. first: [n] int64: with them the blocks begin that a step is of → [n * masks, hidden]."""
+        """`forward` of DFlash's. first: [n] int64, of n blocks, the step's tokens → of masks, [n * masks, hidden]."""
         if of_model:
             x = self._ops.rms_norm(x, self._norms[0], self._eps)
             for attention in self._attention:
