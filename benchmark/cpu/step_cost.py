@@ -40,7 +40,7 @@ def config_of(directory: Path, rows: int, longest: int, num_tokens: int, **optio
     """For a model with random weights and prompts of up to `longest` tokens, in a cache of `num_tokens`."""
     return EngineConfig(
         model_path=str(directory),
-        model=replace(read_model_config(directory), max_position=longest, mtp=None),
+        model=replace(read_model_config(directory), max_position=longest, mtp=()),
         device="cpu",
         tp_size=1,
         init_method="",

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from minisgl.config.args import parse_args
-from minisgl.config.draft import read_eagle, with_draft
+from minisgl.config.draft import read_head, with_draft
 from minisgl.config.families import read_model_config
 from minisgl.config.resolve import ModelFiles, prepare, resolve
 from minisgl.config.runtime import ServerConfig
@@ -208,7 +208,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     )
     good = saved("good")
     assert refused(good, "gemma3_text") == where % "good" + (
-        "a head of EAGLE for Gemma3ForCausalLM (supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
+        "a LlamaForCausalLMEagle3 for Gemma3ForCausalLM "
+        "(supported: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)"
     )
     assert refused(good, "llama", "--speculate", "ngram") == f"--draft-model {good}: not with --speculate ngram"
     prepare(parse_args(["--model", str(target("llama")), "--device", "cpu", "--draft-model", str(good)], {}))
@@ -247,11 +248,11 @@ def test_a_head_that_names_no_rotation_has_its_own(tmp_path: Path) -> None:
     """With the default of LlamaConfig, whatever the model has."""
     model = read_model_config(target("llama"))
     model = replace(model, ropes=(replace(model.ropes[0], theta=500_000.0),))
-    told = read_eagle(random_head(head_dim=32).save(tmp_path / "head"), model)
+    told = read_head(random_head(head_dim=32).save(tmp_path / "head"), model)
     assert told is not None
-    assert told.mtp is not None
+    assert len(told.mtp) == 1
     assert [rope.theta for rope in told.ropes] == [500_000.0, 10_000.0]
-    assert told.mtp.attention.rope_index == 1
+    assert told.mtp[0].attention.rope_index == 1
 
 
 @pytest.mark.parametrize("name", ["fc.", "midlayer.hidden_norm", "midlayer.self_attn.k_proj", "norm.", "lm_head"])
@@ -260,7 +261,7 @@ def test_what_is_missing_is_named_before_weights_are_loaded(name: str, tmp_path:
     monkeypatch.setattr("minisgl.models.checkpoint._put", Mock(side_effect=AssertionError("a weight is loaded")))
     ours = name.replace("midlayer.", "model.layers.0.").replace("norm.", "model.norm.", name == "norm.")
     with pytest.raises(
-        ConfigError, match=rf"'{head} and .* do not fit its configuration; missing: eagle\.{re.escape(ours)}"
+        ConfigError, match=rf"'{head} and .* do not fit its configuration; missing: head\.{re.escape(ours)}"
     ):
         generate(target("llama"), "eagle", draft_model=head)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from minisgl.config.args import parse_args
-from minisgl.config.draft import read_eagle
+from minisgl.config.draft import read_head
 from minisgl.config.families import read_model_config
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
@@ -99,9 +99,9 @@ def generate(
     """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
     breaks: the head fails, each time."""
     model = read_model_config(path, mtp=speculate == "mtp")
-    kernels = {"draft_len": NUM_DRAFTS if speculate in ("mtp", "model", "eagle") else 0, **kernels}
+    kernels = {"draft_len": NUM_DRAFTS if speculate in ("mtp", "model", "eagle", "dflash") else 0, **kernels}
     if draft_model is not None:
-        second = read_eagle(draft_model, model)
+        second = read_head(draft_model, model)
         model = second or replace(model, second=(str(draft_model), read_model_config(draft_model)))
     config = engine_config(path, page_size=4, num_pages=256, model=model, **kernels)
     if model.states:

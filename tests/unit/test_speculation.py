@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 
-from minisgl.config.mtp import longest_draft
+from minisgl.config.draft import longest_draft
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqOutput, SamplingParams
 from minisgl.kvcache.radix import PrefixCache

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.draft import longest_draft
 from minisgl.config.model import DTYPE_BYTES, AttentionSpec, ModelConfig, MoE, PagedKV
-from minisgl.config.mtp import longest_draft
 from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
 from minisgl.config.states import ShortConv
@@ -104,11 +104,11 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     if engine.device == "cuda" and any(isinstance(kind, ShortConv) for kind in engine.model.states):
         return 0.06, 1.0
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
-    head = num_bytes / len(model.layers) + model.vocab_size * model.hidden_size * 0.56 / engine.tp_size  # in 4 bits
+    head = num_bytes * len(model.mtp) / len(model.layers) + model.vocab_size * model.hidden_size * 0.56 / engine.tp_size
     told = model.second[1].weight_bytes(engine.dtype, engine.tp_size) if model.second and not model.mtp else head
-    step, num_told = 5e-4 + num_bytes / 4e12, engine.draft_len if model.mtp or model.second else 0
+    num_told = 1 if model.second and model.second[1].block else engine.draft_len * bool(model.mtp or model.second)
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
-    verify = (4e-4 + num_told * (2e-4 + told / 4e12)) / step
+    verify = (4e-4 + num_told * (2e-4 + told / 4e12)) / (step := 5e-4 + num_bytes / 4e12)
     return (0.15 + share, 0.03) if engine.device == "cpu" else (0.004 + 12e-6 / step, verify)
 
 
@@ -135,7 +135,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     """
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
-    if args.speculate == "mtp" and model.mtp is None:
+    if args.speculate == "mtp" and not model.mtp:
         raise ConfigError(f"--speculate mtp: {path} has no head for it; choose ngram, or off")
     wanted = EngineConfig(
         model_path=path,

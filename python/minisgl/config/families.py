@@ -12,7 +12,6 @@ from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, listing, no_model, read_fields, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
-from minisgl.config.mtp import read_mtp
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import TABLE, Rotary, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
@@ -97,7 +96,7 @@ def read_model_config(path: str | Path, override: Mapping[str, Any] | None = Non
         size = int(2 * tables + each * (model.weight_bytes("int8") - tables))  # of a shape, which has no weights
         stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
         model = replace(model, quantization=quantization, packed_bytes=stored or size)
-    return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size), mtp=model.mtp if mtp else None)
+    return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size), mtp=model.mtp if mtp else ())
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -152,7 +151,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch."),
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
-        mtp=read_mtp(f, layers),
+        mtp=_mtp(f, layers),
         norm_offset=f.number("norm_offset", family.norm_offset),
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
@@ -188,12 +187,20 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     if not set(kinds) <= set(owners):
         raise f.wrong("num_kv_shared_layers", "fewer, with a layer of each kind before them")
     sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
-    attentions = [
-        replace(of_kind[kind], rope_index=rope, source=source)
-        for kind, rope, source in zip(kinds, rope_of_layer, sources, strict=True)
-    ]
+    chosen = zip(kinds, rope_of_layer, sources, strict=True)
+    attentions = [replace(of_kind[kind], rope_index=rope, source=source) for kind, rope, source in chosen]
     norms = [LayerNorms(*family.norms, family.head_norms)] * len(kinds)
     return tuple(map(LayerSpec, attentions, _mlps(f, family, sources), norms)), ropes, longest
+
+
+def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Of the head for multi-token prediction, if there is one: as the last of the model that has keys and values."""
+    if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
+        return ()
+    spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
+    size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
+    mlp = replace(spec.mlp, intermediate_size=size) if isinstance(spec.mlp, DenseMLP) else spec.mlp
+    return (replace(spec, mlp=mlp),)
 
 
 def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:

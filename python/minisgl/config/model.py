@@ -155,10 +155,11 @@ class ModelConfig:
     layer_inputs: int = 0  # features that each layer gets of each token from a table of its own; 0: there is none
     layer_scalars: bool = False  # each layer's result is multiplied with a number of its own
     pooling: Pooling | None = None  # what is made of hidden states; None: nothing
-    mtp: LayerSpec | None = None  # of the head that foretells tokens; None: there is none, or it is not used
+    mtp: tuple[LayerSpec, ...] = ()  # of the head that foretells tokens; (): there is none, or it is not used
     second: "tuple[str, ModelConfig] | None" = None  # a small one that guesses, in the same pages; and where it is
-    aux_layers: tuple[int, ...] = ()  # of EAGLE's heads: behind which of the model's layers they read the stream
-    norms_residual: bool = False  # of EAGLE's heads: what they add to is normalised
+    aux_layers: tuple[int, ...] = ()  # of heads of their own: behind which of the model's layers they read the stream
+    norms_residual: bool | None = None  # of EAGLE's heads: whether what they add to is normalised; None: of others
+    block: tuple[int, int] | None = None  # of DFlash's heads: its tokens, and which stands for those to come
 
     @property
     def num_layers(self) -> int:
@@ -167,7 +168,7 @@ class ModelConfig:
     @property
     def cached_layers(self) -> tuple[LayerSpec, ...]:
         """All that have a cache, in the order of their caches."""
-        return self.layers if self.mtp is None else (*self.layers, self.mtp)
+        return (*self.layers, *self.mtp)
 
     def caches(self, windowed: bool | None = None) -> list[PagedKV]:
         """Of layers with keys and values of their own: of those whose windows slide, of the others, or of all."""

@@ -103,7 +103,7 @@ class SchedulerConfig:
     has_states: bool = False  # the model has caches that are states
     num_snapshots: int = 0  # of these, which the prefix cache may hold
     snapshot_tokens: int = 64  # between two of them, at least
-    speculate: str = "off"  # "off" | "ngram" | "mtp" | "model" | "eagle"
+    speculate: str = "off"  # "off" | "ngram" | "mtp" | "model" | "eagle" | "dflash"
     draft_len: int = 8  # tokens of a request that a step may verify, at most; 0: no drafts
     cuda_graph_max_bs: int = 0  # tokens of the largest captured step; 0: none is
     step_costs: tuple[float, float] = (0.0, 0.0)  # in steps of one token: of one more; of planning nothing meanwhile

@@ -177,8 +177,7 @@ class CapturedSteps(StepRunner):
         if second is not None:
             layers = layers.of(second, second.create_kv(*num_pages), second.create_attention())
         if head is not None:
-            known = lambda numbers: np.zeros(len(numbers), np.int64)  # noqa: E731
-            self.propose = HeadDrafter(head, self, layers, known).propose
+            self.propose = HeadDrafter(head, self, layers).propose
         longest, kinds = config.draft_len, config.model.states
         self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))

@@ -1,12 +1,11 @@
-"""Drafts that the device makes: by the model's own head for multi-token prediction, or by a second model."""
+"""Drafts that the device makes: by the model's own head, or by what `--draft-model` names."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from minisgl.attention.base import IntArray, StepContext
+from minisgl.attention.base import StepContext, to_device
 from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
@@ -17,14 +16,12 @@ from minisgl.kernel.cpu import CpuOps
 from minisgl.models.heads import Head
 
 Tensor = torch.Tensor
-# A step's numbers, as far as attention reads the host's; what can be captured reads the device's.
-Known = Callable[[Tensor], IntArray]
 
 
 class SecondModel(ModelShard):
     """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
 
-    skips_last = False
+    skips_last, block = False, None
 
     def __init__(self, first: ModelShard, path: str, model: ModelConfig) -> None:
         super().__init__(replace(first.config, model_path=path, model=model), first.device, first.comm, first.ops)
@@ -42,43 +39,50 @@ class SecondModel(ModelShard):
 class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
-    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, known: Known) -> None:
+    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer) -> None:
         """layers: with the tables that the steps have, and the cache that the head reads."""
-        self._head, self._steps, self._layers, self._known = head, steps, layers, known
+        self._head, self._steps, self._layers = head, steps, layers
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
         are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's."""
         tensors, skips_last = batch.tensors, self._head.skips_last
-        context = computed.context if skips_last else None  # which is a head's, too
+        context = computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
         following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
         x = computed.hidden(torch.arange(len(following), device=ids.device))
         x = self._head.forward(following if skips_last else context.input_ids, x, context, of_model=True)
-        if not most:
-            return ids.new_empty(len(tensors.rows), 0)
-        last, told = last_kept(tensors, computed.input_ids, ids), list[Tensor]()
-        x, position, token = x[last], tensors.positions[last], following[last]
-        for num_told in range(most):
+        if not (drafts := ids.new_zeros(len(tensors.rows), most)).numel():
+            return drafts
+        asked, told = np.flatnonzero(batch.index.num_drafts), list[Tensor]()  # nobody: it is captured for any
+        reqs = to_device(asked, ids.device) if 0 < len(asked) < len(drafts) else slice(None)
+        last = last_kept(tensors, computed.input_ids, ids)[reqs]
+        x, position, token = x[last], tensors.positions[last] + (not skips_last), following[last]
+        num_masks = most if self._head.block else 0
+        for num_told in range(1 if num_masks else most):
             if num_told or not skips_last:
-                one = self._one_each(batch, position + num_told + (not skips_last), num_told)
-                context = self._layers.context(one, captured=True)
+                context = self._context(batch, reqs, position + num_told, num_told, num_masks)
                 x = self._head.forward(token, x, context)
             told.append(self._head.choose(x))
             token = told[-1].long()
-        return torch.stack(told, 1)
+        drafts[reqs] = torch.stack(told, 1).view(-1, most)
+        return drafts
 
-    def _one_each(self, batch: Batch, position: Tensor, num_told: int) -> Batch:
-        """A token of each request, at its position; of those that want no further one it is nobody's."""
-        tables, tensors = self._steps.tables, batch.tensors
-        num, goes_on = len(tensors.rows), tensors.num_drafts > num_told
-        rows = tensors.rows.where(goes_on, tables.padding_row)
-        position = position.where(goes_on, 0).clamp(max=tables.token_ids.shape[1] - 3)
-        seq_lens, cu_q = position + 1, torch.arange(num + 1, dtype=rows.dtype, device=rows.device)
-        sequences = self._known(rows), self._known(position), np.ones(num, np.int64), np.arange(num + 1)
+    def _context(self, batch: Batch, reqs: Tensor | slice, first: Tensor, num_told: int, num_masks: int) -> StepContext:
+        """Of a token of each of these requests, at position `first`, and so many masks behind it, which all see one
+        another; of requests that want no further token, or fewer, they are nobody's."""
+        places = torch.arange(1 + num_masks, dtype=first.dtype, device=first.device)
+        rows, wanted, first = batch.tensors.rows[reqs, None], batch.tensors.num_drafts[reqs, None], first[:, None]
+        is_wanted = wanted >= places.clamp(min=num_told + 1)  # [requests, 1 + num_masks]
+        rows = rows.where(is_wanted, self._steps.tables.padding_row).flatten()
+        positions = (first + places).where(is_wanted, 0).flatten()
+        seq_lens = (first + wanted.clamp(max=num_masks) + 1).where(is_wanted, 1).flatten()
+        num, cu_q = len(rows), torch.arange(len(rows) + 1, dtype=rows.dtype, device=rows.device)
+        known = [x.numpy() if x.is_cpu else np.zeros(num, np.int64) for x in (rows, seq_lens - 1)]  # a GPU has its own
+        sequences = known[0], known[1], np.ones(num, np.int64), np.arange(num + 1)
         attention = self._steps.attention(sequences, (rows, seq_lens, cu_q), num)
-        tensors = tensors._replace(rows=rows, seq_lens=seq_lens, cu_q=cu_q, token_rows=rows, positions=position)
-        return replace(batch, tensors=tensors, attention=attention, logit_tokens=None)
+        numbers = batch.tensors._replace(rows=rows, seq_lens=seq_lens, cu_q=cu_q, token_rows=rows, positions=positions)
+        return self._layers.context(replace(batch, tensors=numbers, attention=attention), captured=True)
 
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
@@ -90,7 +94,7 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
         kv = head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
         layers = layers.of(head, kv, None)
     if head is not None:
-        steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
+        steps.propose = HeadDrafter(head, steps, layers).propose
     if ops is None or spec is None:
         return
     layer: int = ops.module.add_draft_head(model, spec.matrices[0][0], *spec.norms)
@@ -112,6 +116,5 @@ def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:
     samples = torch.searchsorted(tokens, tensors.cu_q.long())  # [requests + 1]: how many are before each request's
     is_last = tokens.new_zeros(num + 1, dtype=torch.bool).index_fill_(0, samples[1:], True)[1:]
     is_wrong = is_last | (ids != input_ids[(tokens + 1).clamp(max=len(input_ids) - 1)])
-    ends = is_wrong.long().cumsum(0)  # how many drafts have ended, and so has this one with the next
-    first_wrong = torch.searchsorted(ends, (ends - is_wrong.long())[samples[:-1].clamp(max=num - 1)] + 1)
-    return tokens[first_wrong.clamp(max=num - 1)]
+    next_wrong = torch.arange(num, device=ids.device).where(is_wrong, num - 1).flip(0).cummin(0).values.flip(0)
+    return tokens[next_wrong[samples[:-1].clamp(max=num - 1)]]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from minisgl.core import ScheduledReq
 
+Reqs = tuple[ScheduledReq, ...]
 _SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))  # then in steps of 32
 
 
@@ -20,7 +21,7 @@ class GraphShape(NamedTuple):
         """Whether it is of requests that may have several tokens."""
         return self.num_tokens > self.num_reqs
 
-    def padding(self, reqs: Sequence[ScheduledReq], row: int) -> tuple[ScheduledReq, ...] | None:
+    def padding(self, reqs: Sequence[ScheduledReq], row: int) -> Reqs | None:
         """Requests of `row`, which is nobody's, that make a step of `reqs` one of this shape; None: it does not fit."""
         num, tokens = self.num_reqs - len(reqs), self.num_tokens - sum(req.num_new for req in reqs)
         if not (0 < num <= tokens or num == tokens == 0):
@@ -30,20 +31,16 @@ class GraphShape(NamedTuple):
 
 def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[GraphShape]:
     """Of steps of up to `max_batch` tokens, by size. draft_len: of the longest draft of a request, where that matters.
-
     Where the model's layers take one token like another, a request of several is as good as so many requests of one.
     Layers with states, and a head that tells drafts, have to know which tokens belong together: for them there are
-    further shapes, of requests with a whole draft each, and of one more, nobody's, for what others lack.
-    """
+    further shapes, of requests with a whole draft each, and of one more, nobody's, for what others lack."""
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
     each, most = 1 + draft_len, min(max_batch, max_seq_len) * (draft_len > 0)
     wide = [GraphShape(size * each, size + more) for size in sizes for more in (0, 1) if size * each <= most]
     return sorted([GraphShape(size, size) for size in sizes] + wide)
 
 
-def fit(
-    shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int
-) -> tuple[GraphShape, tuple[ScheduledReq, ...]] | None:
+def fit(shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int) -> tuple[GraphShape, Reqs] | None:
     """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it. shapes: by size."""
     if not reqs or any(req.num_new != req.num_samples for req in reqs):
         return None
@@ -52,7 +49,7 @@ def fit(
     return next(found, None)
 
 
-def one_by_one(reqs: Sequence[ScheduledReq]) -> tuple[ScheduledReq, ...]:
+def one_by_one(reqs: Sequence[ScheduledReq]) -> Reqs:
     """A request for each token, where all of them sample; else none."""
     can = all(req.num_new == req.num_samples for req in reqs)
     return tuple(ScheduledReq(req.row, req.start + i, 1, 1) for req in reqs for i in range(req.num_new * can))

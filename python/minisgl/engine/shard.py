@@ -36,7 +36,7 @@ class ModelShard:
             weight_format = create_format(config, device, header := checkpoint.header() if checkpoint else {})
             env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
-            self.head = None if config.model.mtp is None else Head(env, self.model, header)
+            self.head = Head(env, self.model, header) if config.model.mtp else None
             parts = chain(self.model.parts(), self.head.parts() if self.head else ())
             if checkpoint:
                 load_weights(parts, checkpoint)

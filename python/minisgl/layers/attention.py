@@ -22,7 +22,7 @@ class Attention(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
         assert isinstance(spec.cache, PagedKV)
-        dim, width, self._offset = spec.cache.k_dim, hidden * (1 + bool(config.aux_layers)), config.norm_offset
+        dim, width, self._offset = spec.cache.k_dim, hidden * (2 - (config.norms_residual is None)), config.norm_offset
         self._ops, self._layer, self._spec, self._eps, self._head_dim = env.ops, layer, spec, config.rms_norm_eps, dim
         self._heads, self._comm = env.share(config.num_qo_heads, "attention heads"), env.comm
         num_kv, size = spec.cache.heads if spec.source is None else 0, dim * (2 if spec.gated == "features" else 1)
@@ -49,8 +49,15 @@ class Attention(Layer):
     ) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output;
         given: what is projected, in place of the stream (twice as wide in EAGLE's heads) → the new stream."""
-        qkv = self.qkv_proj.project(x if given is None else given, norm, self._eps)
-        qkv, gate = qkv.view(len(x), -1, self._head_dim), None
+        q, gate = self.store(x if given is None else given, norm, step)
+        cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
+        out = step.backend.forward(q, cache, self._spec, step.metadata[self._spec.window is not None], self.sinks)
+        out = out if gate is None else out * gate.sigmoid()
+        return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
+
+    def store(self, x: Tensor, norm: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor | None]:
+        """Put keys and values of what `norm` makes of x, [num_tokens, width], into the cache → queries, and gates."""
+        qkv, gate = self.qkv_proj.project(x, norm, self._eps).view(len(x), -1, self._head_dim), None
         if self._spec.gated:
             gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :].contiguous()
         if self._spec.value_norms:
@@ -59,19 +66,15 @@ class Attention(Layer):
         if self._is_wide:
             self._norm_of_all(qkv)
         rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self.qk_norm
-        cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
-        slots, metadata = step.slots[kind := self._spec.window is not None], step.metadata[kind]
         if self._spec.source is None:
-            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, slots))
+            slots = KVSlots(*step.kv.layer(self._layer), step.slots[self._spec.window is not None])
+            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, slots)
         else:
             q = rope.rotate(qkv if qk_norm is None else self._ops.rms_norm(qkv, qk_norm, self._eps))
         if self._rope.query_beta:
             turns = (step.positions / self._rope.max_position).floor()
             q = q * (1 + self._rope.query_beta * turns.log1p()).to(q.dtype)[:, None, None]
-        out = step.backend.forward(q, cache, self._spec, metadata, self.sinks)
-        if gate is not None:
-            out = out * gate.sigmoid()
-        return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
+        return q, gate
 
     def _norm_of_all(self, qkv: Tensor) -> None:
         """Root-mean-square norm, in place, of all queries' features at once, and of all keys', those of other ranks

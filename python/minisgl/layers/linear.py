@@ -90,15 +90,9 @@ class ColumnLinear(Linear):
     """
 
     def __init__(
-        self,
-        env: LayerEnv,
-        in_features: int,
-        heads: Mapping[str, tuple[int, int]],
-        what: str,
-        bias: bool = False,
-        activation: str | None = None,
-        orders: Mapping[str, Tensor] | None = None,
-    ) -> None:
+        self, env: LayerEnv, in_features: int, heads: Mapping[str, tuple[int, int]], what: str, bias: bool = False,
+        activation: str | None = None, orders: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         shards, at = dict[str, Shard](), 0
         for name, (num, size) in heads.items():
             mine = env.share(num, KV_HEADS, True) if name in ("k_proj", "v_proj") else env.share(num, what)
@@ -128,10 +122,8 @@ class RowLinear(Linear):
         super().__init__(env, (out_features, len(mine)), {"": shard}, bias)
 
     def forward(self, x: Tensor, residual: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-        """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks.
-
-        norm: of y, before it is added.
-        """
+        """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks. norm:
+        of y, before it is added."""
         if norm is not None:
             part = self.matrix.apply(x, Around(self.bias if self._comm.rank == 0 else None))
             return residual.add_(self._ops.rms_norm(self._comm.all_reduce(part), norm, eps))

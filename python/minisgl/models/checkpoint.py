@@ -29,7 +29,7 @@ from minisgl.layers.base import Part
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD, OF_HEAD = "model.embed_tokens.weight", "lm_head.weight", "eagle."
+EMBEDDING, HEAD, OF_HEAD = "model.embed_tokens.weight", "lm_head.weight", "head."
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"

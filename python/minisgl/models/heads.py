@@ -1,4 +1,4 @@
-"""Heads that say which tokens follow: for multi-token prediction, in the model's checkpoint, or EAGLE-3's."""
+"""Heads that say which tokens follow: for multi-token prediction, in the model's checkpoint, EAGLE-3's or DFlash's."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,9 +15,10 @@ from minisgl.layers.linear import Linear, VocabTable
 from minisgl.models.checkpoint import EMBEDDING, HEAD, OF_HEAD
 from minisgl.models.decoder import DecoderLayer, DecoderModel
 
-_LAYER = f"{OF_HEAD}model.layers.0."  # of EAGLE's
-_EAGLE = f"{OF_HEAD}fc.", _LAYER, f"{_LAYER}input_layernorm", f"{_LAYER}hidden_norm", f"{OF_HEAD}model.norm"
-_MTP = "mtp.fc.", "mtp.layers.0.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"
+# Names of `fc`, of layers, of norms, and of the last norm.
+_DFLASH = f"{OF_HEAD}fc.", f"{OF_HEAD}model.layers.", f"{OF_HEAD}hidden_norm", f"{OF_HEAD}model.norm"
+_EAGLE = *_DFLASH[:2], *(f"{_DFLASH[1]}0.{name}" for name in ("input_layernorm", "hidden_norm")), _DFLASH[3]
+_MTP = "mtp.fc.", "mtp.layers.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"
 
 
 class Head:
@@ -27,9 +28,9 @@ class Head:
     For multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2), as Qwen3-Next's and Qwen3.5's checkpoints
     have one, `fc` makes its stream of the model's result for a token and the token after it. EAGLE's (EAGLE-3, arXiv
     2503.01840, section 3) makes it of what some of the model's layers say; the token after it stands beside that in
-    attention alone. It may know some of the model's tokens only (`d2t`)."""
-
-    skips_last = True  # in the place of a token it reads the one after it
+    attention alone. It may know some of the model's tokens only (`d2t`). DFlash's (arXiv 2602.06036) is some layers,
+    whose keys and values of a token are made of what the model's say of it. One pass, over the last token and masks in
+    the place of those to come, which all see one another, says a whole draft (`block`)."""
 
     def __init__(self, env: LayerEnv, model: DecoderModel, stored: Mapping[str, Header]) -> None:
         """stored: the tensors of the checkpoint."""
@@ -37,11 +38,14 @@ class Head:
         config = replace(second[1] if second else own, layers=own.cached_layers, ropes=own.ropes)
         self._model, self._ops, self._comm, self._config = model, env.ops, env.comm, config
         self._eps, size, env = config.rms_norm_eps, config.hidden_size, replace(env, format=DENSE)
-        shape, self._names = (size, (len(config.aux_layers) or 2) * size), _EAGLE if config.aux_layers else _MTP
+        self.block, self.skips_last, self._aux = config.block, not config.block, config.aux_layers
+        self._names = _DFLASH if self.block else _EAGLE if self._aux else _MTP
+        shape = size, (len(self._aux) or 2) * size
         self.fc = Linear(env, shape, {"": Shard(shape, (0, size))})
-        self.layer = DecoderLayer(env, config, own.num_layers)
+        self.layers = [DecoderLayer(env, config, i) for i in range(own.num_layers, len(own.cached_layers))]
+        self._attention = [block for layer in self.layers if isinstance(block := layer.self_attn, Attention)]
         self._norms = tuple(env.vector(size) for _ in self._names[2:])
-        model.behind = dict.fromkeys(config.aux_layers, self._norms[0])
+        model.behind = dict.fromkeys(self._aux, self._norms[0])
         sizes, self._is_narrow = {EMBEDDING: num_tokens, HEAD: config.vocab_size}, config.vocab_size < num_tokens
         names = [name for name in sizes if OF_HEAD + name in stored or sizes[name] < num_tokens]
         self._tables = {name: VocabTable(env, sizes[name], size) for name in names}
@@ -53,28 +57,43 @@ class Head:
     def forward(self, following: Tensor, x: Tensor, step: StepContext, of_model: bool = False) -> Tensor:
         """following: [num_tokens] int64, of each token the one after it; x: [num_tokens, hidden], of the result before,
         which is changed, or `of_model`: all of the model's stream behind its last layer → for `choose`."""
-        if not self._config.aux_layers:
+        if not self._aux:
             x = self._ops.rms_norm(x, self._model.norm if of_model else self._norms[2], self._eps)
         elif of_model:
             x = self.fc.matrix.apply(torch.cat(list(self._model.behind.values()), -1))
+        if self.block:
+            return self._blocks(following, x, step, of_model, self.block[1])
         embedded = self._ops.rms_norm(self.embed_tokens.forward(following), self._norms[0], self._eps)
-        normed, attention = self._ops.rms_norm(x, self._norms[1], self._eps), self.layer.self_attn
+        normed, layer = self._ops.rms_norm(x, self._norms[1], self._eps), self.layers[0]
         both = torch.cat((embedded, normed), -1)
-        if not self._config.aux_layers:
-            return self.layer.forward(self.fc.matrix.apply(both), step)
-        assert isinstance(attention, Attention)
-        x = attention.forward(normed if self._config.norms_residual else x, None, None, step, both)
-        return self.layer.mlp.forward(x, self.layer.norms[2])
+        if not self._aux:
+            return layer.forward(self.fc.matrix.apply(both), step)
+        x = self._attention[0].forward(normed if self._config.norms_residual else x, None, None, step, both)
+        return layer.mlp.forward(x, layer.norms[2])
+
+    def _blocks(self, first: Tensor, x: Tensor, step: StepContext, of_model: bool, mask: int) -> Tensor:
+        """`forward` of DFlash's. first: [n] int64, of n blocks, the step's tokens → of masks, [n * masks, hidden]."""
+        if of_model:
+            x = self._ops.rms_norm(x, self._norms[0], self._eps)
+            for attention in self._attention:
+                attention.store(x, None, step)
+            return x
+        blocks = first[:, None].repeat(1, len(step.positions) // len(first))
+        blocks[:, 1:] = mask
+        x = self.embed_tokens.forward(blocks.flatten())
+        for layer in self.layers:
+            x = layer.forward(x, step)
+        return x.view(*blocks.shape, -1)[:, 1:].flatten(0, 1)
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
-        logits = self.lm_head.logits(x, self._norms[2], self._eps, self._narrowed)
+        logits = self.lm_head.logits(x, self._norms[-1], self._eps, self._narrowed)
         num = 1 if self._narrowed is None else min(64, logits.shape[1])  # parts, of which 4 bits name a token each
         best = logits[:, : logits.shape[1] // num * num].reshape(len(x), -1, num).argmax(1)
         some = self._comm.broadcast(best * num + torch.arange(num, device=x.device))
         if num > 1:
             rows = self.lm_head.forward(some.flatten()).view(*some.shape, -1)
-            exact = rows @ self._ops.rms_norm(x, self._norms[2], self._eps)[..., None]
+            exact = rows @ self._ops.rms_norm(x, self._norms[-1], self._eps)[..., None]
             some = some.gather(1, exact.argmax(1))
         ids, last = some[:, 0], self._model.config.vocab_size - 1
         return ((ids + self._moves[ids]).clamp_(0, last) if self._is_narrow else ids).int()
@@ -82,20 +101,18 @@ class Head:
     def cpu_spec(self) -> CpuSpec | None:
         """Of the layer's blocks; matrices: `fc`; norms: of the embedding, of the hidden state, and the last one. None:
         the CPU engine cannot compute it. Called after the weights are packed."""
-        layer, fc = self.layer.cpu_spec(), self.fc.cpu_spec()
-        if layer is None or fc is None or self._config.aux_layers:
-            return None
-        return replace(layer, matrices=fc.matrices, norms=self._norms)
+        layer, fc = self.layers[0].cpu_spec(), self.fc.cpu_spec()
+        return replace(layer, matrices=fc.matrices, norms=self._norms) if layer and fc and not self._aux else None
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled."""
         for name, table in self._tables.items():
             yield Part([*table.weights(OF_HEAD + name.removesuffix("weight"))], table.pack)
-        (fc, layer, *names), offset = self._names, self._config.norm_offset
+        (fc, layers, *names), offset = self._names, self._config.norm_offset
         vectors = [whole(f"{n}.weight", x, offset) for n, x in zip(names, self._norms, strict=True)]
         vectors += [whole(f"{OF_HEAD}d2t", self._moves)] * self._is_narrow
         yield Part([*self.fc.weights(fc), *vectors], self._pack)
-        yield Part([*self.layer.weights(layer)], self.layer.pack)
+        yield from (Part([*layer.weights(f"{layers}{i}.")], layer.pack) for i, layer in enumerate(self.layers))
 
     def _pack(self) -> None:
         """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 4."""

@@ -56,9 +56,8 @@ class Lengths:
 class Speculation:
     """Owns the drafters, and what is remembered of how their drafts fared. Deterministic, as the planner is.
 
-    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate`, "tree" (other requests, with
-    ngram), "prediction" or "grammar".
-    """
+    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate` or `--draft-model`, or "tree"
+    (other requests, with ngram), "prediction" or "grammar"."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         """drafter: of all requests, in place of what `speculate` names."""
@@ -66,7 +65,7 @@ class Speculation:
         ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
         makers = ngram if config.speculate == "ngram" else {}  # by name; who comes first is asked first
         self._makers = makers if drafter is None else {config.speculate: lambda _: drafter}
-        self._asks = config.speculate in ("mtp", "model", "eagle")  # the engine
+        self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
@@ -107,7 +106,7 @@ class Speculation:
                 step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
                 num_new, num_samples = num_new + num, num_samples + num
             if (most := min(wanted.get(row, 0), req.max_len - start - num_new - 1)) > 0:
-                num_drafts = self._room(req, start + num_new, most, pages)
+                num_drafts = max(0, self._room(req, start + num_new, most + 1, pages) - 1)  # behind one that is sampled
             some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
             some_reqs.append(req)
             some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held))
@@ -170,8 +169,7 @@ class Speculation:
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         may_pay = self._forced or not self._makers or self._wanted(shares, num_samples)  # if all have a draft
         for req, share in shares:
-            rate = self._rates.setdefault(req.uid, _FIRST_RATE)
-            length = int(not may_pay and rate > lengths.least)
+            rate, length = self._rates.setdefault(req.uid, _FIRST_RATE), 0
             if may_pay and (rate > lengths.least or self._forced):  # else this is all that is done for each of them
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
@@ -185,7 +183,7 @@ class Speculation:
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
-            if not length and 0 <= rate < _FIRST_RATE:  # no draft would have paid: in time there is another try
+            if not length and 0 <= rate < (_FIRST_RATE if may_pay else lengths.least):  # in time there is another try
                 self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
         return drafts if lengths.pays else {}
 
