@@ -124,6 +124,11 @@ def test_texts_that_the_model_reads_as_messages(source: Path, tmp_path: Path) ->
         asked = model.encode(TEXTS, prompt_name="query")
         np.testing.assert_allclose(llm.embed(TEXTS, prompt_name="query"), asked, atol=1e-4)
         assert np.linalg.norm(llm.embed("Hello world")) > 2  # as it comes
+        with pytest.raises(RequestError, match="dimensions must be at least 1 and at most 64, not -1"):
+            llm.embed("Hello world", dimensions=-1)
+        for wrong in (["Hello", None], [1.5], ["Hello", {"text": "world"}]):
+            with pytest.raises(RequestError, match="a prompt is a text or a list of token ids, not "):
+                llm.embed(wrong)  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="no text: use /v1/embeddings"):  # there is no head in its files
             llm.generate("Hello")
 

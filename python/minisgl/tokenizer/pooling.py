@@ -20,8 +20,8 @@ def served(model: ModelConfig, task: str, dimensions: int = 0) -> tuple[Pooling,
     pooling, most = model.pooling, model.hidden_size
     if pooling is None or (pooling.kind == "score") != (task == "score"):
         raise RequestError(f"this model is not served for that: start the server with --task {task}", param="model")
-    if dimensions > most:
-        raise RequestError(f"dimensions must be at most {most}, not {dimensions}", param="dimensions")
+    if not 0 <= dimensions <= most:
+        raise RequestError(f"dimensions must be at least 1 and at most {most}, not {dimensions}", param="dimensions")
     return pooling, SamplingParams(max_tokens=1, temperature=0.0, pooling=pooling.kind)
 
 
