@@ -261,12 +261,19 @@ def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=f"{file}: {key} 8 is not supported"):
             read_pooling(None, path, True, "")
         (path / file).unlink()
-    modules_file.write_text("[")
-    with pytest.raises(ConfigError, match=r"modules\.json"):
-        read_pooling(None, path, True, "")
+    wrong = ({"type": 3}, {"type": ["Pooling"]}, {"type": None}, {"type": "x.Pooling", "path": 3})
+    for text in ("[", "[" * 20_000, *(json.dumps([{"path": "", **one}]) for one in wrong)):
+        modules_file.write_text(text)
+        with pytest.raises(ConfigError, match=r"modules\.json|pooling \[\] not supported"):
+            read_pooling(None, path, True, "")
     modules_file.unlink()
     with pytest.raises(ConfigError, match="--chat-template"):
         read_pooling("score", path, True, "")
+    weights = (path / "model.safetensors").read_bytes()
+    for size in (0, 100, 5000):
+        (path / "model.safetensors").write_bytes(weights[:size])
+        with pytest.raises(ConfigError, match=r"cannot read .*model\.safetensors"):
+            llm_of(path, task="embed")
     (path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json: it has no yes"):
         read_pooling("score", path, True, CHATML)

@@ -11,7 +11,7 @@ import orjson
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import MAX_COUNT, Range
 from minisgl.message.messages import UserReply
-from minisgl.server.answers.renderer import Assembler, Renderer
+from minisgl.server.answers.renderer import Renderer
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.fields import Body, Count, Ids, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, RequestFields
@@ -22,7 +22,6 @@ MAX_TEXTS, MAX_PAIRED = 2048, 1 << 22  # OpenAI's limit; characters of all pairs
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 VECTOR_PATHS = ("/v1/embeddings", *RERANK_PATHS, "/v1/score")
 Show = Callable[[Sequence[bytes]], dict[str, Any]]
-Make = Callable[[str, Any, Callable[[], Assembler]], Renderer]
 
 
 class EmbeddingsBody(Body, RequestFields):
@@ -139,7 +138,7 @@ def _pairs(
     return VectorRequest(prompts, params, model=body.model, timeout=body.timeout or 0.0, names=names, show=show)
 
 
-def vector_dialects(config: ServerConfig) -> dict[str, tuple[str, Callable[..., GenerationRequest], Make]]:
+def vector_dialects(config: ServerConfig) -> dict[str, tuple[str, Callable[..., GenerationRequest], Any]]:
     """As `routes.app.DIALECTS`."""
     dialects = dict.fromkeys(RERANK_PATHS, ("Order documents by how well they answer a query.", parse_rerank))
     dialects |= {"/v1/embeddings": ("Vectors of texts.", parse_embeddings)}
