@@ -37,7 +37,8 @@ class RequestError(MiniSGLError):
 def too_long(param: str, num_tokens: str, max_seq_len: int) -> RequestError:
     """That a prompt does not fit the context: in OpenAI's words, which clients look for."""
     message = f"This model's maximum context length is {max_seq_len} tokens. However, your {param} resulted in "
-    message += f"{num_tokens} tokens, and at least 1 is for the output. Please reduce the length of the {param}."
+    more = ", and at least 1 is for the output" * (num_tokens.split()[-1] == str(max_seq_len))
+    message += f"{num_tokens} tokens{more}. Please reduce the length of the {param}."
     return RequestError(message, param=param, code="context_length_exceeded")
 
 

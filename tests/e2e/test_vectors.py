@@ -65,6 +65,29 @@ def test_truncation(client: openai.OpenAI) -> None:
     for most in (5, 64, -1):
         got = vectors(client, text, extra_body={"truncate_prompt_tokens": most})
         np.testing.assert_allclose(got, vectors(client, (ids * 9)[: most % 65 or 64]), atol=1e-5)
+    got = vectors(client, text * 1000, extra_body={"truncate_prompt_tokens": 5})  # of what could never fit
+    np.testing.assert_allclose(got, vectors(client, ids[:5]), atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["word " * 65, [7] * 65, [7] * 650, "word " * 9000])
+def test_what_is_too_long_is_told_the_context(client: openai.OpenAI, given: Any) -> None:
+    """As it is: nothing is needed for an output."""
+    assert len(vectors(client, [7] * 64)) == 1
+    with pytest.raises(openai.BadRequestError) as refused:
+        vectors(client, given)
+    assert "context length is 64 tokens" in refused.value.message and "output" not in refused.value.message
+
+
+def test_salts_and_times_are_a_requests_own(client: openai.OpenAI) -> None:
+    def cached(salt: str) -> int:
+        body = {"model": "tiny", "input": "a secret that takes several pages of the cache", "cache_salt": salt}
+        answer = client.post("/embeddings", body=body, cast_to=httpx.Response).json()
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [cached("a"), cached("b")] == [0, 0] and min(cached("a"), cached("b")) > 15
+    with pytest.raises(openai.APIStatusError) as late:
+        vectors(client, TEXTS * 600, extra_body={"timeout": 0.01})
+    assert late.value.status_code == 504
 
 
 @pytest.mark.parametrize(
@@ -83,6 +106,8 @@ def test_truncation(client: openai.OpenAI) -> None:
         ({"input": "a", "encoding_format": "ubinary"}, "encoding_format"),
         ({"input": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"input": "a", "prompt_name": "query"}, "prompt_name"),
+        ({"input": "a", "cache_salt": ""}, "cache_salt"),
+        ({"input": "a", "timeout": 0}, "timeout"),
         ({"input": "a", "model": "other"}, "model"),
     ],
 )

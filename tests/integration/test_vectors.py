@@ -124,6 +124,11 @@ def test_texts_that_the_model_reads_as_messages(source: Path, tmp_path: Path) ->
         asked = model.encode(TEXTS, prompt_name="query")
         np.testing.assert_allclose(llm.embed(TEXTS, prompt_name="query"), asked, atol=1e-4)
         assert np.linalg.norm(llm.embed("Hello world")) > 2  # as it comes
+        with pytest.raises(RequestError, match="dimensions must be at least 1 and at most 64, not -1"):
+            llm.embed("Hello world", dimensions=-1)
+        for wrong in (["Hello", None], [1.5], ["Hello", {"text": "world"}]):
+            with pytest.raises(RequestError, match="a prompt is a text or a list of token ids, not "):
+                llm.embed(wrong)  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="no text: use /v1/embeddings"):  # there is no head in its files
             llm.generate("Hello")
 
@@ -256,12 +261,19 @@ def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=f"{file}: {key} 8 is not supported"):
             read_pooling(None, path, True, "")
         (path / file).unlink()
-    modules_file.write_text("[")
-    with pytest.raises(ConfigError, match=r"modules\.json"):
-        read_pooling(None, path, True, "")
+    wrong = ({"type": 3}, {"type": ["Pooling"]}, {"type": None}, {"type": "x.Pooling", "path": 3})
+    for text in ("[", "[" * 20_000, *(json.dumps([{"path": "", **one}]) for one in wrong)):
+        modules_file.write_text(text)
+        with pytest.raises(ConfigError, match=r"modules\.json|pooling \[\] not supported"):
+            read_pooling(None, path, True, "")
     modules_file.unlink()
     with pytest.raises(ConfigError, match="--chat-template"):
         read_pooling("score", path, True, "")
+    weights = (path / "model.safetensors").read_bytes()
+    for size in (0, 100, 5000):
+        (path / "model.safetensors").write_bytes(weights[:size])
+        with pytest.raises(ConfigError, match=r"cannot read .*model\.safetensors"):
+            llm_of(path, task="embed")
     (path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json: it has no yes"):
         read_pooling("score", path, True, CHATML)

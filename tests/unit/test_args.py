@@ -170,7 +170,8 @@ def test_errors_name_the_variable_or_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="MINISGL_PORT=x: expected"):
         parse_args([], {"MINISGL_PORT": "x"})
     file = tmp_path / "config.yaml"
-    for content, words in [("port: x", "port='x'"), ("prot: 1", "did you mean port"), ("- 1", "mapping"), ("a: [", "")]:
+    wrong = [("port: x", "port='x'"), ("prot: 1", "did you mean port"), ("- 1", "mapping"), ("a: [", "")]
+    for content, words in [*wrong, ("[" * 9999, "")]:
         file.write_text(content)
         with pytest.raises(ConfigError) as caught:
             parse_args(["--config", str(file)], {})

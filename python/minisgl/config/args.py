@@ -216,7 +216,7 @@ def args_from_options(options: Mapping[str, Any]) -> ServerArgs:
 def _from_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", error)
         raise ConfigError(f"--config {path}: {' '.join(str(reason).split())}") from None
     if not isinstance(content, dict):

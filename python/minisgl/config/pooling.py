@@ -1,13 +1,14 @@
 """Whether a model gives vectors or scores, as its files say: those of sentence-transformers, or its class's name."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from minisgl.config.locate import read_fields
 from minisgl.errors import ConfigError
@@ -82,8 +83,8 @@ def _modules(file: Path) -> dict[str, str]:
     """Folders of sentence-transformers' modules, by the names of their classes."""
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
-        modules = {module["type"].rpartition(".")[2]: module["path"] for module in listed}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {str(file)!r}: {error!r}") from None
     if others := ", ".join(name for name in modules if name not in TEXTS["modules"]):
         raise ConfigError(f"{file}: modules not supported: {others} (supported: {', '.join(TEXTS['modules'])})")
@@ -112,6 +113,8 @@ def _labels(path: Path, modules: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def _has_head(path: Path) -> bool:
-    """Whether files of safetensors have one; what is stored otherwise does."""
-    files: list[Any] = [safe_open(str(file), framework="np") for file in path.glob("*.safetensors")]
-    return not files or any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
+    """Whether files of safetensors have one; what is stored otherwise does, and what is broken (loading tells why)."""
+    with suppress(OSError, SafetensorError):
+        files: list[Any] = [safe_open(str(file), framework="np") for file in path.glob("*.safetensors")]
+        return not files or any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
+    return True

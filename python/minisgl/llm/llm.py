@@ -174,7 +174,7 @@ class LLM(AbstractContextManager["LLM"]):
         """The vector of each text, or list of token ids: the first `dimensions` numbers (0: all). prompt_name: of what
         comes before texts, of those that the model's files name. Raises: RequestError, also where one fails."""
         pooling, params = served(self.config.engine.model, "embed", dimensions)
-        texts = [text_prompt(pooling, one, prompt_name) for one in _several(prompts)]
+        texts = [text_prompt(pooling, t, prompt_name) if isinstance(t, str) else _wrapped(t) for t in _several(prompts)]
         return [vector_of(pooling, output.pooled, dimensions).tolist() for output in self._run(texts, params, None)]
 
     def score(self, query: str, documents: Sequence[str], instruction: str = "") -> list[float]:

@@ -13,15 +13,13 @@ from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, 
 
 
 def served(model: ModelConfig, task: str, dimensions: int = 0) -> tuple[Pooling, SamplingParams]:
-    """What requests are sent with. task: "score", or "embed", to vectors of so many numbers.
-
-    Raises: RequestError where the model is not for that, or its vectors have fewer.
-    """
+    """What requests are sent with. task: "score", or "embed", to vectors of so many numbers. Raises: RequestError where
+    the model is not for that, or its vectors have fewer."""
     pooling, most = model.pooling, model.hidden_size
     if pooling is None or (pooling.kind == "score") != (task == "score"):
         raise RequestError(f"this model is not served for that: start the server with --task {task}", param="model")
-    if dimensions > most:
-        raise RequestError(f"dimensions must be at most {most}, not {dimensions}", param="dimensions")
+    if not 0 <= dimensions <= most:
+        raise RequestError(f"dimensions must be at least 1 and at most {most}, not {dimensions}", param="dimensions")
     return pooling, SamplingParams(max_tokens=1, temperature=0.0, pooling=pooling.kind)
 
 

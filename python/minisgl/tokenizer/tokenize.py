@@ -89,9 +89,9 @@ class HFTextCodec:
 
     def beginning(self, text: str, most: int) -> list[int]:
         """The first tokens of a text, so many with special ones around them."""
+        text = text[: most * self.longest_token]
         if self._backend is None:
             return list(self.tokenizer.encode(text, truncation=True, max_length=most))
-        text = text[: most * self.longest_token]
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # which lets others run
         encoding.truncate(max(0, most - self._backend.num_special_tokens_to_add(False)))
         return list(self._backend.post_process(encoding, None, True).ids)
@@ -272,8 +272,7 @@ class Tokenizer:
             raise too_long("prediction", str(len(guess)), self._max_seq_len)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        grammar = params.grammar
-        if grammar is not None and grammar.reasoning:
+        if (grammar := params.grammar) is not None and grammar.reasoning:
             end = self.codec.decode(ids[-wire.PROMPT_TAIL :])
             grammar = replace(grammar, reasoning=reasoning_after(end, grammar.reasoning))
         least = min(params.min_tokens, limit)

@@ -183,10 +183,10 @@ def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = 
     return replace(request, params=ranked, best_of=best_of)
 
 
-def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
-    """Raises: RequestError, in words of the client's `names`, when a prompt cannot fit, whatever its tokens are."""
+def check_size(prompts: Sequence[Prompt], most: int, names: Mapping[str, str] | None = None, least: int = 1) -> None:
+    """Raises: RequestError, in words of `names`, when a prompt cannot fit beside an output of `least` tokens."""
     for prompt in prompts:
         size = len(prompt.input_ids) // 4 if isinstance(prompt, IdsPrompt) else len(encode(prompt)) // LONGEST_TOKEN
-        if size >= max_seq_len:
+        if size > most - least and not (isinstance(prompt, TextPrompt) and prompt.most):  # it will be cut
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-            raise renamed(too_long(param, f"at least {size}", max_seq_len), names)
+            raise renamed(too_long(param, f"at least {size}", most), names)

@@ -4,7 +4,7 @@ from minisgl.message.messages import ChatPrompt, IdsPrompt, TextPrompt, pack_ids
 from minisgl.server.bodies.chat import GenerationRequest, chat_request, check_size
 from minisgl.server.bodies.content import Message, Tool
 from minisgl.server.bodies.fields import Body, Ids, Items, MaxTokens, Object, Reading, load, optional
-from minisgl.server.bodies.sampling import Defaults, Salt, SamplingFields, Seconds
+from minisgl.server.bodies.sampling import Defaults, RequestFields, SamplingFields
 from minisgl.server.errors import refuse_unless
 
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
@@ -20,7 +20,7 @@ class GenerateSampling(Body, SamplingFields):
     ebnf: str | None = optional("The output follows the grammar, Lark or EBNF.")
 
 
-class GenerateBody(Body):
+class GenerateBody(Body, RequestFields):
     """POST /generate: `text` or `input_ids`."""
 
     inner = {"sampling_params": GenerateSampling}  # noqa: RUF012
@@ -29,9 +29,7 @@ class GenerateBody(Body):
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     max_tokens: MaxTokens | None = optional("As in `sampling_params`.")
     ignore_eos: bool | None = optional("As in `sampling_params`.")
-    cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
-    timeout: Seconds | None = optional("As in `sampling_params`.")
 
 
 def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:

@@ -126,7 +126,6 @@ MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024  # OpenAI's client libraries know of 300
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Seconds = Annotated[float, Field(gt=0, le=1e6)]
 _STRING: Object = {"minLength": 1, "maxLength": MAX_STOP_LEN}
 _BIAS = {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}
 
@@ -136,7 +135,14 @@ def _within(name: str, text: str) -> Any:
     return optional(text, RANGES[name])
 
 
-class SamplingFields(BaseModel):
+class RequestFields(BaseModel):
+    """Of all that asks a model."""
+
+    cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
+    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = optional("Seconds until the answer ends with an error.")
+
+
+class SamplingFields(RequestFields):
     """To be inherited by request bodies. None is the same as leaving a field out."""
 
     temperature: float | None = _within("temperature", "0 is greedy.")
@@ -165,8 +171,6 @@ class SamplingFields(BaseModel):
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
     priority: Count | None = _within("priority", "The lowest goes first; for `--schedule-policy priority`.")
     speculate: Count | None = _within("speculate", "The longest draft, where the server speculates; 0: none.")
-    cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
-    timeout: Seconds | None = optional("The answer ends with an error after so many seconds.")
 
     def params(self, max_tokens: int | None, defaults: Defaults, logprobs: int | None = None) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""

@@ -88,7 +88,7 @@ class Generation:
     async def _read(self, request: Request, parse: Parse[R], defaults: Defaults) -> R:
         def parsed(data: bytes, reading: Reading) -> R:
             made = with_grammar(parse(data, defaults, reading), self._config)
-            check_size(made.prompts, self._config.scheduler.max_seq_len + bool(made.params.pooling), made.names)
+            check_size(made.prompts, self._config.scheduler.max_seq_len, made.names, int(not made.params.pooling))
             return made
 
         made = await self._bodies.read(request, parsed)

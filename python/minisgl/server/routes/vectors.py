@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,44 +11,42 @@ import orjson
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import MAX_COUNT, Range
 from minisgl.message.messages import UserReply
-from minisgl.server.answers.renderer import Assembler, Renderer
+from minisgl.server.answers.renderer import Renderer
 from minisgl.server.bodies.chat import GenerationRequest
-from minisgl.server.bodies.fields import Body, Count, Ids, Items, Object, Reading, load, optional
-from minisgl.server.bodies.sampling import Defaults
+from minisgl.server.bodies.fields import Body, Count, Ids, Items, MaxTokens, Object, Reading, load, optional
+from minisgl.server.bodies.sampling import Defaults, RequestFields
 from minisgl.server.errors import refuse_unless
 from minisgl.tokenizer.pooling import pair_prompt, score_of, served, text_prompt, vector_of
 
 MAX_TEXTS, MAX_PAIRED = 2048, 1 << 22  # OpenAI's limit; characters of all pairs, each with its query
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 VECTOR_PATHS = ("/v1/embeddings", *RERANK_PATHS, "/v1/score")
-_COUNT = Range(1, MAX_COUNT)
 Show = Callable[[Sequence[bytes]], dict[str, Any]]
-Make = Callable[[str, Any, Callable[[], Assembler]], Renderer]
 
 
-class EmbeddingsBody(Body):
+class EmbeddingsBody(Body, RequestFields):
     """POST /v1/embeddings."""
 
     model: str | None = optional("The id that /v1/models shows.")
     input: str | Items[str] | Ids | Items[Ids]
     encoding_format: str | None = optional("base64: of float32.", enum=[None, "float", "base64"])
-    dimensions: Count | None = optional("So many numbers of each vector, the first ones.", _COUNT)
+    dimensions: MaxTokens | None = optional("So many numbers of each vector, the first ones.")
     truncate_prompt_tokens: Count | None = optional("So many tokens are kept; -1: the context.", Range(-1, MAX_COUNT))
     prompt_name: str | None = optional("Of what comes before each text, of those that the model's files have.")
 
 
-class RerankBody(Body):
+class RerankBody(Body, RequestFields):
     """POST /v1/rerank."""
 
     model: str | None = optional("The id that /v1/models shows.")
     query: str
     documents: Items[str] | Items[Object]
-    top_n: Count | None = optional("So many results.", _COUNT)
+    top_n: MaxTokens | None = optional("So many results.")
     return_documents: bool | None = optional("false: results have no texts.")
     instruction: str | None = optional("What to look for.")
 
 
-class ScoreBody(Body):
+class ScoreBody(Body, RequestFields):
     """POST /v1/score: one text for all others, or one for each."""
 
     model: str | None = optional("The id that /v1/models shows.")
@@ -84,17 +82,17 @@ def parse_embeddings(config: ServerConfig, data: bytes, _: Defaults, reading: Re
     pooling, params = served(config.engine.model, "embed", size)
     most = min(most % MAX_COUNT, config.scheduler.max_seq_len)
 
-    def show(vectors: Sequence[bytes]) -> dict[str, Any]:
-        data = []
-        for index, one in enumerate(vectors):
-            vector = vector_of(pooling, one, size)
-            numbers = orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
-            shown = numbers if form == "float" else base64.b64encode(vector.tobytes()).decode()
-            data.append({"object": "embedding", "index": index, "embedding": shown})
-        return {"data": data}
+    def told(data: bytes) -> Any:
+        vector = vector_of(pooling, data, size)
+        numbers = orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
+        return numbers if form == "float" else base64.b64encode(vector.tobytes()).decode()
+
+    def show(raw: Sequence[bytes]) -> dict[str, Any]:
+        return {"data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(map(told, raw))]}
 
     prompts = tuple(text_prompt(pooling, text, body.prompt_name or "", most) for text in _few(texts, "input"))
-    return VectorRequest(prompts, params, model=body.model, names={"prompt": "input"}, show=show)
+    params, names = replace(params, cache_salt=body.cache_salt or ""), {"prompt": "input"}
+    return VectorRequest(prompts, params, model=body.model, timeout=body.timeout or 0.0, names=names, show=show)
 
 
 def _few(texts: Sequence[Any], name: str) -> Sequence[Any]:
@@ -136,10 +134,11 @@ def _pairs(
     size = sum(len(query) + len(text) + len(more) for query, text in pairs)
     refuse_unless(size <= MAX_PAIRED, f"all pairs have {size} characters, more than {MAX_PAIRED}", name)
     prompts = tuple(pair_prompt(pooling, query, text, more) for query, text in pairs)
-    return VectorRequest(prompts, params, model=body.model, names={"messages": name}, show=show)
+    params, names = replace(params, cache_salt=body.cache_salt or ""), {"messages": name}
+    return VectorRequest(prompts, params, model=body.model, timeout=body.timeout or 0.0, names=names, show=show)
 
 
-def vector_dialects(config: ServerConfig) -> dict[str, tuple[str, Callable[..., GenerationRequest], Make]]:
+def vector_dialects(config: ServerConfig) -> dict[str, tuple[str, Callable[..., GenerationRequest], Any]]:
     """As `routes.app.DIALECTS`."""
     dialects = dict.fromkeys(RERANK_PATHS, ("Order documents by how well they answer a query.", parse_rerank))
     dialects |= {"/v1/embeddings": ("Vectors of texts.", parse_embeddings)}
