@@ -393,6 +393,7 @@ GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
 GROUPS["triton_grouped_gemm"], GROUPS["experts"] = grouped_gemm, experts
 GROUPS |= {"delta_tokens": partial(delta_net, [1] * 5), "delta_chunks": partial(delta_net, [1, 2, 70, 1, 130])}
+GROUPS["delta_stream"] = partial(delta_net, [1] * 20 + [2] + [1] * 120)
 
 
 def run_groups(names: list[str]) -> int:

@@ -4,8 +4,10 @@ a copy single tokens reach, which is all that bounds them.
     python -m benchmark.kernels.delta [--seconds 120]
 
 A CUDA graph of as many layers as exceed the L2 cache is replayed; the median of the replays, divided by the layers, is
-the time of a call. Outputs and states are compared with the reference first: the largest relative error.
+the time of a call. Outputs and states are compared with the reference first: the largest relative error. What a kernel
+can reach that changes states where they lie, and reads them in pieces of some size, is measured first.
 """
+# mypy: allow-untyped-decorators, disable-error-code="import-not-found, no-untyped-def"
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ import os
 import threading
 
 import torch
+import triton
+import triton.language as tl
 
 from benchmark.kernels.attention_decode import copy_bandwidth, graph_of, median_us
 from minisgl.kernel.delta import DeltaOps
@@ -30,6 +34,14 @@ STEPS = {
     "1 x 512": [512],
     "1 x 64": [64],
 }
+
+
+@triton.jit
+def _negate(states, slots, PIECES: tl.constexpr, SIZE: tl.constexpr):
+    piece = tl.program_id(0)
+    slot = tl.load(slots + piece // PIECES).to(tl.int64)
+    at = states + (slot * PIECES + piece % PIECES) * SIZE + tl.arange(0, SIZE)
+    tl.store(at, -tl.load(at))
 
 
 class Case:
@@ -67,6 +79,18 @@ class Case:
         return median_us(graph_of(lambda: [self.run(state) for state in self.states])) / len(self.states)
 
 
+def pieces(peak: float) -> None:
+    """Of the states of 256 sequences in any order: GB/s read and written."""
+    layers, slots = torch.randn(2, 256, 1 << 19, device="cuda"), torch.randperm(256, device="cuda").int()
+    print(f"{'KiB of a piece':>22} {'us':>8} {'GB/s':>6} {'share':>6}")
+    for size in (1 << 10, 1 << 12, 1 << 14):
+        num = layers.shape[-1] // size
+        graph = graph_of(lambda: [_negate[(256 * num,)](layer, slots, num, size, num_warps=8) for layer in layers])  # noqa: B023
+        us = median_us(graph) / len(layers)
+        speed = 8 * layers[0].numel() / us / 1000
+        print(f"{size >> 8:>22} {us:8.2f} {speed:6.0f} {speed / peak:6.1%}", flush=True)
+
+
 def tokens(peak: float) -> None:
     print(f"{'tokens':>22} {'us':>8} {'GB/s':>6} {'share':>6} {'error':>8}")
     for num in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -97,6 +121,7 @@ def main() -> None:
     watchdog.start()
     peak = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: a copy moves {peak:.0f} GB/s; bfloat16, heads {HEADS}")
+    pieces(peak)
     tokens(peak)
     chunks()
 

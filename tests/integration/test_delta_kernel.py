@@ -3,7 +3,7 @@ with TRITON_INTERPRET=1 on the CPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -134,9 +134,29 @@ def test_delta_net(shape: Shape, dtype: torch.dtype, lengths: list[int]) -> None
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [WIDE[0], (4, 64, 12, 128), (16, 128, 16, 64)], ids=str)
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["tokens", "beside prompts"])
+def test_tokens_of_many_sequences(shape: Shape, dtype: torch.dtype, is_mixed: bool) -> None:
+    """So many that each block of what streams states has several, and not all blocks as many; others lie between them.
+    Inputs may begin anywhere."""
+    lengths = [1] * 150
+    if is_mixed:
+        lengths[3:9:2] = [3, 70, 2]
+        lengths[40:60] = [2] * 20
+    case = make_case(shape, lengths, dtype)
+    first = DeltaState(*(part.clone() for part in case.state))
+    check(case)
+    padded = case.qkvz.new_zeros(len(case.qkvz), case.qkvz.shape[1] + 1)
+    padded[:, 1:] = case.qkvz
+    check(replace(case, qkvz=padded[:, 1:], state=first))
+
+
+@needs_gpu
 @pytest.mark.parametrize("width", [2, 3])
 def test_widths_of_the_convolution(width: int) -> None:
     check(make_case(SHAPES[0], [1, 2, 5], torch.float32, width))
+    check(make_case(WIDE[0], [1] * 40, torch.float32, width))
 
 
 @needs_gpu
@@ -175,22 +195,23 @@ def test_drafts(shape: Shape, dtype: torch.dtype, is_captured: bool) -> None:
 
 
 @needs_gpu
-def test_tokens_in_a_graph() -> None:
+@pytest.mark.parametrize("num", [6, 70])
+def test_tokens_in_a_graph(num: int) -> None:
     """What is captured goes on from the states that it left; rows that pad it share a slot."""
-    case = make_case(WIDE[0], [1] * 6, torch.bfloat16)
+    case = make_case(WIDE[0], [1] * num, torch.bfloat16)
     case.state.conv.nan_to_num_(), case.state.memory.nan_to_num_()
-    case.seqs.slots[4:] = case.seqs.slots[4]
+    case.seqs.slots[num - 2 :] = case.seqs.slots[num - 2]
     first = DeltaState(case.state.conv.clone(), case.state.memory.clone())
     compute(case)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = compute(case)
     case.state.conv.copy_(first.conv), case.state.memory.copy_(first.memory)
-    slots = case.seqs.slots[:4].long()
+    slots = case.seqs.slots[: num - 2].long()
     for _ in range(3):
         want, _, memory = reference(case)
         graph.replay()
-        assert_near(out[:4], want[:4], TOLERANCE[torch.bfloat16])
+        assert_near(out[: num - 2], want[: num - 2], TOLERANCE[torch.bfloat16])
         assert_near(case.state.memory[slots], memory[slots], 1e-4)
 
 

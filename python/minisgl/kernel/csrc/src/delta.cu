@@ -3,7 +3,7 @@
 //
 //   tokens   a sequence's only token, all of it at once: convolution, gates, rule, norm. It is bound by reading and
 //            writing states, which it does once. Of longer sequences it brings the convolution's state up to date,
-//            once all else has read it.
+//            once all else has read it. From sm_90 on many sequences have a kernel of their own (delta_stream.cuh).
 //   drafts   the same for the tokens of a sequence that ends with a draft, one after the other. Before them come those
 //            of the last draft that held; behind both the state is written, and then goes on in registers alone. Of
 //            longer sequences without a draft it computes what held, before all else.
@@ -13,6 +13,11 @@
 // Shapes are fixed at compile time: DELTA_DTYPE, DELTA_NUM_K and DELTA_NUM_V (heads on this rank), DELTA_DIM_K,
 // DELTA_DIM_V (a multiple of 4), DELTA_WIDTH (tokens that the convolution spans). All is computed in float32.
 #include <minisgl/delta.cuh>
+
+#if defined(MINISGL_PDL) && DELTA_DIM_K <= 128 && DELTA_DIM_K % 8 == 0 && DELTA_DIM_V <= 128 && DELTA_DIM_V % 32 == 0
+#define DELTA_STREAMS 1
+#include <minisgl/delta_stream.cuh>
+#endif
 
 namespace minisgl {
 namespace {
@@ -297,6 +302,45 @@ Params params_of(TensorView x, TensorView ba, TensorView conv, TensorView a_log,
   return p;
 }
 
+#if DELTA_STREAMS
+// As many blocks as a device has multiprocessors; 0 where these have too little shared memory.
+int stream_blocks(int device) {
+  static int found[64];  // one more
+  MINISGL_CHECK(device >= 0 && device < 64);
+  if (found[device] > 0) return found[device] - 1;
+  constexpr int kBytes = sizeof(Stream);
+  int most = 0, sms = 0;
+  MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (kBytes <= most) {
+    MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(stream_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    MINISGL_CUDA_CHECK(
+        cudaFuncSetAttribute(stream_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  }
+  found[device] = sms + 1;
+  return sms;
+}
+#endif
+
+// `tokens` of many sequences. → false: there is no kernel for them.
+bool stream_tokens(const Params& p, int device, cudaStream_t stream) {
+#if DELTA_STREAMS
+  constexpr int64_t kLarge = 64 << 20;  // bytes of states, from which on they should stay in the L2 cache until written
+  unsigned items = p.num_seqs * kNumK, blocks = 0;
+  bool fits = items >= kFewBlocks && p.x_stride % kVec == 0;
+  for (const Element* from : {p.x, p.conv, p.norm, static_cast<const Element*>(p.seen)}) {
+    fits = fits && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  }
+  if (fits) blocks = std::min<unsigned>(items, stream_blocks(device));
+  if (blocks == 0) return false;
+  uint64_t policy = int64_t(p.num_seqs) * kNumV * kStateBytes < kLarge ? kEvictNormal : kEvictLast;
+  launch(LaunchConfig{dim3(blocks), dim3(kStreamThreads), sizeof(Stream)}, stream, stream_kernel, p, policy);
+  return true;
+#else
+  return false;
+#endif
+}
+
 enum Stage { kConvolve, kFinish, kTokens, kDrafts };
 
 // stage: a number of `Stage`. early: all that is of sequences, and their states, was written before the last launch
@@ -321,7 +365,7 @@ void delta(int64_t stage, TensorView x, TensorView ba, TensorView conv, TensorVi
     launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * kShares * (is_few ? kFew : kMany))}, stream,
            is_few ? drafts_kernel<kFew> : drafts_kernel<kMany>, p);
   }
-  if (stage != kTokens || p.all) return;
+  if (stage != kTokens || p.all || stream_tokens(p, x.device().device_id, stream)) return;
   launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * (is_few ? kFewWarps : kManyWarps))}, stream,
          is_few ? tokens_kernel<kFewWarps> : tokens_kernel<kManyWarps>, p);
 }

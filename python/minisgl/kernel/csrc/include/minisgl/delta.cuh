@@ -219,7 +219,8 @@ __device__ __forceinline__ int channel_of(int key, int i) {
 struct Lengths {
   float q, k, overlap;
 
-  __device__ explicit Lengths(const Scratch& s) : q(0), k(0), overlap(0) {
+  template <typename Features>
+  __device__ explicit Lengths(const Features& s) : q(0), k(0), overlap(0) {
     for (int d = threadIdx.x % 32; d < kDimK; d += 32) {
       q += s.q[d] * s.q[d];
       k += s.k[d] * s.k[d];
