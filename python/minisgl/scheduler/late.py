@@ -133,7 +133,7 @@ class LateMasks:
         self.shape = len(plan.masked), len(computing.all_allowed)
         self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
         self.table: npt.NDArray[np.int64] | None = None
-        self.ids = np.empty(0, np.int32)  # where a device writes its tokens
+        self.ids, self.addresses = np.empty(0, np.int32), np.empty(0, np.int64)  # where an engine writes its tokens
         self._left: tuple[list[Row], Words, Words] | None = None
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
@@ -141,7 +141,8 @@ class LateMasks:
         if ids is None:
             self._fill(self.rows(), words, states, is_late=False)
             return
-        self.ids, self._left = ids, (self._computing.share(self, last, words, states), words, states)
+        self.ids, self.addresses = ids, ids.ctypes.data + 4 * np.arange(len(self.numbers))
+        self._left = (self._computing.share(self, last, words, states), words, states)
         self._last, self._outputs = last, []
         if not self._before:
             self.begin()
@@ -165,11 +166,6 @@ class LateMasks:
     def follows(self, last: "LateMasks") -> bool:
         """Whether it has the same requests, each with one token more."""
         return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
-
-    @property
-    def addresses(self) -> npt.NDArray[np.int64]:
-        """Where the device writes the tokens that it samples."""
-        return self.ids.ctypes.data + 4 * np.arange(len(self.numbers))
 
     def _fill(self, rows: list[Row], words: Words, states: Words, is_late: bool) -> None:
         """Compute the masks of these rows, and let them go."""
