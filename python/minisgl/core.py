@@ -19,8 +19,7 @@ MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neithe
 NOT_READY, ID_PENDING = -2, -3  # in place of a sampled id: its mask was not there in time; it is not sampled yet
 MASK_PENDING, MASK_READY, MASK_NOT_READY = 0, 1, 2  # `Masks.__call__`
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
-MAX_PRIORITY = 2**31 - 1
-MAX_BIAS = 100
+MAX_PRIORITY, MAX_BIAS = 2**31 - 1, 100
 
 
 def most_samples(num_rows: int) -> int:

@@ -155,8 +155,7 @@ class Asked:
         deadline = time.monotonic() + _MASK_SECONDS
         while MASK_PENDING in self._board[1] and time.monotonic() < deadline:
             time.sleep(2e-5)
-        states[:] = self._board[1]  # first: what is ready is whole
-        words[:] = self._board[0]
+        states[:], words[:] = self._board[1].copy(), self._board[0]  # states first: what is ready is whole
 
     def tell(self, ids: Tensor) -> None:
         self._board[2][:] = ids.numpy()[self._masked]

@@ -14,8 +14,8 @@ from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_masks
 
 Words = npt.NDArray[np.int32]
-_LIMITS = """max_items_in_row initial_lexer_fuel step_lexer_fuel step_max_items max_lexer_states max_grammar_size
-precompute_large_lexemes verbose_errors"""  # `Limits` in `csrc/src/masks.cc`
+_SIZES = ("max_items_in_row", "initial_lexer_fuel", "step_lexer_fuel", "step_max_items", "max_lexer_states")
+_LIMITS = (*_SIZES, "max_grammar_size", "precompute_large_lexemes", "verbose_errors")  # `Limits` of `llguidance.h`
 
 
 class MaskRow(NamedTuple):
@@ -81,8 +81,9 @@ class NativeVocabulary:
         special, decode = tokenizer.is_special_token, tokenizer.decode_bytes
         texts = [b"\xff" * special(token) + decode([token]) for token in range(tokenizer.vocab_size)]
         try:
-            self._ours.open(llguidance._lib.__file__, _numbers(llguidance.LLParserLimits()))
-            given = texts, tokenizer.eos_tokens, slices, _numbers(limits)
+            known = [[getattr(one, name) for name in _LIMITS] for one in (llguidance.LLParserLimits(), limits)]
+            self._ours.open(llguidance._lib.__file__, known[0])
+            given = texts, tokenizer.eos_tokens, slices, known[1]
             self._own: int = self._ours.make_vocabulary(lambda text: tokenizer.tokenize_bytes(bytes(text)), *given)
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
@@ -98,8 +99,7 @@ class MaskWorker:
     def __init__(self, dear: float) -> None:
         """dear: seconds of a core."""
         self._ours: Any = load_masks()
-        self._own = self._ours.make_worker(dear)
-        self._held = deque[tuple[Words, ...]]()  # what it reads and writes: states first
+        self._own, self._held = self._ours.make_worker(dear), deque[tuple[Words, ...]]()  # its arrays, states first
 
     @property
     def num_dear(self) -> int:
@@ -122,10 +122,6 @@ class MaskWorker:
     def close(self) -> None:
         """What is not computed yet is not ready."""
         self._ours.close_worker(self._own)
-
-
-def _numbers(limits: LLParserLimits) -> list[int]:
-    return [getattr(limits, name) for name in _LIMITS.split()]
 
 
 def tell() -> None:

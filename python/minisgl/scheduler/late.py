@@ -62,8 +62,9 @@ class Beside:
         rows, and the seconds of a core that it will take."""
         worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
         if last is not None and len(last.ids):  # none: it has failed before it asked
+            goes_on = np.array_equal(masks.numbers, np.add(last.numbers, (0, 1)))  # by one token each
             is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
-            if worker is not None and is_cheap and last.table is not None and masks.follows(last):
+            if worker is not None and is_cheap and last.table is not None and goes_on:
                 masks.table = last.table + _NEXT
                 masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
                 worker.submit(masks.table, words, states, last.ids)
@@ -142,8 +143,8 @@ class LateMasks:
             self._fill(self.rows(), words, states, is_late=False)
             return
         self.ids, self.addresses = ids, ids.ctypes.data + 4 * np.arange(len(self.numbers))
-        self._left = (self._computing.share(self, last, words, states), words, states)
-        self._last, self._outputs = last, []
+        left = self._computing.share(self, last, words, states)
+        self._left, self._last, self._outputs = (left, words, states), last, []
         if not self._before:
             self.begin()
 
@@ -162,10 +163,6 @@ class LateMasks:
             rows.append(Row(req, output, num - 1, drafts.get(req.row, ()), place))
             place += 1 + len(rows[-1].draft)
         return rows
-
-    def follows(self, last: "LateMasks") -> bool:
-        """Whether it has the same requests, each with one token more."""
-        return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
 
     def _fill(self, rows: list[Row], words: Words, states: Words, is_late: bool) -> None:
         """Compute the masks of these rows, and let them go."""
