@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
@@ -98,7 +98,8 @@ class MaskWorker:
 
     def __init__(self, dear: float) -> None:
         """dear: seconds of a core."""
-        self._ours: Any = load_masks()
+        ours = self._ours = load_masks()  # whose short functions keep Python's lock: to get it back takes longer
+        ours.submit.release_gil = ours.tell.release_gil = ours.num_dear_of.release_gil = ours.last_cost_of.release_gil = False
         self._own, self._held = self._ours.make_worker(dear), deque[tuple[Words, ...]]()  # its arrays, states first
 
     @property
