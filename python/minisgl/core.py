@@ -295,8 +295,8 @@ class Masks(Protocol):
         self, words: npt.NDArray[np.int32], states: npt.NDArray[np.int32], ids: npt.NDArray[np.int32] | None
     ) -> None:
         """Write mask i to words[i], and last states[i], from `MASK_PENDING` to `MASK_READY` or `MASK_NOT_READY`: before
-        it returns, or with `ids` later, on any thread that keeps the arrays. Then an engine waits, for a second at most,
-        and writes to ids[i], until then `ID_PENDING`, the token of `StepResult` as soon as it is sampled."""
+        it returns, or with `ids` later, on any thread that keeps the arrays. Then engines wait, for a second at most,
+        and write to ids[i], until then `ID_PENDING`, the token of `StepResult` as soon as it is sampled."""
 
 
 class StepPlan(NamedTuple):

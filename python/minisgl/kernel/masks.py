@@ -99,8 +99,9 @@ class MaskWorker:
     def __init__(self, dear: float) -> None:
         """dear: seconds of a core."""
         ours = self._ours = load_masks()  # whose short functions keep Python's lock: to get it back takes longer
-        ours.submit.release_gil = ours.tell.release_gil = ours.num_dear_of.release_gil = ours.last_cost_of.release_gil = False
-        self._own, self._held = self._ours.make_worker(dear), deque[tuple[Words, ...]]()  # its arrays, states first
+        for short in (ours.submit, ours.tell, ours.num_dear_of, ours.last_cost_of):
+            short.release_gil = False
+        self._own, self._held = ours.make_worker(dear), deque[tuple[Words, ...]]()  # its arrays, states first
 
     @property
     def num_dear(self) -> int:

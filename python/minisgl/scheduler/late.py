@@ -116,9 +116,9 @@ def beside(row: Row, ref: int) -> MaskRow | None:
 
 
 class LateMasks:
-    """A step's masks. They depend on the tokens of the step before. Cheap ones are computed beside Python as soon as the
-    engine has written the token before, the others when the step before has ended; a GPU waits for each by itself, a
-    CPU's engine for all before it samples. GPUs without our kernels ask when all that comes before sampling is launched.
+    """A step's masks. They depend on the tokens of the step before. Cheap ones are computed beside Python as soon as
+    the engine has written the token before, the others when that step has ended; a GPU waits for each by itself, a
+    CPU's engine for all before it samples. GPUs without our kernels ask once all that comes before is launched.
 
     numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
     masks are computed so.
