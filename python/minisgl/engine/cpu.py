@@ -189,7 +189,7 @@ class CpuRunner:
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> CpuHandle:
         handle = CpuHandle()
-        self._queue.put((handle, plan, masks and Asked(masks, plan.masked)))
+        self._queue.put((handle, plan, None if masks is None else Asked(masks, plan.masked)))
         return handle
 
     def close(self) -> None:
