@@ -19,8 +19,7 @@ MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neithe
 NOT_READY, ID_PENDING = -2, -3  # in place of a sampled id: its mask was not there in time; it is not sampled yet
 MASK_PENDING, MASK_READY, MASK_NOT_READY = 0, 1, 2  # `Masks.__call__`
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
-MAX_PRIORITY = 2**31 - 1
-MAX_BIAS = 100
+MAX_PRIORITY, MAX_BIAS = 2**31 - 1, 100
 
 
 def most_samples(num_rows: int) -> int:
@@ -296,8 +295,8 @@ class Masks(Protocol):
         self, words: npt.NDArray[np.int32], states: npt.NDArray[np.int32], ids: npt.NDArray[np.int32] | None
     ) -> None:
         """Write mask i to words[i], and last states[i], from `MASK_PENDING` to `MASK_READY` or `MASK_NOT_READY`: before
-        it returns, or with `ids` later, on any thread that keeps the arrays. Then a device waits, for a second at most,
-        and writes to ids[i], until then `ID_PENDING`, the token of `StepResult` as soon as it is sampled."""
+        it returns, or with `ids` later, on any thread that keeps the arrays. Then engines wait, for a second at most,
+        and write to ids[i], until then `ID_PENDING`, the token of `StepResult` as soon as it is sampled."""
 
 
 class StepPlan(NamedTuple):

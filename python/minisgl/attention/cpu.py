@@ -32,7 +32,6 @@ class CpuBackend(AttentionBackend[CpuMetadata]):
     def forward(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: CpuMetadata, sinks: Tensor | None = None
     ) -> Tensor:
-        out = torch.empty(q.shape)
-        kind = spec.window or 0, spec.softcap or 0.0, sinks
+        out, kind = torch.empty(q.shape), (spec.window or 0, spec.softcap or 0.0, sinks)
         self._ops.module.attend(self._ops.workers, q, *cache, *metadata, *kind, out)
         return out

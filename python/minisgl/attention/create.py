@@ -30,8 +30,7 @@ class PairOfBackends(AttentionBackend[PairMetadata]):
     """The sequences that decode, and those that do not, are a step of its own each."""
 
     def __init__(self, prefill: Backend, decode: Backend) -> None:
-        self._prefill, self._decode = prefill, decode
-        self.plans_captured = decode.plans_captured
+        self._prefill, self._decode, self.plans_captured = prefill, decode, decode.plans_captured
 
     def prepare(self, step: AttentionStep, captured: bool) -> PairMetadata:
         num, end = step.num_decode, len(step.rows)

@@ -26,8 +26,7 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         import flashinfer
 
-        self._library = flashinfer
-        self._shape, self._device = shape, device
+        self._library, self._shape, self._device = flashinfer, shape, device
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._tensor_cores = shape.num_qo_heads // shape.num_kv_heads >= 4
         new_prefill = self._library.BatchPrefillWithPagedKVCacheWrapper
@@ -100,8 +99,7 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
     def __init__(self, shape: AttentionShape, _device: torch.device) -> None:
         from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-        self._attend = flash_attn_with_kvcache
-        self._max_seq_len = shape.max_seq_len
+        self._attend, self._max_seq_len = flash_attn_with_kvcache, shape.max_seq_len
 
     def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:
         seqs = step.on_device()

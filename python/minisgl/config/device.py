@@ -22,8 +22,7 @@ from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
-MIN_ARCH = (8, 0)
+GIB, MIN_ARCH = 2**30, (8, 0)
 _PAGE_SIZE = 16  # tokens
 _PREFILL_LENGTH = {"cpu": 512, "cuda": 8192}  # tokens
 _ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking torch's second thread costs more than it computes

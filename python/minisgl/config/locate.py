@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _FILES = msgspec.yaml.decode(Path(__file__).with_name("files.yaml").read_bytes())
-_LFS_POINTER = b"version https://git-lfs"
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
+_LFS_POINTER, _TIKTOKEN_LINE = b"version https://git-lfs", re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 _UNLIKE: dict[str, str] = _FILES["unlike"]
 
 

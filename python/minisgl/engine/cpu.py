@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 import threading
+import time
 import weakref
 from concurrent import futures
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from minisgl.attention.cpu import CpuBackend
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Masks, StepPlan, StepResult
+from minisgl.core import ID_PENDING, MASK_PENDING, Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
 from minisgl.engine.draft import add_drafter
 from minisgl.engine.pooling import Computed
@@ -24,6 +25,7 @@ from minisgl.engine.step import LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cpu import CpuOps
+from minisgl.kernel.masks import Words, tell
 from minisgl.kernel.ops import RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
@@ -33,6 +35,8 @@ from minisgl.layers.rope import AngleTables
 Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
+
+_MASK_SECONDS = 1.0  # a step waits for masks, when its layers are computed
 
 
 class CpuTables:
@@ -139,6 +143,25 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     return steps
 
 
+class Asked:
+    """`core.Masks` from when a step is submitted: those before it run meanwhile, and tell their tokens."""
+
+    def __init__(self, masks: Masks, masked: tuple[int, ...]) -> None:
+        self.shape, self._masked, states = masks.shape, list(masked), np.full(len(masked), MASK_PENDING, np.int32)
+        self._board = np.empty(self.shape, np.int32), states, np.full_like(states, ID_PENDING)
+        masks(*self._board)
+
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:  # noqa: ARG002
+        deadline = time.monotonic() + _MASK_SECONDS
+        while MASK_PENDING in self._board[1] and time.monotonic() < deadline:
+            time.sleep(2e-5)
+        states[:], words[:] = self._board[1].copy(), self._board[0]  # states first: what is ready is whole
+
+    def tell(self, ids: Tensor) -> None:
+        self._board[2][:] = ids.numpy()[self._masked]
+        tell()
+
+
 class CpuHandle(futures.Future[StepResult]):
     """A step in the runner's thread (a `core.StepHandle`)."""
 
@@ -157,7 +180,7 @@ class CpuRunner:
         if config.device != "cpu":
             raise ConfigError(f"--device {config.device} is not available (available: cpu, cuda)")
         self.num_pages, self.num_window_pages = config.num_pages, config.num_window_pages
-        self._queue: queue.SimpleQueue[tuple[CpuHandle, StepPlan, Masks | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[CpuHandle, StepPlan, Asked | None] | None] = queue.SimpleQueue()
         loaded: futures.Future[StepRunner] = futures.Future()
         args = config, rank, loaded
         self._thread = threading.Thread(target=self._work, args=args, name="minisgl-engine", daemon=True)
@@ -166,7 +189,7 @@ class CpuRunner:
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> CpuHandle:
         handle = CpuHandle()
-        self._queue.put((handle, plan, masks))
+        self._queue.put((handle, plan, None if masks is None else Asked(masks, plan.masked)))
         return handle
 
     def close(self) -> None:
@@ -190,9 +213,12 @@ class CpuRunner:
         steps.shard.comm.close()
 
 
-def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Masks | None) -> None:
+def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Asked | None) -> None:
     try:
-        handle.set_result(steps.launch(plan, masks).result(plan))
+        launched = steps.launch(plan, masks)
+        if masks is not None:
+            masks.tell(launched.ids)
+        handle.set_result(launched.result(plan))
     except Exception as error:
         logger.exception("step %d failed", plan.step_id)
         failed = EngineError(f"step {plan.step_id} failed: {error}")

@@ -35,8 +35,7 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 2e-5
-_NO_STEP = StepPlan(0, (), (), ())
+_POLL_SECONDS, _NO_STEP = 2e-5, StepPlan(0, (), (), ())
 
 
 def open_gpu(rank: int) -> torch.device:

@@ -27,8 +27,7 @@ def large_step(config: EngineConfig, num_tokens: int) -> StepPlan:
     for _ in range(num_reqs):
         lengths.append(1 + min(left, config.max_seq_len - 2))
         left -= lengths[-1] - 1
-    admissions, updates, reqs = [], [], []
-    params = SamplingParams(temperature=0.8, top_p=0.9, seed=0)
+    admissions, updates, reqs, params = [], [], [], SamplingParams(temperature=0.8, top_p=0.9, seed=0)
     for row, length in enumerate(reversed(lengths)):  # the shortest first: those of one token are decode
         admissions.append(Admission(row, np.zeros(length, np.int32), params))
         pages = tuple(range(div_ceil(length, config.page_size)))

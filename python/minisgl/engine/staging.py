@@ -29,8 +29,7 @@ class Staging:
         self.device = torch.empty(num_words, dtype=torch.int32, device=device)
         self._hosts = [torch.empty(num_words, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
         self._arrays = [host.numpy() for host in self._hosts]
-        self._copied = [torch.cuda.Event() for _ in range(NUM_BUFFERS)]
-        self._turn, self._end = 0, 0
+        self._copied, self._turn, self._end = [torch.cuda.Event() for _ in range(NUM_BUFFERS)], 0, 0
 
     def begin(self, *arrays: npt.NDArray[np.integer[Any]]) -> None:
         """Put these behind a step's places, one after the other. The step of four steps ago has ended then."""
@@ -97,8 +96,7 @@ class DeviceTables:
             self._staging.places[:] = self._entries.data_ptr(), *board, 0
         put = self._staging.put
         prompts = [(admission.row, put(admission.token_ids)) for admission in plan.admissions]
-        width = self.page_table.shape[1]
-        updates = plan.page_updates
+        width, updates = self.page_table.shape[1], plan.page_updates
         entries = [one.row * width + one.first_index + i for one in updates for i in range(len(one.pages))]
         pages = [page for one in updates for page in one.pages], [page for one in updates for page in one.window_pages]
         gained = [put(np.array(values, np.int32)) for values in (entries, *pages) if values]

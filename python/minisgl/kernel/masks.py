@@ -2,17 +2,20 @@
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
+from llguidance import LLParserLimits, LLTokenizer
 
 from minisgl.core import MASK_PENDING
 from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_masks
 
 Words = npt.NDArray[np.int32]
+_SIZES = ("max_items_in_row", "initial_lexer_fuel", "step_lexer_fuel", "step_max_items", "max_lexer_states")
+_LIMITS = (*_SIZES, "max_grammar_size", "precompute_large_lexemes", "verbose_errors")  # `Limits` of `llguidance.h`
 
 
 class MaskRow(NamedTuple):
@@ -54,6 +57,12 @@ class NativeMatcher:
     def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
         self._ours.advance(self.address, self.num_tokens, (), address, num_bytes)
 
+    def try_consume_tokens(self, ids: Sequence[int]) -> int:
+        return sum(1 for token in ids if self._ours.try_take(self.address, token))
+
+    def rollback(self, num: int) -> bool:
+        return bool(self._ours.rollback(self.address, num))
+
     def is_error(self) -> bool:
         return self.num_tokens < 0
 
@@ -67,15 +76,14 @@ class NativeVocabulary:
     Raises: ConfigError when there is no compiler, or llguidance's functions are not those that are known here.
     """
 
-    def __init__(
-        self, tokenizer: llguidance.LLTokenizer, slices: Sequence[str], limits: llguidance.LLParserLimits
-    ) -> None:
+    def __init__(self, tokenizer: LLTokenizer, slices: Sequence[str], limits: LLParserLimits) -> None:
         self._ours = load_masks()
         special, decode = tokenizer.is_special_token, tokenizer.decode_bytes
         texts = [b"\xff" * special(token) + decode([token]) for token in range(tokenizer.vocab_size)]
         try:
-            self._ours.open(llguidance._lib.__file__, _numbers(llguidance.LLParserLimits()))
-            given = texts, tokenizer.eos_tokens, slices, _numbers(limits)
+            known = [[getattr(one, name) for name in _LIMITS] for one in (llguidance.LLParserLimits(), limits)]
+            self._ours.open(llguidance._lib.__file__, known[0])
+            given = texts, tokenizer.eos_tokens, slices, known[1]
             self._own: int = self._ours.make_vocabulary(lambda text: tokenizer.tokenize_bytes(bytes(text)), *given)
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
@@ -90,9 +98,10 @@ class MaskWorker:
 
     def __init__(self, dear: float) -> None:
         """dear: seconds of a core."""
-        self._ours: Any = load_masks()
-        self._own = self._ours.make_worker(dear)
-        self._held = deque[tuple[Words, ...]]()  # what it reads and writes: states first
+        ours = self._ours = load_masks()  # whose short functions keep Python's lock: to get it back takes longer
+        for short in (ours.submit, ours.tell, ours.num_dear_of, ours.last_cost_of):
+            short.release_gil = False
+        self._own, self._held = ours.make_worker(dear), deque[tuple[Words, ...]]()  # its arrays, states first
 
     @property
     def num_dear(self) -> int:
@@ -117,8 +126,7 @@ class MaskWorker:
         self._ours.close_worker(self._own)
 
 
-def _numbers(limits: llguidance.LLParserLimits) -> list[int]:
-    """`Limits` in `csrc/src/masks.cc`."""
-    sizes = limits.max_items_in_row, limits.initial_lexer_fuel, limits.step_lexer_fuel, limits.step_max_items
-    flags = limits.precompute_large_lexemes, limits.verbose_errors
-    return [*sizes, limits.max_lexer_states, limits.max_grammar_size, *flags]
+def tell() -> None:
+    """Workers hear that tokens are written for which they wait, if there are workers."""
+    if load_masks.cache_info().currsize:
+        load_masks().tell()

@@ -18,8 +18,7 @@ class PageAllocator:
     """Hands out page ids 0 … num_pages - 1. One that is freed twice, or handed out twice, is an IntegrityError."""
 
     def __init__(self, num_pages: int) -> None:
-        self.free_list = list(range(num_pages - 1, -1, -1))
-        self.flags = bytearray(b"\1") * num_pages
+        self.free_list, self.flags = list(range(num_pages - 1, -1, -1)), bytearray(b"\1") * num_pages
 
     @property
     def num_free(self) -> int:
@@ -58,8 +57,7 @@ class WindowPages:
     """
 
     def __init__(self, num_pages: int, page_size: int, window: int) -> None:
-        self.window, self._page_size = window, page_size
-        self.allocator = PageAllocator(num_pages)
+        self.window, self._page_size, self.allocator = window, page_size, PageAllocator(num_pages)
         self.lent: dict[int, int] = {}  # by page
         self.pages = [-1] * num_pages  # that have them; -1: none has
         self.num_users = [0] * num_pages

@@ -58,8 +58,7 @@ class PrefixCache:
     """
 
     def __init__(self, page_size: int, keeps: bool = True) -> None:
-        self._page_size, self._keeps = page_size, keeps
-        self._clock = 0
+        self._page_size, self._keeps, self._clock = page_size, keeps, 0
         self._root = RadixNode(b"", np.empty(0, np.int32), [], None, 0)
         self._root.num_locks = 1
         self._num_pages = 0  # that the cache owns

@@ -64,8 +64,7 @@ class Control:
 
     def __init__(self, connection: Connection, life: int = 0) -> None:
         self.life = life  # the same number for all who were started together, and for nobody else
-        self._connection = connection
-        self._next_beat = 0.0
+        self._connection, self._next_beat = connection, 0.0
 
     def ready(self) -> None:
         """From now on garbage is collected. A full collection walks over nothing that libraries have made so far: that

@@ -139,7 +139,7 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
         try:
             names = engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
             is_gpu, drafts = engine_config.device == "cuda", config.speculate != "off"
-            store = GrammarStore(VocabularyConfig(*names), is_native=is_gpu and not drafts) if rank == 0 else None
+            store = GrammarStore(VocabularyConfig(*names), is_native=not drafts) if rank == 0 else None
             grammars = Grammars(store, is_gpu, tells_forced=drafts)
             config = replace(config, num_pages=engine.num_pages, num_window_pages=engine.num_window_pages)
             config = replace(config, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))

@@ -62,8 +62,9 @@ class Beside:
         rows, and the seconds of a core that it will take."""
         worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
         if last is not None and len(last.ids):  # none: it has failed before it asked
+            goes_on = np.array_equal(masks.numbers, np.add(last.numbers, (0, 1)))  # by one token each
             is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
-            if worker is not None and is_cheap and last.table is not None and masks.follows(last):
+            if worker is not None and is_cheap and last.table is not None and goes_on:
                 masks.table = last.table + _NEXT
                 masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
                 worker.submit(masks.table, words, states, last.ids)
@@ -115,10 +116,9 @@ def beside(row: Row, ref: int) -> MaskRow | None:
 
 
 class LateMasks:
-    """A step's masks. They depend on the tokens of the step before, so on a CPU they are computed when the engine asks
-    for them: after it has launched all of the step that comes before sampling. That may be on the engine's thread. A
-    device waits for each by itself: cheap ones are computed beside Python as soon as it has written the token before,
-    the others when the step before has ended.
+    """A step's masks. They depend on the tokens of the step before. Cheap ones are computed beside Python as soon as
+    the engine has written the token before, the others when that step has ended; a GPU waits for each by itself, a
+    CPU's engine for all before it samples. GPUs without our kernels ask once all that comes before is launched.
 
     numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
     masks are computed so.
@@ -133,7 +133,7 @@ class LateMasks:
         self.shape = len(plan.masked), len(computing.all_allowed)
         self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
         self.table: npt.NDArray[np.int64] | None = None
-        self.ids = np.empty(0, np.int32)  # where a device writes its tokens
+        self.ids, self.addresses = np.empty(0, np.int32), np.empty(0, np.int64)  # where an engine writes its tokens
         self._left: tuple[list[Row], Words, Words] | None = None
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
@@ -141,8 +141,9 @@ class LateMasks:
         if ids is None:
             self._fill(self.rows(), words, states, is_late=False)
             return
-        self.ids, self._left = ids, (self._computing.share(self, last, words, states), words, states)
-        self._last, self._outputs = last, []
+        self.ids, self.addresses = ids, ids.ctypes.data + 4 * np.arange(len(self.numbers))
+        left = self._computing.share(self, last, words, states)
+        self._left, self._last, self._outputs = (left, words, states), last, []
         if not self._before:
             self.begin()
 
@@ -161,15 +162,6 @@ class LateMasks:
             rows.append(Row(req, output, num - 1, drafts.get(req.row, ()), place))
             place += 1 + len(rows[-1].draft)
         return rows
-
-    def follows(self, last: "LateMasks") -> bool:
-        """Whether it has the same requests, each with one token more."""
-        return len(self.numbers) == len(last.numbers) and bool((self.numbers - last.numbers == (0, 1)).all())
-
-    @property
-    def addresses(self) -> npt.NDArray[np.int64]:
-        """Where the device writes the tokens that it samples."""
-        return self.ids.ctypes.data + 4 * np.arange(len(self.numbers))
 
     def _fill(self, rows: list[Row], words: Words, states: Words, is_late: bool) -> None:
         """Compute the masks of these rows, and let them go."""

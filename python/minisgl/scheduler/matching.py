@@ -83,7 +83,6 @@ def walk(matcher: Matcher, draft: Sequence[int], num_words: int, seconds: float)
             break
         masks.append(mask)
         going_on = draft[len(masks) - 1 :][:1] if draft and time.thread_time() - start <= seconds else ()
-        if not going_on or isinstance(matcher, NativeMatcher) or matcher.try_consume_tokens(list(going_on)) != 1:
+        if not going_on or matcher.try_consume_tokens(list(going_on)) != 1:
             break
-    is_whole = len(masks) < 2 or (not isinstance(matcher, NativeMatcher) and matcher.rollback(len(masks) - 1))
-    return masks, is_whole and not matcher.is_error()
+    return masks, (len(masks) < 2 or matcher.rollback(len(masks) - 1)) and not matcher.is_error()

@@ -50,8 +50,7 @@ class Growing:
             states=tuple(pages.states),
             drafts=tuple(self.drafts),
         )
-        pages.updates, pages.states = [], []
-        planned = Planned(plan, reqs)
+        pages.updates, pages.states, planned = [], [], Planned(plan, reqs)
         if [req for req in reqs if req.params.grammar is not None]:
             masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
             return planned._replace(plan=plan._replace(masked=masked))

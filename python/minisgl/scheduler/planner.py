@@ -45,15 +45,13 @@ class Planner:
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         assert config.max_seq_len <= config.num_pages * config.page_size
-        self.config = config
-        self._page_size = config.page_size
+        self.config, self._page_size = config, config.page_size
         self.reqs: dict[int, Req] = {}  # those whose terminal output is still to come
         self.waiting: FairQueue[Req] = FairQueue()  # by uid
         self.running: list[Req] = []  # in order of admission; only the last may have much of its prefill left
         self.leaving: list[Req] = []  # finished or retracted, their pages still in use by steps in flight
         self.inflight: deque[Planned] = deque()
-        self.pages = Pages(config)
-        self.speculation = Speculation(config, drafter)
+        self.pages, self.speculation = Pages(config), Speculation(config, drafter)
         self._step_id = self._num_admitted = 0
         every = config.check_integrity  # steps; by default a walk, of 0.2 microseconds a page, takes next to no time
         self._check_every = max(256, config.num_pages // 50) if every is None else every
@@ -414,8 +412,7 @@ class Planner:
         elif not req.retracted:
             self.running.remove(req)
             self.leaving.append(req)
-        req.state = ReqState.FINISHED
-        req.failed = output.finish_reason is FinishReason.ERROR
+        req.state, req.failed = ReqState.FINISHED, output.finish_reason is FinishReason.ERROR
         self._release_leaving()
         return output
 

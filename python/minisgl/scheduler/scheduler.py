@@ -32,8 +32,7 @@ class Scheduler:
     ) -> None:
         self.planner = Planner(config)
         self._config, self._executor, self._transport = config, executor, transport
-        self._tp_size = tp_size
-        self._observers = observers
+        self._tp_size, self._observers = tp_size, observers
         for observer in observers:
             observer.attached(self.planner, transport.pump)
         self._grammars = transport.grammars

@@ -74,8 +74,7 @@ class LocalTransport(Transport):
 
     def __init__(self, ranks: Sequence[str] = (), beat: Beat = lambda: None, grammars: Grammars | None = None) -> None:
         super().__init__(beat, grammars)
-        self._ranks = [PushSocket(endpoint, wire.rank_codec) for endpoint in ranks]
-        self._number = 0
+        self._ranks, self._number = [PushSocket(endpoint, wire.rank_codec) for endpoint in ranks], 0
         self._received: list[wire.RankMsg] = []
         self._outputs: list[Reply] = []
 

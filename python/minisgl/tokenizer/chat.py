@@ -43,8 +43,7 @@ class ControlTokens:
         self._pattern = _pattern(names) or "(?!)"
         self._tokens, self._spoken = re.compile(self._pattern), re.compile(f"({_pattern(SPOKEN)})")
         self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
-        self._firsts = {name[0] for name in names}
-        self._longest = max(map(len, names), default=1)
+        self._firsts, self._longest = {name[0] for name in names}, max(map(len, names), default=1)
         is_made = any(name not in added or added[name].normalized for name in names)  # perhaps of what is none
         self._normalizer: Any = is_made and getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
 

@@ -28,8 +28,7 @@ class IncrementalDecoder:
     """
 
     def __init__(self, codec: HFTextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
-        self._codec = codec
-        self._skip_special = skip_special
+        self._codec, self._skip_special = codec, skip_special
         self._ids = codec.visible(context, skip_special=skip_special)
         self._num_context = len(self._ids)
         self.context_text = self._codec.text(self._ids)
@@ -68,8 +67,7 @@ class IncrementalDecoder:
     def _advance(self, split: int) -> None:
         """All tokens before `split` are out: the pending ones become the context."""
         pending = self._num_context
-        self._ids = self._ids[pending:]
-        self._num_context = split - pending
+        self._ids, self._num_context = self._ids[pending:], split - pending
         self._num_chars = len(self._codec.text(self._ids[: self._num_context]))
 
     def _release(self, text: str) -> str:
@@ -95,8 +93,7 @@ class StopFinder:
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._include = include  # the stop string stays
         self.stops = tuple(stops)
-        self._max_len = max(map(len, self.stops), default=0)
-        self._held = ""
+        self._max_len, self._held = max(map(len, self.stops), default=0), ""
         self.found: str | None = None  # the stop string that was
 
     def push(self, text: str) -> tuple[str, bool]:

@@ -63,8 +63,7 @@ class HFTextCodec:
         vocab = self.tokenizer.get_vocab()
         self.special_ids = frozenset(special_ids.difference(vocab[token] for token in visible if token in vocab))
         self.vocab_size = max(vocab.values(), default=-1) + 1  # there may be gaps
-        self.longest_token = max(len(token.encode()) for token in vocab)
-        self.max_chars = 2**30
+        self.longest_token, self.max_chars = max(len(token.encode()) for token in vocab), 2**30
         self.token_bytes = cache(self._token_bytes)
         self._text_of_one = cache(lambda token: self._text([token]))  # streams ask for them again and again
         # The text that an id has wherever it stands. "": it depends on those around it, or is none.

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -46,6 +47,29 @@ double seconds(clockid_t clock) {
 }
 
 Library library;
+
+// Tokens that workers wait for. A device says nothing when it has written some, a host does.
+struct Tokens {
+  std::mutex lock;
+  std::condition_variable told;
+  std::atomic<bool> are_told = false;
+
+  void tell() {
+    std::lock_guard guard(lock);
+    are_told = true;
+    told.notify_all();
+  }
+
+  int32_t at(const int32_t* ref) { return __atomic_load_n(ref, __ATOMIC_ACQUIRE); }
+
+  // Until the token may be there.
+  void wait(const int32_t* ref) {
+    std::unique_lock guard(lock);
+    if (at(ref) == kIdPending) told.wait_for(guard, std::chrono::microseconds(are_told ? 1000 : 10));
+  }
+};
+
+Tokens tokens;
 
 // Of a text the tokens. The first call for it is Python's, which takes that lock; llguidance asks again and again for
 // what is left of the same strings.
@@ -170,13 +194,13 @@ class Worker {
       const Job job = std::move(jobs.front());
       jobs.pop_front();
       guard.unlock();
-      std::vector<int64_t> tokens;  // of all rows first: they come together, and their place will be used again
-      for (const Row& row : job.rows) tokens.push_back(row.ref == nullptr ? row.known : token_at(row.ref));
+      std::vector<int64_t> last;  // of all rows first: they come together, and their place will be used again
+      for (const Row& row : job.rows) last.push_back(row.ref == nullptr ? row.known : token_at(row.ref));
       double spent = 0;
       for (size_t i = 0; i < job.rows.size(); i++) {
         const int64_t place = job.rows[i].place;
         uint32_t* words = job.words + place * job.num_words;
-        const bool is_there = serve(job.rows[i], tokens[i], *job.matchers[i], words, job.num_words * 4);
+        const bool is_there = serve(job.rows[i], last[i], *job.matchers[i], words, job.num_words * 4);
         __atomic_store_n(job.states + place, is_there ? kReady : kNotReady, __ATOMIC_RELEASE);
         const double taken = job.matchers[i]->cost;
         num_dear += taken > dear;
@@ -200,15 +224,14 @@ class Worker {
   int64_t token_at(const int32_t* ref) {
     const double start = seconds(CLOCK_MONOTONIC);
     while (true) {
-      const int32_t token = __atomic_load_n(ref, __ATOMIC_ACQUIRE);
+      const int32_t token = tokens.at(ref);
       if (token != kIdPending) return token;
       {
         std::lock_guard guard(lock);
         if (is_closing) return kIdPending;
       }
       if (seconds(CLOCK_MONOTONIC) - start > kLongestWait) return kIdPending;
-      const timespec pause{0, 10'000};
-      nanosleep(&pause, nullptr);
+      tokens.wait(ref);
     }
   }
 
@@ -316,6 +339,23 @@ bool advance(int64_t matcher, int64_t length, const Array<int64_t>& ids, int64_t
   return own.advance(length, tokens.data(), int64_t(tokens.size()), &at<uint32_t>(words), num_bytes);
 }
 
+// For a moment: whether it takes one token more, and has so many fewer.
+bool try_take(int64_t matcher, int64_t token) {
+  Matcher& own = matcher_at(matcher);
+  const auto id = uint32_t(token);
+  std::lock_guard guard(own.lock);
+  return library.validate_tokens(own.own, &id, 1) == 1 && library.consume_tokens(own.own, &id, 1) == 0;
+}
+
+bool rollback(int64_t matcher, int64_t num) {
+  Matcher& own = matcher_at(matcher);
+  std::lock_guard guard(own.lock);
+  return library.rollback(own.own, size_t(num)) == 0;
+}
+
+// A host has written tokens.
+void tell() { tokens.tell(); }
+
 int64_t make_worker(double dear) { return handle_of(new Worker(dear)); }
 
 int64_t num_dear_of(int64_t worker) { return at<Worker>(worker).num_dear; }
@@ -344,6 +384,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_tokens_of, num_tokens_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cost_of, cost_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(error_of, error_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(advance, advance);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(try_take, try_take);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rollback, rollback);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tell, tell);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_worker, make_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_cost_of, last_cost_of);

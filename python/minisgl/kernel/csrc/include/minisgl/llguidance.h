@@ -46,6 +46,8 @@ struct Library {
   void* (*new_matcher)(const ConstraintInit*, const char* kind, const char* grammar);
   int32_t (*consume_tokens)(void* matcher, const uint32_t* tokens, size_t num);
   int32_t (*compute_mask_into)(void* matcher, uint32_t* words, size_t num_bytes);
+  int32_t (*validate_tokens)(void* matcher, const uint32_t* tokens, size_t num);  // how many it would take
+  int32_t (*rollback)(void* matcher, size_t num);
   bool (*is_stopped)(const void* matcher);
   bool (*is_error)(const void* matcher);
   const char* (*get_error)(void* matcher);
@@ -63,6 +65,7 @@ struct Library {
            find("llg_new_tokenizer_v2", new_tokenizer_v2) && find("llg_new_matcher", new_matcher) &&
            find("llg_matcher_consume_tokens", consume_tokens) &&
            find("llg_matcher_compute_mask_into", compute_mask_into) &&
+           find("llg_matcher_validate_tokens", validate_tokens) && find("llg_matcher_rollback", rollback) &&
            find("llg_matcher_is_stopped", is_stopped) && find("llg_matcher_is_error", is_error) &&
            find("llg_matcher_get_error", get_error) && find("llg_clone_matcher", clone) &&
            find("llg_free_matcher", free);

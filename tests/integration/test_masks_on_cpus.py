@@ -1,0 +1,151 @@
+"""Masks on a CPU: the thread without Python's lock computes them, as soon as the step before has told its tokens."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llguidance import LLMatcher
+
+import minisgl
+from minisgl import LLM, SamplingParams
+from minisgl.core import ID_PENDING, MASK_NOT_READY, MASK_PENDING, MASK_READY, Grammar
+from minisgl.engine.cpu import Asked
+from minisgl.errors import ConfigError
+from minisgl.grammar import source
+from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
+from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher, Words, tell
+from minisgl.scheduler.matching import walk
+
+VOCAB, WORDS = 4096, 128
+ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+SCHEMA = {"type": "array", "items": {**ITEM, "required": ["name", "age"]}, "minItems": 90}
+GRAMMARS = Grammar("json", json.dumps(SCHEMA)), Grammar("regex", "([0-9]{4}-[0-9]{2} ){100}")
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    config = VocabularyConfig(str(Path(minisgl.__file__).parent / "demo_model"), VOCAB, (2,))
+    return load_vocabulary(config, is_native=True)
+
+
+def native_matcher(vocabulary: Vocabulary, grammar: Grammar) -> NativeMatcher:
+    matcher = vocabulary.matcher(to_llguidance(grammar, vocabulary.special), "x")
+    assert isinstance(matcher, NativeMatcher)
+    return matcher
+
+
+def a_walk(vocabulary: Vocabulary, grammar: Grammar, num: int) -> list[int]:
+    """Tokens that the grammar allows."""
+    matcher, random, ids = native_matcher(vocabulary, grammar).deep_copy(), np.random.default_rng(5), list[int]()
+    for _ in range(num):
+        words = np.empty(WORDS, np.int32)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        ids.append(int(random.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")))))
+        assert matcher.take(ids[-1:], len(ids))
+    return ids
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_draft_is_walked_along_as_by_pythons_matcher(
+    vocabulary: Vocabulary, grammar: Grammar, is_wrong: bool
+) -> None:
+    """And the matcher is where it was."""
+    ids = a_walk(vocabulary, grammar, 12)
+    native, text = native_matcher(vocabulary, grammar).deep_copy(), to_llguidance(grammar, vocabulary.special)
+    python = LLMatcher(vocabulary.tokenizer, text, log_level=0)
+    assert native.take(ids[:4], 4) and python.consume_tokens(ids[:4])
+    draft = [*ids[4:8], 0, *ids[8:]] if is_wrong else ids[4:]
+    (ours, is_whole), (theirs, _) = (walk(matcher, draft, WORDS, 10.0) for matcher in (native, python))
+    assert is_whole and len(ours) == len(theirs) == (5 if is_wrong else 9)
+    assert np.array_equal(ours, theirs)
+    assert native.num_tokens == 4 and np.array_equal(walk(native, (), WORDS, 1.0)[0][0], theirs[0])
+
+
+class Waiting:
+    """Masks of one row, which a worker computes behind the token of the step before."""
+
+    shape = 1, WORDS
+
+    def __init__(self, worker: MaskWorker, matcher: NativeMatcher, before: Words) -> None:
+        self._worker, self._matcher, self._before = worker, matcher, before
+
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        row = MaskRow(self._matcher.address, self._before.ctypes.data, 1, -1, 0)
+        self._worker.submit(np.array([row], np.int64), words, states, self._before)
+
+
+def test_a_step_waits_for_masks_and_these_for_the_token_before(vocabulary: Vocabulary) -> None:
+    matcher, (token, *_) = native_matcher(vocabulary, GRAMMARS[1]).deep_copy(), a_walk(vocabulary, GRAMMARS[1], 1)
+    worker, before = MaskWorker(1.0), np.full(1, ID_PENDING, np.int32)
+    asked = Asked(Waiting(worker, matcher, before), (0,))
+    words, states = np.zeros((1, WORDS), np.int32), np.zeros(1, np.int32)
+    step = threading.Thread(target=asked, args=(words, states, None))
+    step.start()
+    time.sleep(0.1)
+    assert step.is_alive() and matcher.num_tokens == 0
+    before[0] = token
+    tell()
+    step.join(10)
+    assert states[0] == MASK_READY and matcher.num_tokens == 1
+    assert np.array_equal(words[0], walk(matcher, (), WORDS, 1.0)[0][0])
+    worker.close()
+
+
+class Never:
+    shape = 2, WORDS
+
+    def __init__(self) -> None:
+        self.ids = np.empty(0, np.int32)
+
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        assert ids is not None
+        states[0], self.ids = MASK_NOT_READY, ids
+
+
+def test_masks_that_never_come_stop_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.engine.cpu._MASK_SECONDS", 0.05)
+    masks, words, states = Never(), np.zeros((2, WORDS), np.int32), np.zeros(2, np.int32)
+    asked = Asked(masks, (1, 3))
+    asked(words, states, None)
+    assert states.tolist() == [MASK_NOT_READY, MASK_PENDING]
+    asked.tell(torch.tensor([10, 11, 12, 13], dtype=torch.int32))
+    assert masks.ids.tolist() == [11, 13]
+
+
+def outputs_of(prompts: Sequence[list[int]], **options: Any) -> list[list[int]]:
+    each = [SamplingParams(48, 0.8, seed=i, ignore_eos=True, grammar=GRAMMARS[i % 2]) for i in range(len(prompts))]
+    with LLM(device="cpu", dtype="float32", max_running_requests=8, **options) as llm:
+        for _ in range(2):  # the first time masks are not known to be cheap
+            outputs = [output.token_ids for output in llm.generate(list(prompts), each, progress=False)]
+    return outputs
+
+
+def test_outputs_are_those_of_pythons_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step's masks come from the worker, most of them from one look at the table of the step before."""
+    num_jobs, submit = 0, MaskWorker.submit
+
+    def counted(self: MaskWorker, *args: Any) -> None:
+        nonlocal num_jobs
+        num_jobs += 1
+        submit(self, *args)
+
+    def fail(*_: object) -> None:
+        raise ConfigError("there is no compiler")
+
+    prompts = [[10 + 5 * i, 20 + i, 30] for i in range(6)]
+    monkeypatch.setattr(MaskWorker, "submit", counted)
+    ours = outputs_of(prompts)
+    assert num_jobs > 40
+    assert outputs_of(prompts, disable_overlap=True) == ours
+    monkeypatch.setattr(source, "NativeVocabulary", fail)
+    num_before = num_jobs
+    assert outputs_of(prompts) == ours and num_jobs == num_before
