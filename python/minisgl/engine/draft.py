@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from minisgl.attention.base import IntArray, StepContext
-from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
@@ -93,13 +92,13 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
     if ops is None or spec is None:
         return
-    layer: int = ops.module.add_draft_head(model, spec.matrices[0][0], *spec.norms)
+    layer: int = ops.module.add_draft_head(model, *spec.numbers, *spec.norms)
     spec.build(ops.module, layer, shard.config.model.num_layers, steps.kv)
 
     def propose(batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
-        ops.module.draft(model, steps.tables.token_ids, *CpuBackend(ops).prepare(batch.attention), *sampled, told)
+        ops.module.draft(model, steps.tables.token_ids, *sampled, told)
         return told
 
     steps.propose = propose
