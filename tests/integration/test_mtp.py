@@ -178,7 +178,29 @@ def test_a_head_that_is_not_there(made: tuple[Path, Any, Head], tmp_path: Path) 
         prepare(parse_args(args, {}))
 
 
-def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_a_head_is_used_where_the_files_have_it(made: tuple[Path, Any, Head], tmp_path: Path) -> None:
+    def chosen(*flags: str) -> tuple[str, bool]:
+        config = prepare(parse_args(["--model", str(path), "--device", "cpu", *flags], {}))
+        return config.scheduler.speculate, config.engine.model.mtp is not None
+
+    shutil.copytree(made[0], path := tmp_path / "model")
+    stored = load_file(path / "model.safetensors")
+    assert chosen() == chosen("--speculate", "mtp") == ("mtp", True)
+    assert chosen("--speculate", "off") == ("off", False)
+    assert chosen("--draft-model", str(tiny_model("qwen3"))) == ("model", False)
+    save_file({**stored, "mtp.fc.weight_scale": torch.ones(1)}, path / "model.safetensors")
+    assert chosen() == ("off", False)
+    save_file({name: stored[name] for name in stored if name != "mtp.fc.weight"}, path / "model.safetensors")
+    assert chosen() == ("off", False)
+    (path / "model.safetensors").write_bytes(b"version https://git-lfs")
+    assert chosen() == ("off", False), "what is wrong with the file is for those to say who load it"
+    (path / "model.safetensors").unlink()
+    assert chosen("--dummy-weight") == ("mtp", True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """By default."""
     steps, retire = list[int](), Planner.retire
 
     def counting(planner: Planner, result: StepResult) -> list[ReqOutput]:
@@ -188,9 +210,9 @@ def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pyte
     monkeypatch.setattr(Planner, "retire", counting)
     told: dict[str, list[int]] = {}
     num_steps: dict[str, int] = {}
-    for speculate in ("off", "mtp"):
+    for speculate, flags in {"off": {"speculate": "off"}, "mtp": {}}.items():
         steps.clear()
-        with LLM(device="cpu", dtype="float32", speculate=speculate) as llm:
+        with LLM(device="cpu", dtype=dtype, **flags) as llm:
             (output,) = llm.chat(
                 [[{"role": "user", "content": "What is continuous batching?"}]], SAMPLED, progress=False
             )

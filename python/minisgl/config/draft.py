@@ -34,7 +34,7 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     what = "a head with the model's attention heads" if is_head else "a model whose layers have caches alike"
     problems = {
         f"on GPUs so far only {what}; choose another, or --device cpu": not fits,
-        f"not with --speculate {args.speculate}": args.speculate != "off",
+        f"not with --speculate {args.speculate}": args.speculate not in (None, "off"),
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),
         "it has other sliding windows": draft.window not in (0, model.window),

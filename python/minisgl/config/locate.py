@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from safetensors import SafetensorError, safe_open
 
 from minisgl.errors import ConfigError
 from minisgl.gguf.model import is_gguf, models_in, open_model
@@ -174,6 +176,15 @@ def load_tokenizer(model_path: str) -> Any:
             reason = "it is code of the repo (auto_map), which is never run"
         lack = "" if (path / "tokenizer.json").is_file() else "; there is no tokenizer.json"
         raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}{lack}") from error
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Those of a model's safetensors, as far as they can be read."""
+    names = set[str]()
+    with suppress(OSError, SafetensorError):
+        for file in path.glob("*.safetensors"):
+            names.update(safe_open(str(file), "np").keys())
+    return names
 
 
 def lfs_hint(path: Path) -> str:

@@ -86,8 +86,8 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
     if isinstance(head, SecondModel):
-        kv = head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
-        layers = layers.of(head, kv, None)
+        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
+        layers = layers.of(head, head.create_kv(*num_pages), None)
     if head is not None:
         steps.propose = HeadDrafter(head, steps, layers, lambda numbers: numbers.numpy()).propose
     if ops is None or spec is None:
@@ -98,7 +98,8 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     def propose(batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
-        ops.module.draft(model, steps.tables.token_ids, *sampled, told)
+        if most or not batch.attention.is_decode:  # else nobody wants any: that its cache lacks tokens costs guesses
+            ops.module.draft(model, steps.tables.token_ids, *sampled, told)
         return told
 
     steps.propose = propose

@@ -49,8 +49,7 @@ class Matching:
         after the draft's tokens as far as `walk` gets, none with `num_words` 0; and why there is no next one, if the
         output cannot go on.
 
-        A matcher that breaks otherwise is replaced by a new one, which will take the output from its beginning.
-        """
+        A matcher that breaks otherwise is replaced by a new one, which will take the output from its beginning."""
         words, is_whole, why = list[Words](), not num_words, None
         try:
             with self.grammar.lock:

@@ -18,8 +18,7 @@ from minisgl.utils.math import div_ceil
 logger = logging.getLogger(__name__)
 
 Shares = Sequence[tuple[Req, ScheduledReq]]
-# Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
-# in which no draft would pay (so there is another try at some time).
+# The share of drafted tokens that is right: at first; how much of it one changes, or a step in which none would pay.
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 
 
@@ -55,10 +54,8 @@ class Lengths:
 
 class Speculation:
     """Owns the drafters, and what is remembered of how their drafts fared. Deterministic, as the planner is.
-
     num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate`, "tree" (other requests, with
-    ngram), "prediction" or "grammar".
-    """
+    ngram), "prediction" or "grammar"."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         """drafter: of all requests, in place of what `speculate` names."""
