@@ -24,10 +24,12 @@ from minisgl.config.families import read_model_config
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams, StepResult
+from minisgl.engine.draft import add_drafter
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import TorchMatrix
 from minisgl.kernel.packed import Grouped
+from minisgl.layers.base import CpuSpec
 from minisgl.llm import LLM
 from minisgl.models import heads
 from minisgl.scheduler.planner import Planner
@@ -219,6 +221,19 @@ def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pyte
             told[speculate], num_steps[speculate] = list(output.token_ids), len(steps)
     assert told["mtp"] == told["off"]
     assert num_steps["off"] >= len(told["off"]) > 2 * num_steps["mtp"]
+
+
+def test_a_decode_step_in_which_nobody_wants_a_draft_does_without_the_head() -> None:
+    """But what a step computes of a prompt is always read: others share it."""
+    steps, ops = Mock(shard=Mock(head=Mock(spec=heads.Head))), Mock()
+    steps.shard.config.model.second, steps.shard.head.cpu_spec.return_value = None, CpuSpec(numbers=(1, 2))
+    add_drafter(steps, Mock(), ops, 1)
+    batch = Mock(**{"index.rows": [0, 1]})
+    for is_decode, most, is_read in ((True, 0, False), (True, 2, True), (False, 0, True), (False, 2, True)):
+        batch.attention.is_decode = is_decode
+        assert steps.propose(batch, Mock(), Mock(), most).shape == (2, most)
+        assert ops.module.draft.called == is_read
+        ops.module.draft.reset_mock()
 
 
 @pytest.mark.parametrize("setup", SETUPS)
