@@ -109,7 +109,7 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
         told = model.second[1].weight_bytes(engine.dtype, engine.tp_size)
     told *= engine.draft_len if model.mtp or model.second else 0
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
-    of_cpu = 0.15 + share + 0.1 * bool(model.mtp), 0.03 + 1.3e-4 / (1.5e-4 + num_bytes / 6e10)  # the host's time, too
+    of_cpu = 0.15 + share + 0.15 * bool(model.mtp), 0.03 + 1.3e-4 / (1.5e-4 + num_bytes / 6e10)  # the host's time, too
     return of_cpu if engine.device == "cpu" else (0.004, (1e-3 + told / 4e12) / (5e-4 + num_bytes / 4e12))
 
 

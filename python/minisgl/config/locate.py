@@ -183,7 +183,8 @@ def tensor_names(path: Path) -> set[str]:
     names = set[str]()
     with suppress(OSError, SafetensorError):
         for file in path.glob("*.safetensors"):
-            names.update(safe_open(str(file), "np").keys())
+            stored: Any = safe_open(str(file), "np")
+            names.update(stored.keys())
     return names
 
 

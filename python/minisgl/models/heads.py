@@ -84,11 +84,9 @@ class Head:
     def cpu_spec(self) -> CpuSpec | None:
         """Of the layer's blocks; numbers: handles of `fc` and the LM head; norms: of the embedding, the hidden state,
         and the last one. None: the CPU engine cannot compute it. Called after the weights are packed."""
-        layer, head = self.layer.cpu_spec(), self._narrowed or self.lm_head.matrix
+        layer, head, aux = self.layer.cpu_spec(), self._narrowed or self.lm_head.matrix, self._config.aux_layers
         handles = self.fc.matrix.cpu_handle, head.cpu_handle
-        if layer is None or None in handles or self._config.aux_layers:
-            return None
-        return replace(layer, numbers=handles, norms=self._norms)
+        return None if layer is None or None in handles or aux else replace(layer, numbers=handles, norms=self._norms)
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled."""
@@ -105,8 +103,9 @@ class Head:
         self.fc.pack()
         matrix = self.lm_head.matrix
         if isinstance(matrix, PanelMatrix) and matrix.data[0].itemsize == 2:
-            ids = torch.arange(div_ceil(self._config.vocab_size, self._comm.size)).split(1 << 14)
-            self._narrowed = self._ops.int8_matrix(torch.cat([matrix.rows(some).bfloat16() for some in ids]))
+            ids = torch.arange(div_ceil(self._config.vocab_size, self._comm.size))
+            rows = [matrix.rows(some).bfloat16() for some in torch.split(ids, 1 << 14)]
+            self._narrowed = self._ops.int8_matrix(torch.cat(rows))
         elif isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and not matrix.weight.shape[1] % 64:
             parts = [Grouped.of(rows) for rows in torch.split(matrix.weight, 1 << 14)]
             packed = self._ops.packed_matrix(parts, matrix.weight.dtype)
