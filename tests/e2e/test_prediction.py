@@ -24,7 +24,7 @@ ASKED: Any = {
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The built-in model, whose words become the same tokens again."""
-    args = ["-m", "minisgl", "--port", "0", "--device", "cpu", "--max-seq-len", "1024"]
+    args = ["-m", "minisgl", "--port", "0", "--device", "cpu", "--max-seq-len", "1024", "--speculate", "off"]
     with Server.running(args, tmp_path_factory.mktemp("demo") / "server.log") as server:
         yield server
 
@@ -107,6 +107,19 @@ def test_requests_without_drafts_stay_so(demo: Server) -> None:
         guess: Any = {"type": "content", "content": text}
         answer = client.chat.completions.create(**ASKED, prediction=guess, extra_body={"speculate": 0})
         assert details(answer.usage) == (0, 0)
+
+
+def test_by_default_predictions_come_before_what_the_head_says(tmp_path: Path) -> None:
+    args = ["-m", "minisgl", "--port", "0", "--device", "cpu", "--dtype", "float32", "--max-seq-len", "1024"]
+    with Server.running(args, tmp_path / "server.log") as server, server.client() as client:
+        plain = client.chat.completions.create(**ASKED)
+        of_head = counted(server, "spec_decode_num_accepted_tokens")
+        assert of_head == {"mtp": details(plain.usage)[0]} and of_head["mtp"] > plain.usage.completion_tokens // 2
+        guess: Any = {"type": "content", "content": plain.choices[0].message.content}
+        answer = client.chat.completions.create(**ASKED, prediction=guess)
+        assert answer.choices[0].message.content == plain.choices[0].message.content
+        total = counted(server, "spec_decode_num_accepted_tokens")
+        assert total["prediction"] > plain.usage.completion_tokens // 2 > total["mtp"] - of_head["mtp"]
 
 
 def test_a_question_asked_again_is_guessed_by_the_tree(tmp_path: Path) -> None:

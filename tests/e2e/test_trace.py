@@ -65,7 +65,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     room = ["--max-seq-len", "256", "--num-pages", "16", "--page-size", "16", "--max-prefill-length", "32"]
     keys = ["--api-key", "alice", "--api-key", "bob", "--admin-key", "root"]
     out = ["--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}", "--log-requests", "--log-format", "json"]
-    args = ["-m", "minisgl", "--port", "0", *room, *keys, *out]
+    args = ["-m", "minisgl", "--port", "0", "--speculate", "off", *room, *keys, *out]
     with Server.running(args, tmp_path_factory.mktemp("trace") / "log") as server:
         yield server
 

@@ -24,10 +24,12 @@ from minisgl.config.families import read_model_config
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams, StepResult
+from minisgl.engine.draft import add_drafter
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import TorchMatrix
 from minisgl.kernel.packed import Grouped
+from minisgl.layers.base import CpuSpec
 from minisgl.llm import LLM
 from minisgl.models import heads
 from minisgl.scheduler.planner import Planner
@@ -178,7 +180,29 @@ def test_a_head_that_is_not_there(made: tuple[Path, Any, Head], tmp_path: Path) 
         prepare(parse_args(args, {}))
 
 
-def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_a_head_is_used_where_the_files_have_it(made: tuple[Path, Any, Head], tmp_path: Path) -> None:
+    def chosen(*flags: str) -> tuple[str, bool]:
+        config = prepare(parse_args(["--model", str(path), "--device", "cpu", *flags], {}))
+        return config.scheduler.speculate, config.engine.model.mtp is not None
+
+    shutil.copytree(made[0], path := tmp_path / "model")
+    stored = load_file(path / "model.safetensors")
+    assert chosen() == chosen("--speculate", "mtp") == ("mtp", True)
+    assert chosen("--speculate", "off") == ("off", False)
+    assert chosen("--draft-model", str(tiny_model("qwen3"))) == ("model", False)
+    save_file({**stored, "mtp.fc.weight_scale": torch.ones(1)}, path / "model.safetensors")
+    assert chosen() == ("off", False)
+    save_file({name: stored[name] for name in stored if name != "mtp.fc.weight"}, path / "model.safetensors")
+    assert chosen() == ("off", False)
+    (path / "model.safetensors").write_bytes(b"version https://git-lfs")
+    assert chosen() == ("off", False), "what is wrong with the file is for those to say who load it"
+    (path / "model.safetensors").unlink()
+    assert chosen("--dummy-weight") == ("mtp", True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """By default."""
     steps, retire = list[int](), Planner.retire
 
     def counting(planner: Planner, result: StepResult) -> list[ReqOutput]:
@@ -188,15 +212,28 @@ def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pyte
     monkeypatch.setattr(Planner, "retire", counting)
     told: dict[str, list[int]] = {}
     num_steps: dict[str, int] = {}
-    for speculate in ("off", "mtp"):
+    for speculate, flags in {"off": {"speculate": "off"}, "mtp": {}}.items():
         steps.clear()
-        with LLM(device="cpu", dtype="float32", speculate=speculate) as llm:
+        with LLM(device="cpu", dtype=dtype, **flags) as llm:
             (output,) = llm.chat(
                 [[{"role": "user", "content": "What is continuous batching?"}]], SAMPLED, progress=False
             )
             told[speculate], num_steps[speculate] = list(output.token_ids), len(steps)
     assert told["mtp"] == told["off"]
     assert num_steps["off"] >= len(told["off"]) > 2 * num_steps["mtp"]
+
+
+def test_a_decode_step_in_which_nobody_wants_a_draft_does_without_the_head() -> None:
+    """But what a step computes of a prompt is always read: others share it."""
+    steps, ops = Mock(shard=Mock(head=Mock(spec=heads.Head))), Mock()
+    steps.shard.config.model.second, steps.shard.head.cpu_spec.return_value = None, CpuSpec(numbers=(1, 2))
+    add_drafter(steps, Mock(), ops, 1)
+    batch = Mock(**{"index.rows": [0, 1]})
+    for is_decode, most, is_read in ((True, 0, False), (True, 2, True), (False, 0, True), (False, 2, True)):
+        batch.attention.is_decode = is_decode
+        assert steps.propose(batch, Mock(), Mock(), most).shape == (2, most)
+        assert ops.module.draft.called == is_read
+        ops.module.draft.reset_mock()
 
 
 @pytest.mark.parametrize("setup", SETUPS)

@@ -28,6 +28,7 @@ from minisgl.config.model import (
     PagedKV,
     RopeConfig,
 )
+from minisgl.config.pooling import Pooling
 from minisgl.config.probe import Capabilities, Gpu, Nvidia, probe, probe_nvidia, torch_cuda, visible_devices
 from minisgl.config.quantization import Quantization, Scheme
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
@@ -88,6 +89,50 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
     narrow = decide(COMPILES, quantization="int8", kv_cache_dtype="float32", cpu_threads=3, num_pages=7).engine
     assert (narrow.quantization, narrow.kv_cache_dtype, narrow.num_threads) == ("int8", "float32", 3)
     assert decide(COMPILES, tp=2).engine.num_threads == 4
+
+
+HEADED = replace(MODEL, mtp=MODEL.layers[0])
+MIXTURE = replace(MODEL.layers[0], mlp=MoE(8, 2, 64, True))
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "options"),
+    [
+        (MACHINE, HEADED, {}),
+        (COMPILES, MODEL, {}),
+        (COMPILES, HEADED, {"tp": 2}),
+        (COMPILES, HEADED, {"attention_backend": "sdpa"}),
+        (COMPILES, HEADED, {"dtype": "float16"}),
+        (COMPILES, replace(HEADED, packed_bytes=2**30), {}),
+        (COMPILES, replace(HEADED, pooling=Pooling("last", False, "")), {}),
+        (COMPILES, replace(HEADED, mtp=MIXTURE), {}),
+    ],
+)
+def test_no_head_where_it_is_not_known_to_pay(
+    machine: Capabilities, model: ModelConfig, options: dict[str, Any]
+) -> None:
+    config = decide(machine, model, **options)
+    assert (config.scheduler.speculate, config.engine.model.mtp) == ("off", None)
+
+
+def test_a_head_is_used_where_it_pays_and_refuses_no_start() -> None:
+    config = decide(COMPILES, HEADED)
+    assert (config.scheduler.speculate, config.engine.model.mtp) == ("mtp", HEADED.mtp)
+    assert decide(COMPILES, HEADED, speculate="ngram").scheduler.speculate == "ngram"
+    # The memory holds weights and a page without the head's, and not with them.
+    plain = decide(COMPILES, MODEL).engine
+    needed = MODEL.weight_bytes("bfloat16") + plain.kv_bytes(1, 0)
+    little = replace(COMPILES, memory=int(needed / 0.9) + 1000)
+    with pytest.raises(ConfigError, match="no room is left for the KV cache"):
+        decide(little, HEADED, speculate="mtp")
+    assert decide(little, HEADED).scheduler.speculate == decide(little, MODEL).scheduler.speculate == "off"
+
+
+def test_a_head_pays_on_a_gpu_where_the_model_is_large() -> None:
+    large = shape(40, inner=17408, hidden_size=5120, num_qo_heads=40, tie_word_embeddings=False)
+    small = shape(10, 2, inner=640, hidden_size=256, num_qo_heads=4, head_dim=64, vocab_size=4096)
+    for model, chosen in ((large, "mtp"), (small, "off")):
+        assert decide(GPUS, replace(model, mtp=model.layers[0])).scheduler.speculate == chosen
 
 
 def test_where_torch_computes_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:

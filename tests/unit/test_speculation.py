@@ -228,7 +228,7 @@ def test_there_are_no_predictions_where_none_can_be_verified() -> None:
 def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
     assert longest_draft("off", None, is_free=False) == longest_draft("off", 5, is_free=False) == 0
     assert longest_draft("off", None, is_free=True) == 8
-    assert longest_draft("mtp", None, is_free=False) == 3
+    assert longest_draft("mtp", None, is_free=False) == 3 and longest_draft("mtp", None, is_free=True) == 8
     assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5
 
 

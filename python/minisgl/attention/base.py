@@ -30,8 +30,7 @@ class AttentionStep:
     """The sequences of a step, in the order of their tokens in the ragged batch: first those that decode, of one token.
 
     Sequence i owns tokens [offsets[i], offsets[i + 1]) of the batch; they stand at positions
-    [starts[i], starts[i] + num_new[i]) of it, and attend to everything before them and themselves.
-    """
+    [starts[i], starts[i] + num_new[i]) of it, and attend to everything before them and themselves."""
 
     rows: IntArray  # [n] of the page table
     starts: IntArray  # [n]
@@ -106,8 +105,7 @@ class AttentionBackend(ABC, Generic[Metadata]):
         """What `forward` needs of the step: indices, masks, a schedule. The same object goes to every layer.
 
         captured: the step is, or was, captured in a graph, for any lengths of its sequences, which all decode. It is
-        called before the capture, and what `forward` reads of the step must be read on the device.
-        """
+        called before the capture, and what `forward` reads of the step must be read on the device."""
 
     def prepare_both(self, step: AttentionStep, captured: bool) -> tuple[Metadata, Metadata]:
         """`prepare`, for layers that see all, and for those whose windows slide."""
@@ -122,8 +120,7 @@ class AttentionBackend(ABC, Generic[Metadata]):
         are stored in it; sinks: [num_qo_heads] float32, of each head a score of no token, which only the softmax's sum
         counts (arXiv 2309.17453), where `spec` has them.
 
-        → [num_tokens, num_qo_heads, v_dim]. Stale or non-finite values of other requests never leak in.
-        """
+        → [num_tokens, num_qo_heads, v_dim]. Stale or non-finite values of other requests never leak in."""
 
 
 @dataclass(frozen=True, slots=True)

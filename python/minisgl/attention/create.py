@@ -50,8 +50,7 @@ class PairOfBackends(AttentionBackend[PairMetadata]):
 def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Backend:
     """dtype: that it computes in. Not for "cpu", which an engine makes of its kernels.
 
-    Raises: ConfigError for a backend, or a pair, that this device does not have.
-    """
+    Raises: ConfigError for a backend, or a pair, that this device does not have."""
     names = prefill, decode = config.prefill_backend, config.decode_backend
     if prefill == decode == "sdpa":
         return cast(Backend, SdpaBackend(device))

@@ -168,7 +168,7 @@ class ServerArgs(ServerOptions):
     disable_pynccl: bool = _option(boolean, False)
     schedule_policy: str = _choice(("fcfs", "lpm", "priority"), "fcfs")
     disable_overlap: bool = _option(boolean, False)
-    speculate: str = _choice(("off", "ngram", "mtp"), "off")
+    speculate: str | None = _choice(("off", "ngram", "mtp"), None)
     draft_model: str | None = _option(_text, None)
     speculate_tokens: int | None = _option(integer(1, 64), None)
     dummy_weight: bool = _option(boolean, False)

@@ -107,8 +107,20 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     told = model.second[1].weight_bytes(engine.dtype, engine.tp_size) if model.second and not model.mtp else head
     num_told = 1 if model.second and model.second[1].block else engine.draft_len * bool(model.mtp or model.second)
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
+    of_cpu = 0.15 + share + 0.15 * bool(model.mtp), 0.03 + 1.3e-4 / (1.5e-4 + num_bytes / 6e10)  # the host's time, too
     verify = (4e-4 + num_told * (2e-4 + told / 4e12)) / (step := 5e-4 + num_bytes / 4e12)
-    return (0.15 + share, 0.03) if engine.device == "cpu" else (0.004 + 12e-6 / step, verify)
+    return of_cpu if engine.device == "cpu" else (0.004 + 12e-6 / step, verify)
+
+
+def _head_pays(args: ServerArgs, engine: EngineConfig, machine: Capabilities) -> bool:
+    """Whether `--speculate auto` is the model's own head: on CPUs where kernels compute all of it, and on GPUs where a
+    stream of whose guesses 0.7 are right gains by `step_costs`."""
+    model, (row, verify) = engine.model, step_costs(engine)
+    is_dense = not any(isinstance(layer.mlp, MoE) for layer in model.cached_layers)
+    is_ours = args.dtype != "float16" and args.attention_backend in (None, "cpu", "cpu,cpu") and engine.tp_size == 1
+    is_plain = model.pooling is None and not (model.packed_bytes or model.layer_inputs or model.layer_scalars)
+    on_cpu = is_dense and is_ours and not _kernel_problem(machine)
+    return is_plain and (on_cpu if engine.device == "cpu" else 2.53 * (1 + row) > 1 + 4 * row + verify)
 
 
 def attention_tokens(engine: EngineConfig) -> int:
@@ -134,6 +146,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     """
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
+    speculate = args.speculate or ("mtp" if model.mtp else "off")
     if args.speculate == "mtp" and not model.mtp:
         raise ConfigError(f"--speculate mtp: {path} has no head for it; choose ngram, or off")
     wanted = EngineConfig(
@@ -156,8 +169,10 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         memory_ratio=args.memory_ratio,
         num_snapshots=num_snapshots if model.states and args.cache_type == "radix" else 0,
         window=model.window if model.window < seq_len else 0,
-        draft_len=longest_draft(args.speculate, args.speculate_tokens, device == "cpu" and not model.states),
+        draft_len=longest_draft(speculate, args.speculate_tokens, device == "cpu" and not model.states),
     )
+    if not args.speculate and model.mtp and not _head_pays(args, wanted, machine):
+        return decide_engine(args, path, replace(model, mtp=()), seq_len, machine)
     if args.quantization and model.packed_bytes:
         raise ConfigError(f"--quantization {args.quantization}: the weights of {path} are packed already")
     return _on_cpu(args, wanted, machine) if device == "cpu" else _on_gpus(args, wanted, machine)

@@ -17,7 +17,7 @@ _AUX = "eagle_aux_hidden_state_layer_ids"
 def longest_draft(kind: str, asked: int | None, is_free: bool) -> int:
     """The most tokens of a request that a step may verify. kind: of drafter; asked: None, no flag says it. is_free:
     drafts need no graphs and no buffers for which others pay; then predictions are verified with "off", too."""
-    told = {"mtp": 3, "model": 4, "eagle": 4, "dflash": 7}
+    told = {"mtp": 8 if is_free else 3, "model": 4, "eagle": 4, "dflash": 7}
     return 0 if kind == "off" and not is_free else asked or told.get(kind, 8)
 
 
@@ -42,7 +42,7 @@ def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | N
     what = "a head with the model's attention heads" if is_head else "a model whose layers have caches alike"
     problems = {
         f"on GPUs so far only {what}; choose another, or --device cpu": not fits,
-        f"not with --speculate {args.speculate}": args.speculate != "off",
+        f"not with --speculate {args.speculate}": args.speculate not in (None, "off"),
         f"its vocabulary ({draft.vocab_size} tokens) is not that of {path} ({model.vocab_size})": not is_same,
         "it has recurrent states": bool(draft.states),
         "it has other sliding windows": bool(windows),

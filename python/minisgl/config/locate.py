@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from safetensors import SafetensorError, safe_open
 
 from minisgl.errors import ConfigError
 from minisgl.gguf.model import is_gguf, models_in, open_model
@@ -173,6 +175,15 @@ def load_tokenizer(model_path: str) -> Any:
             reason = "it is code of the repo (auto_map), which is never run"
         lack = "" if (path / "tokenizer.json").is_file() else "; there is no tokenizer.json"
         raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}{lack}") from error
+
+
+def stores_head(path: Path) -> bool:
+    """Whether a model's safetensors have those of a head of its own, as they are and not packed."""
+    own, needed = set[str](), ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    with suppress(OSError, SafetensorError):
+        files: list[Any] = [safe_open(str(file), "np") for file in path.glob("*.safetensors")]
+        own = {name for file in files for name in file.keys() if name.startswith("mtp.")}  # noqa: SIM118
+    return own >= {f"mtp.{name}.weight" for name in needed} and all(name.endswith(".weight") for name in own)
 
 
 def lfs_hint(path: Path) -> str:

@@ -36,8 +36,7 @@ class Quantization:
 def read_quantization(f: Fields, path: Path) -> Quantization | None:
     """What the fields of `config.json` say, or ModelOpt's own file in the directory; None: nothing is quantized.
 
-    Raises: ConfigError naming what is not supported, and what to take instead.
-    """
+    Raises: ConfigError naming what is not supported, and what to take instead."""
     key = "compression_config" if f.data.get("compression_config") else "quantization_config"
     q = f.child(key) if f.data.get(key) else read_fields(path / "hf_quant_config.json").child("quantization")
     if not q.data:

@@ -15,7 +15,7 @@ from minisgl.config.args import ServerArgs, ServerOptions
 from minisgl.config.device import attention_tokens, choose_device, decide_engine, step_costs
 from minisgl.config.draft import with_draft
 from minisgl.config.families import read_model_config
-from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
+from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision, stores_head
 from minisgl.config.model import ModelConfig
 from minisgl.config.pooling import read_pooling
 from minisgl.config.probe import Capabilities, probe
@@ -50,7 +50,9 @@ def prepare(args: ServerArgs) -> ServerConfig:
     if is_remote(name) and args.device == "cuda":
         choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
-    model = read_model_config(path, args.config_override, mtp=args.speculate == "mtp")
+    model = read_model_config(path, args.config_override, mtp=args.speculate in (None, "mtp"))
+    has_head = model.mtp and not args.draft_model and (args.dummy_weight or stores_head(path))
+    model = model if args.speculate == "mtp" or has_head else replace(model, mtp=())
     args, model = with_draft(args, path, model, args.draft_model and choose_device(args, machine))
     template = template or chat.read_chat_template(path)
     model = replace(model, pooling=read_pooling(args.task, path, model.tie_word_embeddings, template))
@@ -91,7 +93,13 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     wanted_len = args.max_seq_len or model.max_position
     if wanted_len > model.max_position:
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
-    engine = decide_engine(args, path, model, wanted_len, machine)
+    try:
+        engine = decide_engine(args, path, model, wanted_len, machine)
+    except ConfigError:
+        if args.speculate is not None or not model.mtp:
+            raise
+        engine = decide_engine(args, path, model := replace(model, mtp=()), wanted_len, machine)
+    args = replace(args, speculate=args.speculate or ("mtp" if engine.model.mtp else "off"))
     flops = 1e13 if engine.device == "cuda" else 8e9 * engine.num_threads  # per second, the least that any machine has
     scheduler = SchedulerConfig(
         **_shared(SchedulerConfig, args, engine),

@@ -16,8 +16,7 @@ TIMEOUT = timedelta(minutes=5)
 class Rendezvous:
     """Exchange of short texts between all ranks; every rank calls the same methods with the same names in order.
 
-    url: "file://PATH" of a file that does not exist before.
-    """
+    url: "file://PATH" of a file that does not exist before."""
 
     def __init__(self, rank: int, size: int, url: str, timeout: timedelta = TIMEOUT) -> None:
         path = url.removeprefix("file://")
@@ -29,8 +28,7 @@ class Rendezvous:
     def exchange(self, name: str, text: str) -> list[str]:
         """Every rank's `text`, in order of ranks; returns when all have called it.
 
-        Raises: ConfigError naming the ranks that did not come in time.
-        """
+        Raises: ConfigError naming the ranks that did not come in time."""
         keys = self._keys(name)
         self.store.set(keys[self.rank], f"={text}")  # never empty
         self._wait_for(keys, name)
@@ -71,8 +69,7 @@ class Rendezvous:
 class Communicator:
     """Collectives over all ranks; every rank calls the same ones in the same order, from one thread.
 
-    This one is for a single rank, which has nothing to do; where there are more, and meet, subclasses compute.
-    """
+    This one is for a single rank, which has nothing to do; where there are more, and meet, subclasses compute."""
 
     def __init__(self, meeting: Rendezvous | None = None) -> None:
         self._meeting = meeting
@@ -102,8 +99,7 @@ class Communicator:
 class GlooCommunicator(Communicator):
     """CPU ranks of one machine. It owns its process group; torch's default group is left alone.
 
-    Raises: ConfigError where the ranks do not find one another.
-    """
+    Raises: ConfigError where the ranks do not find one another."""
 
     def __init__(self, meeting: Rendezvous) -> None:
         super().__init__(meeting)

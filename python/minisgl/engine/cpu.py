@@ -48,14 +48,15 @@ class CpuTables:
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
-        self.token_ids = torch.from_numpy(np.zeros((num_rows + 1, config.max_seq_len + 2), np.int32))  # used later
+        self._ids = np.zeros((num_rows + 1, config.max_seq_len + 2), np.int32)  # memory is used later
+        self.token_ids = torch.from_numpy(self._ids)
 
     def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:  # noqa: ARG002
         """Its numbers are read where they are."""
         for admission in plan.admissions:
-            self.token_ids[admission.row, : len(admission.token_ids)] = torch.tensor(admission.token_ids)
+            self._ids[admission.row, : len(admission.token_ids)] = admission.token_ids
         for row, position, ids in plan.drafts:
-            self.token_ids[row, position : position + len(ids)] = torch.tensor(ids)
+            self._ids[row, position : position + len(ids)] = ids
 
     def tensors(self, index: StepIndex) -> StepTensors:
         sampling = SamplingColumns(torch.from_numpy(self.host.sampling(index)))
@@ -64,7 +65,7 @@ class CpuTables:
     def inputs(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Ids and slots of a step's tokens."""
         at = batch.tensors.token_rows.numpy(), batch.tensors.positions.numpy()
-        ids, slots = self.token_ids.numpy()[at].astype(np.int64), torch.from_numpy(batch.attention.slots_of(*at))
+        ids, slots = self._ids[at].astype(np.int64), torch.from_numpy(batch.attention.slots_of(*at))
         windowed = batch.attention.windowed
         return torch.from_numpy(ids), [slots, slots if windowed is None else torch.from_numpy(windowed.slots_of(*at))]
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from minisgl.attention.base import StepContext, to_device
-from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
@@ -28,8 +27,7 @@ class SecondModel(ModelShard):
 
     def forward(self, tokens: Tensor, x: Tensor, step: StepContext, of_model: bool = False) -> Tensor:  # noqa: ARG002
         """tokens: [num_tokens] int64, at the step's positions → for `choose`."""
-        ropes = [rope(step.positions) for rope in self.ropes]
-        return self.model.hidden(tokens, replace(step, input_ids=tokens, ropes=ropes))
+        return self.model.hidden(tokens, replace(step, input_ids=tokens, ropes=[r(step.positions) for r in self.ropes]))
 
     def choose(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
@@ -91,19 +89,19 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
     if isinstance(head, SecondModel):
-        kv = head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1)
-        layers = layers.of(head, kv, None)
-    if head is not None:
-        steps.propose = HeadDrafter(head, steps, layers).propose
+        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
+        layers = layers.of(head, head.create_kv(*num_pages), None)
     if ops is None or spec is None:
+        steps.propose = HeadDrafter(head, steps, layers).propose if head else None
         return
-    layer: int = ops.module.add_draft_head(model, spec.matrices[0][0], *spec.norms)
+    layer: int = ops.module.add_draft_head(model, *spec.numbers, *spec.norms)
     spec.build(ops.module, layer, shard.config.model.num_layers, steps.kv)
 
     def propose(batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
-        ops.module.draft(model, steps.tables.token_ids, *CpuBackend(ops).prepare(batch.attention), *sampled, told)
+        if most or not batch.attention.is_decode:  # else nobody wants any: that its cache lacks tokens costs guesses
+            ops.module.draft(model, steps.tables.token_ids, *sampled, told)
         return told
 
     steps.propose = propose

@@ -20,8 +20,7 @@ class KVPool:
     """The caches of all layers, zero at first. num_slots: of layers that see all, and of those whose windows slide;
     dtype: of keys and values; states: of the layers that have these, on the device that all are on.
 
-    Memory is reserved, not touched: on a CPU the kernel commits a page of it when it is first written.
-    """
+    Memory is reserved, not touched: on a CPU the kernel commits a page of it when it is first written."""
 
     def __init__(
         self, model: ModelConfig, num_slots: Sequence[int], tp_size: int, dtype: torch.dtype, states: StatePool

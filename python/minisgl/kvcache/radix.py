@@ -6,8 +6,7 @@ section 3), here at page granularity: an edge spells a whole number of pages, an
 The cache owns pages; requests own the rest. A request holds one *handle*: a locked position in the tree whose path from
 the root spells the request's first tokens. Locked paths are never evicted, so a request may keep pointing at the pages
 that it found there. Where it computed a prefix that someone else cached at the same time, it keeps its own pages until
-it ends: `path_pages` tells which of a request's pages are the cache's.
-"""
+it ends: `path_pages` tells which of a request's pages are the cache's."""
 
 import heapq
 from collections import Counter, deque
@@ -30,8 +29,7 @@ class RadixNode:
     """An edge of the tree with the node at its end. `pages[i]` holds the KV of the i-th page of `key`.
 
     name: by which its parent has it. num_locks: requests whose handle is here or below. stamp: when it was last used,
-    in ticks of the tree's own clock.
-    """
+    in ticks of the tree's own clock."""
 
     __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")  # no dataclass: dumps go too deep
 
@@ -54,8 +52,7 @@ class PrefixCache:
     namespace: a value that each request has once and for all; prefixes of one are not found in another. It is part of
     the names of the root's children, so that one in which nothing is cached costs nothing; all share the pages, and
     their eviction.
-    keeps: without it nothing is kept, and so nothing is found.
-    """
+    keeps: without it nothing is kept, and so nothing is found."""
 
     def __init__(self, page_size: int, keeps: bool = True) -> None:
         self._page_size, self._keeps, self._clock = page_size, keeps, 0
@@ -96,8 +93,7 @@ class PrefixCache:
         """Move a request's lock to the end of all its whole pages, adding those that are not cached yet.
 
         `token_ids` and `pages` are the request's from its first token on; `handle` is its lock so far. Pages added
-        become the cache's. Returns the new handle, locked in place of the old one.
-        """
+        become the cache's. Returns the new handle, locked in place of the old one."""
         position, end = sum(len(node.key) for node in path_up(handle)), align_down(len(token_ids), self._page_size)
         if end <= position or not self._keeps:
             return handle

@@ -39,8 +39,7 @@ class Request(Message, Generic[T], frozen=True):
 class Codec(Generic[T]):
     """Encodes and decodes batches of one channel's message union.
 
-    Raises: msgspec.ValidationError when the bytes are not a batch of this channel's messages.
-    """
+    Raises: msgspec.ValidationError when the bytes are not a batch of this channel's messages."""
 
     def __init__(self, union: Any) -> None:
         self.encode: Callable[[Sequence[T]], bytes] = msgspec.msgpack.Encoder().encode
@@ -126,8 +125,7 @@ class TraceMsg(Message, frozen=True):
     `num_steps` at most; answered by a `TraceReply`, also while a step is running.
 
     view: also of what it does now; 2: with the prefix cache and the pages. Whoever views may slow the scheduler down,
-    until they view no more: by `delay` seconds before each step, or all the time.
-    """
+    until they view no more: by `delay` seconds before each step, or all the time."""
 
     uids: tuple[int, ...] = ()
     since: int = 0
@@ -279,8 +277,7 @@ class ChatPrompt(Part, frozen=True):
     """Messages for the chat template, as the template expects them (OpenAI's shape).
 
     add_generation_prompt: the prompt ends where an assistant begins to speak. continue_final: instead it ends in the
-    middle of the last message, which is an assistant's and goes on.
-    """
+    middle of the last message, which is an assistant's and goes on."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -308,8 +305,7 @@ Prompt = ChatPrompt | TextPrompt | IdsPrompt
 class TokenizeMsg(Request[Prompt], frozen=True):
     """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for).
 
-    notify: answer with an `AcceptedReply`, unless the scheduler may still refuse the request for its grammar.
-    """
+    notify: answer with an `AcceptedReply`, unless the scheduler may still refuse the request for its grammar."""
 
     notify: bool = False
 
@@ -345,8 +341,7 @@ class DetokenizeMsg(Message, frozen=True, omit_defaults=True):
     """New output tokens of a request. The last message has `finish_reason`, with `error` text if it is `error`.
 
     An end-of-sequence token that ended the request is part of `token_ids`; `num_hidden` of the last ids (0 or 1) are
-    such and never become text.
-    """
+    such and never become text."""
 
     token_ids: bytes
     num_cached: int = 0

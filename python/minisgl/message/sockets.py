@@ -46,8 +46,7 @@ def ipc_endpoints(directory: str, num_tokenizer: int = 0, tp_size: int = 1) -> E
 class _Inbox(Generic[T]):
     """Receives at an endpoint that this process binds. Never loses a message: the high-water mark is off.
 
-    A frame that is no message is dropped, and the log says so; where it is `strict`, it is an EngineError.
-    """
+    A frame that is no message is dropped, and the log says so; where it is `strict`, it is an EngineError."""
 
     _context: Any = zmq.Context
 

@@ -7,6 +7,7 @@ import torch
 
 from minisgl.attention.base import StepContext
 from minisgl.formats.base import DENSE, Header, Shard
+from minisgl.kernel.cpu import PanelMatrix
 from minisgl.kernel.ops import Matrix, TorchMatrix
 from minisgl.kernel.packed import Grouped
 from minisgl.layers.attention import Attention
@@ -14,6 +15,7 @@ from minisgl.layers.base import CpuSpec, LayerEnv, Part, Tensor, whole
 from minisgl.layers.linear import Linear, VocabTable
 from minisgl.models.checkpoint import EMBEDDING, HEAD, OF_HEAD
 from minisgl.models.decoder import DecoderLayer, DecoderModel
+from minisgl.utils.math import div_ceil
 
 # Names of `fc`, of layers, of norms, and of the last norm.
 _DFLASH = f"{OF_HEAD}fc.", f"{OF_HEAD}model.layers.", f"{OF_HEAD}hidden_norm", f"{OF_HEAD}model.norm"
@@ -99,10 +101,11 @@ class Head:
         return ((ids + self._moves[ids]).clamp_(0, last) if self._is_narrow else ids).int()
 
     def cpu_spec(self) -> CpuSpec | None:
-        """Of the layer's blocks; matrices: `fc`; norms: of the embedding, of the hidden state, and the last one. None:
-        the CPU engine cannot compute it. Called after the weights are packed."""
-        layer, fc = self.layers[0].cpu_spec(), self.fc.cpu_spec()
-        return replace(layer, matrices=fc.matrices, norms=self._norms) if layer and fc and not self._aux else None
+        """Of the layer's blocks; numbers: handles of `fc` and the LM head; norms: of the embedding, the hidden state,
+        and the last one. None: the CPU engine cannot compute it. Called after the weights are packed."""
+        layer, head, aux = self.layers[0].cpu_spec(), self._narrowed or self.lm_head.matrix, self._aux
+        handles = self.fc.matrix.cpu_handle, head.cpu_handle
+        return None if layer is None or None in handles or aux else replace(layer, numbers=handles, norms=self._norms)
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled."""
@@ -115,10 +118,14 @@ class Head:
         yield from (Part([*layer.weights(f"{layers}{i}.")], layer.pack) for i, layer in enumerate(self.layers))
 
     def _pack(self) -> None:
-        """On a GPU what drafts cost most is to read an LM head of 16 bits for each of their tokens: here it gets 4."""
+        """What drafts cost most is to read an LM head of 16 bits for each of their tokens: it gets 8, on a GPU 4."""
         self.fc.pack()
         matrix = self.lm_head.matrix
-        if isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and not matrix.weight.shape[1] % 64:
+        if isinstance(matrix, PanelMatrix) and matrix.data[0].itemsize == 2:
+            ids = torch.arange(div_ceil(self._config.vocab_size, self._comm.size))
+            rows = [matrix.rows(some).bfloat16() for some in torch.split(ids, 1 << 14)]
+            self._narrowed = self._ops.int8_matrix(torch.cat(rows))
+        elif isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and not matrix.weight.shape[1] % 64:
             parts = [Grouped.of(rows) for rows in torch.split(matrix.weight, 1 << 14)]
             packed = self._ops.packed_matrix(parts, matrix.weight.dtype)
             self._narrowed = None if isinstance(packed, TorchMatrix) else packed  # it would be as large

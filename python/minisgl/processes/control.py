@@ -77,8 +77,7 @@ class Control:
     def beat(self) -> None:
         """Tell that the main loop is alive. Call it as often as you like: it sends one message a second.
 
-        It never waits: with a parent that does not listen (stopped, or `LLM`), the pipe fills up and beats are lost.
-        """
+        It never waits: with a parent that does not listen (stopped, or `LLM`), the pipe fills up and beats are lost."""
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_SECONDS
@@ -99,8 +98,7 @@ def run_child(spec: WorkerSpec, connection: Connection, is_lasting: bool, life: 
     group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
     once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
     status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. is_lasting: the parent's thread that started it lasts
-    until the parent has done with it. life: the same number for all that were started together.
-    """
+    until the parent has done with it. life: the same number for all that were started together."""
     gc.disable()
     control = Control(connection, life)
     ignore_signals()
@@ -159,8 +157,7 @@ class Launcher:
         """Start a worker, without waiting for it. Signals that end us are deferred meanwhile.
 
         life: the same number for all that are started together, and for no others. is_lasting: the calling thread
-        lasts until nobody wants the worker any more.
-        """
+        lasts until nobody wants the worker any more."""
         try:
             os.getcwd()
         except FileNotFoundError:

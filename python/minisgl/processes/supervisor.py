@@ -29,8 +29,7 @@ class Supervisor:
     """Owner of all workers of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened.
 
     heartbeat_timeout: seconds of silence after which a worker counts as dead.
-    max_restarts: times in an hour that workers are started again; 0: the first death is the end.
-    """
+    max_restarts: times in an hour that workers are started again; 0: the first death is the end."""
 
     def __init__(
         self, launcher: Launcher, specs: Sequence[WorkerSpec], heartbeat_timeout: float = 60.0, max_restarts: int = 0
@@ -61,8 +60,7 @@ class Supervisor:
     def wait_ready(self) -> None:
         """Wait until each worker is ready.
 
-        Raises: ConfigError or WorkerDied with the failing worker's own words, at once; `stop` the others then.
-        """
+        Raises: ConfigError or WorkerDied with the failing worker's own words, at once; `stop` the others then."""
         deadline = time.monotonic() + self._start_timeout
         while late := ", ".join(worker.spec.name for worker in self._workers if not worker.ready):
             if time.monotonic() >= deadline:
@@ -72,8 +70,7 @@ class Supervisor:
     def wait_for(self, make: Callable[[], T]) -> T:
         """What `make` returns, or raises. Where there are workers, for which it may wait, a thread calls it.
 
-        Raises: ConfigError or WorkerDied with the words of a worker that ends meanwhile.
-        """
+        Raises: ConfigError or WorkerDied with the words of a worker that ends meanwhile."""
         if not self._workers:
             return make()
         future: Future[T] = Future()

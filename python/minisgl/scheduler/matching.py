@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from minisgl.grammar.source import Matcher, one_line
 from minisgl.grammar.store import CompiledGrammar
-from minisgl.kernel.masks import NativeMatcher
+from minisgl.kernel.masks import NativeMatcher, Words
 
-Words = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 CHEAP_SECONDS, FREE_SECONDS = 0.00025, 0.001  # of a core: a mask that takes so little, and what each one may take
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from minisgl.core import Admission, Draft, PageUpdate, Req, ScheduledReq, StepPlan
 from minisgl.kvcache.pages import Pages
 
+Ids = tuple[int, ...]
 Shares = tuple[list[Req], list[ScheduledReq]]
 
 

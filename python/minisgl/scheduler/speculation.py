@@ -12,14 +12,13 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
-from minisgl.scheduler.plan import Growing
+from minisgl.scheduler.plan import Growing, Ids
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
 Shares = Sequence[tuple[Req, ScheduledReq]]
-# Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
-# in which no draft would pay (so there is another try at some time).
+# The share of drafted tokens that is right: at first; how much of it one changes, or a step in which none would pay.
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 
 
@@ -55,16 +54,14 @@ class Lengths:
 
 class Speculation:
     """Owns the drafters, and what is remembered of how their drafts fared. Deterministic, as the planner is.
-
-    num_drafted, num_right: tokens, by the name of who guessed them: that of `--speculate` or `--draft-model`, or "tree"
-    (other requests, with ngram), "prediction" or "grammar"."""
+    num_drafted, num_right: tokens, by who guessed them: as `--speculate` names it, "tree", "prediction", "grammar"."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         """drafter: of all requests, in place of what `speculate` names."""
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
         ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
-        makers = ngram if config.speculate == "ngram" else {}  # by name; who comes first is asked first
-        self._makers = makers if drafter is None else {config.speculate: lambda _: drafter}
+        own = None if drafter is None else {config.speculate: lambda _: drafter}
+        self._makers = own or (ngram if config.speculate == "ngram" else {})  # who comes first is asked first
         self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
@@ -130,13 +127,13 @@ class Speculation:
         """What the engine says may follow the tokens that requests have now. One that has told nothing, though it was
         asked, will not any more: its drafter has failed."""
         self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
+        for own in self._drafters.values() if self._asks else ():
+            own.pop(self._config.speculate, None)  # what the step before has told
         for index, draft in result.drafts.items():
             if (req := reqs[index]).state is not ReqState.FINISHED:
                 self._drafters.setdefault(req.uid, {})[self._config.speculate] = Prediction(draft, len(req.tokens))
 
-    def settle(
-        self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
-    ) -> tuple[int, ...]:
+    def settle(self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: Ids, pages: Pages) -> Ids:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known

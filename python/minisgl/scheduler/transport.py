@@ -1,8 +1,7 @@
 """How a scheduler hears of requests and reports tokens: over ZeroMQ in a server, in memory inside `LLM`.
 
 Rank 0 receives messages from outside and passes them on to the other ranks, one numbered `RankBatch` for each turn of
-its loop; the others take their turns from those. So every rank's planner sees the same calls in the same order.
-"""
+its loop; the others take their turns from those. So every rank's planner sees the same calls in the same order."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

@@ -2,8 +2,7 @@
 that a client has written; only templates write them, and models in what they have said.
 
 A string that could make one gets a mark wherever it would have to be cut. The rendered text shows where they end up:
-a control token with a mark within is cut there, all others are the template's own (docs/adr/0019-control-tokens.md).
-"""
+a control token with a mark within is cut there, all others are the template's own (docs/adr/0019-control-tokens.md)."""
 
 import contextlib
 import hashlib

@@ -24,8 +24,7 @@ class IncrementalDecoder:
     at each push: tokens that are already out as context (`num_context` of `ids`), and those since the text last ended
     in a whole character. It is bounded, so a push is O(1). Only a tail of U+FFFD, which may begin a character, waits.
 
-    context: the last prompt tokens.
-    """
+    context: the last prompt tokens."""
 
     def __init__(self, codec: HFTextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._codec, self._skip_special = codec, skip_special
@@ -87,8 +86,7 @@ class IncrementalDecoder:
 class StopFinder:
     """Cuts a stream at the first stop string to be complete; of several that end together, at the longest.
 
-    Holds back only text that may be the beginning of a stop string.
-    """
+    Holds back only text that may be the beginning of a stop string."""
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._include = include  # the stop string stays
@@ -159,8 +157,7 @@ class Detokenizer:
         """The reply to the client, and what the scheduler is to end because its text has a stop string.
 
         Exactly one reply has a finish reason. After a stop string, whatever the scheduler still sends for the uid is
-        dropped, up to its own terminal message.
-        """
+        dropped, up to its own terminal message."""
         stream = self._streams.get(message.uid)
         if stream is None:
             if message.start is None and message.finish_reason is None:

@@ -36,8 +36,7 @@ class TokenizerServer:
     """Handles every message of the tokenizer channel, so that one process can serve both directions.
 
     endpoint: where this process receives.
-    A request or stream that cannot be handled ends with an error reply of its own; the loop goes on.
-    """
+    A request or stream that cannot be handled ends with an error reply of its own; the loop goes on."""
 
     def __init__(
         self, config: TokenizerConfig, endpoints: Endpoints, endpoint: str, codec: HFTextCodec | None = None

@@ -37,8 +37,7 @@ class HFTextCodec:
     token_bytes: what one id adds to a text, perhaps a part of a character, or a special token's name. Those of a
     text's tokens, joined, are the text's (but for the space that sentencepiece puts first).
 
-    Raises: ConfigError naming the directory when there is no usable tokenizer in it.
-    """
+    Raises: ConfigError naming the directory when there is no usable tokenizer in it."""
 
     def __init__(self, model_path: str, visible: Sequence[str] = (), chat_template: str | None = None) -> None:
         self.tokenizer = load_tokenizer(model_path)
@@ -218,8 +217,7 @@ class Tokenizer:
     def encode_only(self, prompt: wire.ChatPrompt | wire.TextPrompt, *, special: bool = True) -> list[int]:
         """The ids that a prompt has, which may be none and may be too many. Raises: RequestError.
 
-        special: with the tokenizer's special tokens, where no chat template has put its own.
-        """
+        special: with the tokenizer's special tokens, where no chat template has put its own."""
         if isinstance(prompt, wire.TextPrompt):
             return self._encode(prompt.text, "prompt", special)
         if not prompt.messages:
@@ -253,8 +251,7 @@ class Tokenizer:
         reasoning comes before what a grammar is about.
 
         A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
-        Raises: RequestError when the prompt alone fills the context.
-        """
+        Raises: RequestError when the prompt alone fills the context."""
         if self._pooling is not None and not (self._pooling.generates or request.params.pooling):
             use = "/v1/rerank or /v1/score" if self._pooling.kind == "score" else "/v1/embeddings"
             raise RequestError(f"this model gives vectors or scores, and no text: use {use}", param="model")

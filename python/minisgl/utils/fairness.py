@@ -13,8 +13,7 @@ class FairQueue(Generic[T]):
     """What waits, by keys: a client's in order. Of several clients, it is the turn of the one that was charged least.
 
     Whoever had nothing waiting begins where the one whose turn was last has been: nobody saves up turns. `is_shared`:
-    there is, or was a while ago, more than one client.
-    """
+    there is, or was a while ago, more than one client."""
 
     def __init__(self) -> None:
         self._queues: dict[str, OrderedDict[int, T]] = {}

@@ -21,8 +21,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 class Fields:
     """A JSON object. null is the same as leaving a key out, and gives the default.
 
-    source: the file, for messages. Every reader raises ConfigError when the value is of another kind than it says.
-    """
+    source: the file, for messages. Every reader raises ConfigError when the value is of another kind than it says."""
 
     def __init__(self, data: Mapping[str, Any], source: str, path: str = "") -> None:
         self.data, self.source, self._path = data, source, path

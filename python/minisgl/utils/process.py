@@ -23,8 +23,7 @@ def private_folder(prefix: str = "minisgl-") -> Iterator[str]:
     """A new folder that nobody else may enter (0700), fit for sockets. It is gone after the block; where its process is
     killed, the next one removes it, since nobody holds the lock in it any more. prefix: begins with "minisgl-".
 
-    Raises: ConfigError when there can be none.
-    """
+    Raises: ConfigError when there can be none."""
     with ExitStack() as stack:
         try:
             parent = tempfile.gettempdir() if _PARENT.fullmatch(tempfile.gettempdir()) else "/tmp"
@@ -66,8 +65,7 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     """Ctrl-C does nothing until the end of the block, or until what this yields is called inside.
 
     Then the handler that was there before runs, which raises KeyboardInterrupt unless the program has its own. Outside
-    of the main thread, to which Ctrl-C does not come, and where it is ignored nothing changes.
-    """
+    of the main thread, to which Ctrl-C does not come, and where it is ignored nothing changes."""
     handler, caught = signal.getsignal(signal.SIGINT), list[int]()
 
     def release() -> None:

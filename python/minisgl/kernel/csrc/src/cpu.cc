@@ -158,13 +158,13 @@ void forward(Model& model, const Step& step) { model.forward(step); }
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits) { model.more_logits(tokens, count, logits); }
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out) { model.hidden_rows(tokens, count, out); }
 
-Model* add_draft_head(Model& model, const DraftNorms& norms) {
-  model.drafter = std::make_shared<DraftHead>(model, norms);
+Model* add_draft_head(Model& model, const DraftWeights& weights) {
+  model.drafter = std::make_shared<DraftHead>(model, weights);
   return &model.drafter->own();
 }
-void draft(Model& model, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
-           const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
-  (*model.drafter)(tokens, sequences, page_size, wanted, most, out);
+const std::vector<Sequence>& last_sequences(const Model& model) { return model.sequences(); }
+void draft(Model& model, const TokenTable& tokens, const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
+  (*model.drafter)(tokens, wanted, most, out);
 }
 
 }  // namespace minisgl::cpu

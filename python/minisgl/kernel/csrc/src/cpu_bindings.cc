@@ -285,17 +285,17 @@ void py_hidden_rows(int64_t model, TensorView tokens, TensorView out) {
   hidden_rows(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(out));
 }
 
-int64_t py_add_draft_head(int64_t model, int64_t both, TensorView embedding, TensorView hidden, TensorView last) {
-  DraftNorms norms{at<Linear>(both), data_of<float>(embedding), data_of<float>(hidden), data_of<float>(last)};
-  return handle_of(add_draft_head(at<Model>(model), norms));
+int64_t py_add_draft_head(int64_t model, int64_t both, int64_t head, TensorView embedding, TensorView hidden, TensorView last) {
+  DraftWeights weights{at<Linear>(both), at<Linear>(head), data_of<float>(embedding), data_of<float>(hidden), data_of<float>(last)};
+  return handle_of(add_draft_head(at<Model>(model), weights));
 }
 
-// token_ids: [rows, stride] int32; input_ids: [tokens] int64, of the step, drafts included; logit_tokens: [n] int64, ascending: the
+// After a step. token_ids: [rows, stride] int32; input_ids: [tokens] int64, of the step, drafts included; logit_tokens: [n] int64, ascending: the
 // tokens after which `ids`, [n] int32, were sampled; counts: [sequences] int64: tokens that are to be told after the last one that
 // is kept, each one before which the draft was right; out: [sequences, most] int32.
-void py_draft(int64_t model, TensorView token_ids, TensorView sequences, TensorView pages, int64_t page_size, TensorView input_ids,
-              TensorView logit_tokens, TensorView ids, TensorView counts, TensorView out) {
-  std::vector<Sequence> all = sequences_of(sequences, pages);
+void py_draft(int64_t model, TensorView token_ids, TensorView input_ids, TensorView logit_tokens, TensorView ids, TensorView counts,
+              TensorView out) {
+  const std::vector<Sequence>& all = last_sequences(at<Model>(model));
   const int64_t *inputs = data_of<int64_t>(input_ids), *samples = data_of<int64_t>(logit_tokens), *count = data_of<int64_t>(counts);
   const int64_t* samples_end = samples + ids.size(0);
   std::vector<WantedDraft> drafts;
@@ -309,7 +309,7 @@ void py_draft(int64_t model, TensorView token_ids, TensorView sequences, TensorV
     drafts.push_back({int64_t(i), token - all[i].first + 1, count[i]});
   }
   TokenTable tokens{data_of<int32_t>(token_ids), token_ids.size(1)};
-  draft(at<Model>(model), tokens, all, page_size, drafts, out.size(1), data_of<int32_t>(out));
+  draft(at<Model>(model), tokens, drafts, out.size(1), data_of<int32_t>(out));
 }
 
 }  // namespace

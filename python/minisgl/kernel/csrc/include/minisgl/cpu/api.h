@@ -215,9 +215,9 @@ struct Step {
 
 // What a head for multi-token prediction begins with (draft.h): both: [hidden, 2 * hidden], of the next token's embedding and
 // the hidden state, which have norms.
-struct DraftNorms {
-  Linear both;
-  const float *embedding, *hidden, *last;  // the last one is of what the LM head is given
+struct DraftWeights {
+  Linear both, head;  // the latter: the LM head
+  const float *embedding, *hidden, *last;  // norms; the last one is of what the LM head is given
 };
 
 // [rows, stride]: the tokens of requests.
@@ -297,8 +297,8 @@ void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logi
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out);
 
 // Gives the model a head that drafts. The head's layer, as a model to which blocks are added.
-Model* add_draft_head(Model& model, const DraftNorms& norms);
-void draft(Model& model, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
-           const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out);
+Model* add_draft_head(Model& model, const DraftWeights& weights);
+const std::vector<Sequence>& last_sequences(const Model& model);  // of its last step, all of whose tokens `draft` reads
+void draft(Model& model, const TokenTable& tokens, const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out);
 
 }  // namespace minisgl::cpu

@@ -10,17 +10,19 @@ namespace minisgl::cpu {
 
 class DraftHead {
  public:
-  DraftHead(const Model& model, const DraftNorms& norms)
-      : workers_(model.workers()), model_(model), own_(model, norms.last), norms_(norms) {}
+  DraftHead(const Model& model, const DraftWeights& weights)
+      : workers_(model.workers()),
+        model_(model),
+        own_(model, weights.head, weights.last),
+        weights_(weights) {}
 
-  Model& own() { return own_; }  // of the head's layer and last norm, with the model's embedding and LM head
+  Model& own() { return own_; }  // of the head's layer and last norm, with the model's embedding
 
-  // tokens: [rows, stride], of requests, the step's samples included; sequences, page_size: of the model's last step, all of
-  // whose tokens the head reads; out: [sequences, most].
-  void operator()(const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
-                  const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
+  // tokens: [rows, stride], of requests, the step's samples included; out: [sequences of the model's last step, most].
+  void operator()(const TokenTable& tokens, const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
+    int64_t page_size = model_.page_size();
     own_.set_rotations(model_);
-    begin(tokens, sequences, page_size, wanted);
+    begin(tokens, model_.sequences(), page_size, wanted);
     compute(model_.rows(), model_.norm());
     for (int64_t i = 0; !going_.empty(); ++i) {
       for (size_t r = 0; r < going_.size(); ++r) {
@@ -92,18 +94,18 @@ class DraftHead {
       own_.embed_rows(ids_.data(), count, both, stride);
       workers_.pool.share(count, 8, [&](int64_t t) {
         float *row = both + t * stride, *second = row + width;
-        rms_norm(row, norms_.embedding, own_.eps(), width, row);
+        rms_norm(row, weights_.embedding, own_.eps(), width, row);
         rms_norm(hidden + from_[t] * own_.hidden_stride(), norm, own_.eps(), width, second);
-        rms_norm(second, norms_.hidden, own_.eps(), width, second);
+        rms_norm(second, weights_.hidden, own_.eps(), width, second);
       });
-      linear(workers_, thread, norms_.both, {both, count, 2 * width, stride, nullptr, 0}, Into::kStore, own_.rows(), own_.hidden_stride());
+      linear(workers_, thread, weights_.both, {both, count, 2 * width, stride, nullptr, 0}, Into::kStore, own_.rows(), own_.hidden_stride());
     });
   }
 
   Workers& workers_;
   const Model& model_;
   Model own_;
-  DraftNorms norms_;
+  DraftWeights weights_;
   Step step_{};
   std::vector<Going> going_;
   std::vector<int64_t> ids_, positions_, slots_, from_, last_;

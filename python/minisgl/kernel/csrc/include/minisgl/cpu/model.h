@@ -13,8 +13,9 @@ class Model {
  public:
   Model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm)
       : workers_(workers), eps_(eps), scale_(scale), embedding_(embedding), head_(head), norm_(norm) {}
-  // One without blocks or rotations, beside another: of its embedding and LM head.
-  Model(const Model& other, const float* norm) : Model(other.workers_, other.eps_, 1.0f, other.embedding_, other.head_, norm) {}
+  // One without blocks or rotations, beside another: of its embedding.
+  Model(const Model& other, const Linear& head, const float* norm)
+      : Model(other.workers_, other.eps_, 1.0f, other.embedding_, head, norm) {}
 
   void set_rotations(const Model& other) { rotations_ = other.rotations_; }
   std::shared_ptr<DraftHead> drafter;  // if there is one (draft.h)
@@ -29,6 +30,7 @@ class Model {
   }
 
   void forward(const Step& step) {
+    sequences_ = step.all.sequences, page_size_ = step.page_size;
     forward(step, [&](int) { embed_tokens(step); });
   }
 
@@ -66,6 +68,9 @@ class Model {
   int64_t width() const { return embedding_.in; }
   int64_t vocab() const { return head_.out; }
   const float* norm() const { return norm_; }
+  // Of the last step.
+  const std::vector<Sequence>& sequences() const { return sequences_; }
+  int64_t page_size() const { return page_size_; }
   float eps() const { return eps_; }
   Workers& workers() const { return workers_; }
   void embed_rows(const int64_t* ids, int64_t count, float* out, int64_t out_stride) {
@@ -228,6 +233,8 @@ class Model {
   int64_t mixed_stride_ = 0, inner_stride_ = 0, gate_stride_ = 0, widest_ = 0;
   Buffer<float> x_, added_, mixed_, inner_, gates_, last_;
   std::vector<Plan> plans_;
+  std::vector<Sequence> sequences_;
+  int64_t page_size_ = 0;
   std::vector<StateSequence> states_;
   PartialRoom partial_;
 };
