@@ -97,11 +97,12 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     layer: int = ops.module.add_draft_head(model, *spec.numbers, *spec.norms)
     spec.build(ops.module, layer, shard.config.model.num_layers, steps.kv)
 
-    def propose(batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
+    def propose(batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor | None:
+        if not most and batch.attention.is_decode:  # nobody wants any: that its cache lacks tokens costs guesses alone
+            return None
         told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
         sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
-        if most or not batch.attention.is_decode:  # else nobody wants any: that its cache lacks tokens costs guesses
-            ops.module.draft(model, steps.tables.token_ids, *sampled, told)
+        ops.module.draft(model, steps.tables.token_ids, *sampled, told)
         return told
 
     steps.propose = propose

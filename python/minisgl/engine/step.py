@@ -105,7 +105,7 @@ class StepRunner:
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
-        self.propose: Callable[[Batch, Computed, Tensor, int], Tensor] | None = None
+        self.propose: Callable[[Batch, Computed, Tensor, int], Tensor | None] | None = None
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Its results are on their way to the host, from a GPU to pinned memory."""

@@ -124,8 +124,7 @@ class Speculation:
         return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
-        """What the engine says may follow the tokens that requests have now. One that has told nothing, though it was
-        asked, will not any more: its drafter has failed."""
+        """What the engine says may follow requests' tokens. Asked and telling nothing, its drafter has failed."""
         self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
         for own in self._drafters.values() if self._asks else ():
             own.pop(self._config.speculate, None)  # what the step before has told
