@@ -183,7 +183,7 @@ def test_a_head_that_is_not_there(made: tuple[Path, Any, Head], tmp_path: Path) 
 def test_by_default_a_head_is_used_where_the_files_have_it(made: tuple[Path, Any, Head], tmp_path: Path) -> None:
     def chosen(*flags: str) -> tuple[str, bool]:
         config = prepare(parse_args(["--model", str(path), "--device", "cpu", *flags], {}))
-        return config.scheduler.speculate, config.engine.model.mtp is not None
+        return config.scheduler.speculate, bool(config.engine.model.mtp)
 
     shutil.copytree(made[0], path := tmp_path / "model")
     stored = load_file(path / "model.safetensors")

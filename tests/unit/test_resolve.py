@@ -91,7 +91,7 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
     assert decide(COMPILES, tp=2).engine.num_threads == 4
 
 
-HEADED = replace(MODEL, mtp=MODEL.layers[0])
+HEADED = replace(MODEL, mtp=MODEL.layers[:1])
 MIXTURE = replace(MODEL.layers[0], mlp=MoE(8, 2, 64, True))
 
 
@@ -105,14 +105,14 @@ MIXTURE = replace(MODEL.layers[0], mlp=MoE(8, 2, 64, True))
         (COMPILES, HEADED, {"dtype": "float16"}),
         (COMPILES, replace(HEADED, packed_bytes=2**30), {}),
         (COMPILES, replace(HEADED, pooling=Pooling("last", False, "")), {}),
-        (COMPILES, replace(HEADED, mtp=MIXTURE), {}),
+        (COMPILES, replace(HEADED, mtp=(MIXTURE,)), {}),
     ],
 )
 def test_no_head_where_it_is_not_known_to_pay(
     machine: Capabilities, model: ModelConfig, options: dict[str, Any]
 ) -> None:
     config = decide(machine, model, **options)
-    assert (config.scheduler.speculate, config.engine.model.mtp) == ("off", None)
+    assert (config.scheduler.speculate, config.engine.model.mtp) == ("off", ())
 
 
 def test_a_head_is_used_where_it_pays_and_refuses_no_start() -> None:
@@ -132,7 +132,7 @@ def test_a_head_pays_on_a_gpu_where_the_model_is_large() -> None:
     large = shape(40, inner=17408, hidden_size=5120, num_qo_heads=40, tie_word_embeddings=False)
     small = shape(10, 2, inner=640, hidden_size=256, num_qo_heads=4, head_dim=64, vocab_size=4096)
     for model, chosen in ((large, "mtp"), (small, "off")):
-        assert decide(GPUS, replace(model, mtp=model.layers[0])).scheduler.speculate == chosen
+        assert decide(GPUS, replace(model, mtp=model.layers[:1])).scheduler.speculate == chosen
 
 
 def test_where_torch_computes_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
