@@ -103,6 +103,7 @@ def test_waiting_changes_no_token(words_path: Path, monkeypatch: pytest.MonkeyPa
     setups = (1e6, True, "ngram"), (0.0, True, "off"), (0.0, False, "ngram")
     for share, overlap, speculate in setups[: 4 - tp_size]:
         monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARES", (share, min(share, 0.4)))
+        monkeypatch.setattr("minisgl.scheduler.late._SHARE", share)
         options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_pages": 4096, "tp": tp_size}
         options |= {"disable_overlap": not overlap, "speculate": speculate}
         with LLM(str(words_path), dummy_weight=True, **options) as llm:
@@ -112,7 +113,8 @@ def test_waiting_changes_no_token(words_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_grammar_that_is_slow_again_and_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar.FREE_SECONDS", 0.0)
+    for module in ("grammar", "late"):
+        monkeypatch.setattr(f"minisgl.scheduler.{module}.FREE_SECONDS", 0.0)
     monkeypatch.setattr("minisgl.scheduler.grammar.MOST_SECONDS", 0.01)
     slow, plain = llm.generate(["a", "b"], [params(1, 200, DEAR), params(2, 30)], progress=False)
     assert slow.finish_reason is FinishReason.ERROR
