@@ -64,8 +64,13 @@ struct Tokens {
 
   // Until the token may be there.
   void wait(const int32_t* ref) {
+    if (!are_told) {
+      const timespec pause{0, 10'000};
+      nanosleep(&pause, nullptr);
+      return;
+    }
     std::unique_lock guard(lock);
-    if (at(ref) == kIdPending) told.wait_for(guard, std::chrono::microseconds(are_told ? 1000 : 10));
+    if (at(ref) == kIdPending) told.wait_for(guard, std::chrono::milliseconds(1));
   }
 };
 
