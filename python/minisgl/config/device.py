@@ -113,14 +113,13 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
 
 
 def _head_pays(args: ServerArgs, engine: EngineConfig, machine: Capabilities) -> bool:
-    """Whether `--speculate auto` is the model's own head: on CPUs where kernels compute all of it, and on GPUs where a
-    stream of whose guesses 0.7 are right gains by `step_costs`."""
-    model, (row, verify) = engine.model, step_costs(engine)
+    """Whether `--speculate auto` is the model's own head: on CPUs where our kernels compute all of it. On GPUs masks
+    beside Python are worth more, which steps that verify drafts do not have."""
+    model = engine.model
     is_dense = not any(isinstance(layer.mlp, MoE) for layer in model.cached_layers)
     is_ours = args.dtype != "float16" and args.attention_backend in (None, "cpu", "cpu,cpu") and engine.tp_size == 1
     is_plain = model.pooling is None and not (model.packed_bytes or model.layer_inputs or model.layer_scalars)
-    on_cpu = is_dense and is_ours and not _kernel_problem(machine)
-    return is_plain and (on_cpu if engine.device == "cpu" else 2.53 * (1 + row) > 1 + 4 * row + verify)
+    return engine.device == "cpu" and is_dense and is_ours and is_plain and not _kernel_problem(machine)
 
 
 def attention_tokens(engine: EngineConfig) -> int:
