@@ -93,10 +93,10 @@ class Speculation:
         # Where a request's tokens belong together, no captured step holds a draft of each of so many.
         are_many = 0 < config.cuda_graph_max_bs < num_samples * (1 + config.draft_len)
         drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step.budget)
-        if not drafts and not self._asks:
+        wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
+        if not drafts and not wanted:
             return
         step.decode, step.prefill = ([], []), ([], [])
-        wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
         for req, share in shares:
             row, start, num_new, num_samples, num_drafts, num_held = share
             if (ids := drafts.get(row)) and (num := self._room(req, start + num_new, len(ids), pages)):
