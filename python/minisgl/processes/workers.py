@@ -138,9 +138,11 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
         engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
         try:
             names = engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
-            is_gpu, drafts = engine_config.device == "cuda", config.speculate != "off"
-            store = GrammarStore(VocabularyConfig(*names), is_native=not drafts) if rank == 0 else None
-            grammars = Grammars(store, is_gpu, tells_forced=drafts)
+            is_gpu, kind = engine_config.device == "cuda", config.speculate
+            is_quick = not is_gpu and engine_config.model.weight_bytes(engine_config.dtype) < 2**26  # as a few masks
+            tells_forced = kind != "off" and not (kind == "mtp" and is_quick)
+            store = GrammarStore(VocabularyConfig(*names), is_native=not tells_forced) if rank == 0 else None
+            grammars = Grammars(store, is_gpu, tells_forced)
             config = replace(config, num_pages=engine.num_pages, num_window_pages=engine.num_window_pages)
             config = replace(config, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
             return Rank(engine, grammars, config, engine_config.tp_size)
