@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,20 @@ def test_outputs_are_those_of_pythons_matchers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(source, "NativeVocabulary", fail)
     num_before = num_jobs
     assert outputs_of(prompts) == ours and num_jobs == num_before
+
+
+@pytest.mark.parametrize("num", [1, 2, 4])
+def test_drafts_behind_plain_steps_have_masks_of_their_own(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions begin while a step without drafts is in flight, and end where they are wrong."""
+    monkeypatch.setattr("minisgl.engine.cpu._MASK_SECONDS", 60.0)
+    prompts = [[10 + 5 * i, 20 + i, 30] for i in range(num)]
+    plain = outputs_of(prompts, speculate="off")
+    each = [SamplingParams(48, 0.8, seed=i, ignore_eos=True, grammar=GRAMMARS[i % 2]) for i in range(num)]
+    told = [tuple(3 if i % 8 == 7 else token for i, token in enumerate(ids[5:])) for ids in plain]
+    guessed = [replace(params, prediction=ids) for params, ids in zip(each, told, strict=True)]
+    with LLM(device="cpu", dtype="float32", max_running_requests=8, speculate="off") as llm:
+        for _ in range(3):
+            start = time.monotonic()
+            outputs = llm.generate(list(prompts), guessed, progress=False)
+            assert [output.token_ids for output in outputs] == plain and time.monotonic() - start < 50
+        assert llm.scheduler.planner.speculation.num_right["prediction"] > 10 * num

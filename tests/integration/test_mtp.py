@@ -190,7 +190,12 @@ def test_by_default_a_head_is_used_where_the_files_have_it(made: tuple[Path, Any
     assert chosen() == chosen("--speculate", "mtp") == ("mtp", True)
     assert chosen("--speculate", "off") == ("off", False)
     assert chosen("--draft-model", str(tiny_model("qwen3"))) == ("model", False)
-    save_file({**stored, "mtp.fc.weight_scale": torch.ones(1)}, path / "model.safetensors")
+    for other in ("mtp.fc.weight_scale", "mtp.embed_tokens.weight"):
+        save_file({**stored, other: torch.ones(1)}, path / "model.safetensors")
+        assert chosen() == ("off", False)
+    of_head = {name: stored[name] for name in stored if name.startswith("mtp.")}
+    save_file(of_head, path / "mtp.safetensors")  # which nobody reads
+    save_file({name: stored[name] for name in stored if name not in of_head}, path / "model.safetensors")
     assert chosen() == ("off", False)
     save_file({name: stored[name] for name in stored if name != "mtp.fc.weight"}, path / "model.safetensors")
     assert chosen() == ("off", False)

@@ -13,11 +13,11 @@ from hypothesis import example, given
 
 from minisgl.config.draft import longest_draft
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Req, ReqOutput, SamplingParams
+from minisgl.core import Grammar, Req, ReqOutput, SamplingParams, ScheduledReq
 from minisgl.kvcache.radix import PrefixCache
 from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, Lookup, Prediction, TreePath, find_repeated
 from minisgl.scheduler.planner import Planner
-from minisgl.scheduler.speculation import Lengths
+from minisgl.scheduler.speculation import Lengths, Speculation
 from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
 
 CONFIG = SchedulerConfig(64, 512, 200, 4096, 4, draft_len=8, integrity_fatal=True, check_integrity=1)
@@ -372,3 +372,24 @@ def test_nobody_is_asked_where_no_draft_would_pay() -> None:
         config = replace(CONFIG, step_costs=(0.01, verify_cost))
         serve(Planner(config, Watched(lambda uid, position: 64)), [PARAMS] * 4)
         assert bool(asked) == (verify_cost < 1)
+
+
+def test_requests_with_a_grammar_have_drafts_of_text_that_comes_again() -> None:
+    config = replace(CONFIG, speculate="ngram", step_costs=(0.01, 0.03))
+    planner = Planner(config, GuessingDrafter(lambda uid, position: 64))
+    _, sizes = serve(planner, [replace(PARAMS, grammar=Grammar("regex", ".*"))])
+    assert sum(sizes) > 30
+
+
+def test_who_has_failed_gets_guesses_again_in_time() -> None:
+    """Of a head, which is not asked in between."""
+    speculation = Speculation(replace(CONFIG, speculate="mtp", step_costs=(0.3, 0.33)))
+    req = Mock(uid=1, num_computed=10, prompt_len=2, num_tokens=12, tokens=[0] * 11, max_len=100, params=PARAMS)
+    req.held = req.paced = req.num_stale = False
+    shares = [(req, ScheduledReq(0, 11, 1, 1))]
+    speculation._rates[1], num = 0.42, 0
+    while not speculation._wanted(shares, 1):
+        assert not speculation._drafts(shares, 1, 8)
+        num += 1
+        assert num < 1000
+    assert num > 30

@@ -347,13 +347,12 @@ def _cpu_pages(config: EngineConfig, memory: int) -> tuple[int, int]:
     """Pages, and those of windows, that are asked for, or else fit the memory, and no more than all running requests
     could ever use. Memory is taken on first use."""
     weights = config.model.weight_bytes(kept_as(config), config.tp_size)
+    weights += bool(config.model.mtp) * config.model.vocab_size * config.model.hidden_size  # the head's LM head: 8 bits
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
     num_pages, num_window_pages = config.pages_for(budget - config.state_bytes)
     if num_pages < 1:
-        raise ConfigError(
-            f"--memory-ratio {config.memory_ratio}: {memory / GIB:.1f} GiB of memory are available, the weights take "
-            f"{weights * config.tp_size / GIB:.1f} GiB, and no room is left for the KV cache"
-        )
+        why = f"--memory-ratio {config.memory_ratio}: {memory / GIB:.1f} GiB of memory are available, the weights take "
+        raise ConfigError(f"{why}{weights * config.tp_size / GIB:.1f} GiB, and no room is left for the KV cache")
     used = config.num_pages or config.max_running_requests * div_ceil(config.max_seq_len, config.page_size)
     return min(num_pages, used), min(num_window_pages, used)
 

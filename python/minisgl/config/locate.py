@@ -177,13 +177,14 @@ def load_tokenizer(model_path: str) -> Any:
         raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}{lack}") from error
 
 
-def stores_head(path: Path) -> bool:
-    """Whether a model's safetensors have those of a head of its own, as they are and not packed."""
+def stores_head(files: list[Path]) -> bool:
+    """Whether these files, if they are of safetensors, have a head's tensors, as they are and not packed: no others."""
     own, needed = set[str](), ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
     with suppress(OSError, SafetensorError):
-        files: list[Any] = [safe_open(str(file), "np") for file in path.glob("*.safetensors")]
-        own = {name for file in files for name in file.keys() if name.startswith("mtp.")}  # noqa: SIM118
-    return own >= {f"mtp.{name}.weight" for name in needed} and all(name.endswith(".weight") for name in own)
+        opened: list[Any] = [safe_open(str(file), "np") for file in files]
+        own = {name for file in opened for name in file.keys() if name.startswith("mtp.")}  # noqa: SIM118
+    rest = {name for name in own if not re.fullmatch(r"mtp\.layers\.0\..+\.weight", name)}
+    return rest == {f"mtp.{name}.weight" for name in needed} < own
 
 
 def lfs_hint(path: Path) -> str:

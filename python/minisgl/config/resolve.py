@@ -14,7 +14,7 @@ from minisgl.config import chat
 from minisgl.config.args import ServerArgs, ServerOptions
 from minisgl.config.device import attention_tokens, choose_device, decide_engine, step_costs
 from minisgl.config.draft import with_draft
-from minisgl.config.families import read_model_config
+from minisgl.config.families import read_model_config, weight_files
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision, stores_head
 from minisgl.config.model import ModelConfig
 from minisgl.config.pooling import read_pooling
@@ -51,7 +51,7 @@ def prepare(args: ServerArgs) -> ServerConfig:
         choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override, mtp=args.speculate in (None, "mtp"))
-    has_head = model.mtp and not args.draft_model and (args.dummy_weight or stores_head(path))
+    has_head = model.mtp and not args.draft_model and (args.dummy_weight or stores_head(weight_files(path)))
     model = model if args.speculate == "mtp" or has_head else replace(model, mtp=())
     args, model = with_draft(args, path, model, args.draft_model and choose_device(args, machine))
     template = template or chat.read_chat_template(path)

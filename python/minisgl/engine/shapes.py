@@ -45,8 +45,7 @@ def fit(shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int) ->
     if not reqs or any(req.num_new != req.num_samples for req in reqs):
         return None
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
-    found = ((shape, padding) for shape in shapes[begin:] if (padding := shape.padding(reqs, row)) is not None)
-    return next(found, None)
+    return next(((shape, more) for shape in shapes[begin:] if (more := shape.padding(reqs, row)) is not None), None)
 
 
 def one_by_one(reqs: Sequence[ScheduledReq]) -> Reqs:

@@ -123,8 +123,10 @@ class Head:
         matrix = self.lm_head.matrix
         if isinstance(matrix, PanelMatrix) and matrix.data[0].itemsize == 2:
             ids = torch.arange(div_ceil(self._config.vocab_size, self._comm.size))
-            rows = [matrix.rows(some).bfloat16() for some in torch.split(ids, 1 << 14)]
-            self._narrowed = self._ops.int8_matrix(torch.cat(rows))
+            rows = torch.empty(len(ids), self._config.hidden_size, dtype=torch.bfloat16)
+            for some in torch.split(ids, 1 << 14):
+                rows[some] = matrix.rows(some).bfloat16()
+            self._narrowed = self._ops.int8_matrix(rows)
         elif isinstance(matrix, TorchMatrix) and matrix.weight.is_cuda and not matrix.weight.shape[1] % 64:
             parts = [Grouped.of(rows) for rows in torch.split(matrix.weight, 1 << 14)]
             packed = self._ops.packed_matrix(parts, matrix.weight.dtype)

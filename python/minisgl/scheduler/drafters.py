@@ -96,9 +96,8 @@ class TreePath(Prediction):
         first = rest[:size].tobytes()
         if len(rest) >= size:
             return node.children.get(first + namespace)
-        newest = islice(reversed(node.children.items()), _MOST_CHILDREN)
-        fitting = (one for name, one in newest if name.startswith(first) and name[size * rest.itemsize :] == namespace)
-        return next(fitting, None)
+        last = islice(reversed(node.children.items()), _MOST_CHILDREN)
+        return next((x for key, x in last if key.startswith(first) and key[size * rest.itemsize :] == namespace), None)
 
 
 def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:

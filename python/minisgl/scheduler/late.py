@@ -62,9 +62,9 @@ class Beside:
         rows, and the seconds of a core that it will take."""
         worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
         if last is not None and len(last.ids):  # none: it has failed before it asked
-            goes_on = np.array_equal(masks.numbers, np.add(last.numbers, (0, 1)))  # by one token each
+            same = masks.shape[0] == len(masks.numbers) and np.array_equal(masks.numbers, np.add(last.numbers, (0, 1)))
             is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
-            if worker is not None and is_cheap and last.table is not None and goes_on:
+            if worker is not None and is_cheap and last.table is not None and same:
                 masks.table = last.table + _NEXT
                 masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
                 worker.submit(masks.table, words, states, last.ids)

@@ -62,7 +62,7 @@ class Matching:
                 if num_words:
                     words, is_whole = walk(matcher, draft, num_words, seconds)
                     why = None if words else one_line(matcher.get_error())
-        except (KeyboardInterrupt, SystemExit):  # on a GPU this is the main thread, which is told so to stop
+        except (KeyboardInterrupt, SystemExit):  # the main thread is told so to stop
             raise
         except BaseException as error:  # a panic of llguidance is no Exception
             is_whole, why = False, one_line(str(error))

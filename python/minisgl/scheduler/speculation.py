@@ -113,7 +113,7 @@ class Speculation:
         room, wanted = self._most_samples - num_samples, dict[int, int]()
         lengths = Lengths(*self._config.step_costs, num_samples, num_samples, room)
         for req, share in shares:
-            if share.num_samples and not req.num_stale and req.params.grammar is None:
+            if share.num_samples and not req.num_stale and (req.params.grammar is None or not self._asks):
                 rate = self._rates.get(req.uid, _FIRST_RATE)
                 wanted[share.row] = length = lengths.best(rate, 0, self._config.draft_len, req.params.speculate)
                 lengths.add(rate, 0, length)
@@ -179,8 +179,8 @@ class Speculation:
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
-            if not length and 0 <= rate < (_FIRST_RATE if may_pay else lengths.least):  # in time there is another try
-                self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
+            if 0 <= self._rates[req.uid] == rate < (_FIRST_RATE if may_pay else lengths.least):  # in time another try
+                self._rates[req.uid] += (_FIRST_RATE - rate) * _FORGETTING * (self._asks / 8 if length else 1)
         return drafts if lengths.pays else {}
 
     def _room(self, req: Req, end: int, num: int, pages: Pages) -> int:

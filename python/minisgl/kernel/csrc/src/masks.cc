@@ -349,7 +349,9 @@ bool try_take(int64_t matcher, int64_t token) {
   Matcher& own = matcher_at(matcher);
   const auto id = uint32_t(token);
   std::lock_guard guard(own.lock);
-  return library.validate_tokens(own.own, &id, 1) == 1 && library.consume_tokens(own.own, &id, 1) == 0;
+  const bool takes = library.validate_tokens(own.own, &id, 1) == 1 && library.consume_tokens(own.own, &id, 1) == 0;
+  if (library.is_error(own.own)) own.num_tokens = -1;  // by a limit
+  return takes;
 }
 
 bool rollback(int64_t matcher, int64_t num) {
