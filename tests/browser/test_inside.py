@@ -23,9 +23,10 @@ PACKAGE = Path(minisgl.__file__).parent
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The built-in model with few pages, and with slow motion."""
+    """The built-in model with few pages, slow motion, and no guesses, so that requests wait for long enough."""
     log = tmp_path_factory.mktemp("logs") / "small.log"
     flags = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--num-pages", "64", "--slow-motion"]
+    flags += ["--speculate", "off"]
     with Server.running(["-m", "minisgl", *flags], log) as server:
         yield server
 
