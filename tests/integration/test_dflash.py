@@ -22,14 +22,24 @@ from minisgl.config.draft import read_head
 from minisgl.config.families import read_model_config
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Grammar, SamplingParams
+from minisgl.core import SamplingParams
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
 from minisgl.models import heads
 from minisgl.scheduler.planner import Planner
 from tests.driver import engine_config
 from tests.integration.test_captured import Engine, Graphs, graphs
-from tests.integration.test_eagle import HEADS, NUM_LAYERS, OPTIONS, WORDS, on_gpus, refused, said, served, target
+from tests.integration.test_eagle import (
+    HEADS,
+    NUM_LAYERS,
+    OPTIONS,
+    WORDS,
+    check_outputs,
+    on_gpus,
+    refused,
+    served,
+    target,
+)
 from tests.integration.test_mtp import NUM_DRAFTS, SETUPS, generate
 from tests.models import VOCAB_SIZE, random_prompt
 
@@ -328,16 +338,7 @@ def test_neither_schedules_nor_ranks_nor_rules_see_it(
     served: tuple[Path, list[list[int]]], trained: Path, kind: str, options: str, tmp_path: Path
 ) -> None:
     head = trained if kind == "trained" else BlockHead(vocab_size=WORDS).save(tmp_path / "head")
-    params = [
-        SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
-        SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, frequency_penalty=0.3),
-        SamplingParams(max_tokens=40, temperature=0.7, seed=3),
-        SamplingParams(max_tokens=40, temperature=0.0, grammar=Grammar("regex", "([a-z]{3} ){4}")),
-    ]
-    expected = said(*served, params)[0]
-    told, share = said(*served, params, draft_model=str(head), **OPTIONS[options])
-    assert told == expected
-    assert share > 0.1 or kind == "random"
+    check_outputs(served, head, kind, options)
 
 
 @pytest.mark.parametrize("max_batch", [0, 64])

@@ -126,8 +126,8 @@ class Matrix(ABC):
         """x Wᵀ + bias, whatever the shape."""
 
     def taken(self, ids: Tensor) -> Tensor:
-        """`rows` of ids that are all there, in memory of its own."""
-        raise NotImplementedError
+        """`rows` of ids that are all there, in memory of its own. A matrix has its own way to one of the two."""
+        return self.rows(ids)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         """Rows of a table of embeddings: ids [num_tokens] int64 → [num_tokens, in].
