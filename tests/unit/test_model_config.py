@@ -225,8 +225,8 @@ def test_gemma_4_s_layers_differ(tmp_path: Path) -> None:
     """Sizes of heads by kind of layer, in either form; keys and values of the last layers are those of others."""
     kinds = ["sliding_attention", "full_attention"] * 2
     fields = {**GEMMA4, "head_dim": 8, "layer_types": kinds, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
-    new = {"per_layer_config": {key: {"head_dim": 16} for key in "13"}}
-    for sizes in ({"global_head_dim": 16, "num_global_key_value_heads": 1}, new):
+    new, padded = [{"per_layer_config": {key: {"head_dim": 16} for key in keys}} for keys in ("13", ("01", "03"))]
+    for sizes in ({"global_head_dim": 16, "num_global_key_value_heads": 1}, new, padded):
         config = read(tmp_path, **fields, **sizes)
         specs = [layer.attention for layer in config.layers]
         assert [spec.cache for spec in specs] == [PagedKV(2, 8, 8), PagedKV(2, 16, 16)] * 2
