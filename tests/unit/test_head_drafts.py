@@ -60,6 +60,15 @@ def test_requests_begin_with_what_those_before_them_have_taught() -> None:
     assert min(asked_of_head(planner, engine, range(100, 250), sampled)[-4:]) > 1
 
 
+def test_what_a_client_predicts_says_nothing_of_the_head() -> None:
+    planner, engine = Planner(CONFIG), HeadEngine(CONFIG)
+    asked_of_head(planner, engine, range(8), PARAMS)
+    predicted, before = tuple(expected_output([8, 1, 2], 63, ())), min(planner.speculation._first_rates.values())
+    asked_of_head(planner, engine, range(8, 9), replace(PARAMS, prediction=predicted))
+    assert planner.speculation.num_right["prediction"] > 30
+    assert min(planner.speculation._first_rates.values()) < before + 0.01
+
+
 def test_steps_are_not_looked_at_while_nobody_wants_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
     wanted = Speculation._wanted

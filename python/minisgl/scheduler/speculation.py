@@ -76,7 +76,7 @@ class Speculation:
         """A new request, which may bring a draft of its own. What others have taught fades."""
         self._first_rates = {kind: x + (self._first - x) * _FORGETTING for kind, x in self._first_rates.items()}
         if self._config.draft_len and isinstance(ids := req.params.prediction, tuple) and ids:
-            self._drafters[req.uid] = {"prediction": Prediction(ids, req.prompt_len)}
+            self._drafters[req.uid], self._rates[req.uid] = {"prediction": Prediction(ids, req.prompt_len)}, self._first
 
     def force(self, uid: int, position: int, ids: list[int]) -> None:
         """From this position on, a request's grammar prescribes these tokens: it has no other choice."""
@@ -147,8 +147,8 @@ class Speculation:
         self.num_drafted[name] += num_right + num_wrong
         self.num_right[name] += num_right
         req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
-        kind, slower = req.params.temperature > 0, self._asks * _LEARNING / 2
-        for rates, key, kept in (self._rates, req.uid, 1 - _LEARNING), (self._first_rates, kind, 1 - slower):
+        kind = req.params.temperature > 0 if self._asks and name == self._config.speculate else -1
+        for rates, key, kept in (self._rates, req.uid, 1 - _LEARNING), (self._first_rates, kind, 1 - _LEARNING / 2):
             if (rate := rates.get(key, -1.0)) >= 0 and name != "grammar":
                 rates[key] = (1 - (1 - rate) * kept**num_right) * (kept if num_wrong else 1)
         req.num_computed += num_right
