@@ -150,6 +150,20 @@ def test_any_decoder_gives_vectors_and_writes(family: str, task: str, tmp_path: 
     np.testing.assert_allclose(got, [(one / one.norm()).numpy() for one in wanted], atol=1e-4)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["Gemma3TextModel", "Gemma3Model"])
+def test_classes_without_a_head_of_models_that_see(whole: bool, tmp_path: Path) -> None:
+    text = transformers.AutoConfig.from_pretrained(tiny_model("gemma3_text", vocab_size=512))
+    eyes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    both = {"text_config": text.to_dict(), "vision_config": {**eyes, "image_size": 28, "patch_size": 14}}
+    model = transformers.AutoModel.from_config(transformers.Gemma3Config(**both) if whole else text).eval()
+    randomize(model, 1)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        state = model(torch.tensor([[5, 9, 300, 17, 2]])).last_hidden_state[0, -1]
+    with llm_of(with_tokenizer(tmp_path / "saved", tmp_path / "model")) as llm:
+        np.testing.assert_allclose(llm.embed([[5, 9, 300, 17, 2]]), [(state / state.norm()).numpy()], atol=1e-4)
+
+
 def test_two_ranks(source: Path, lm: Path) -> None:
     with llm_of(source, task="embed-mean") as one, llm_of(source, task="embed-mean", tensor_parallel_size=2) as two:
         np.testing.assert_allclose(two.embed(TEXTS), one.embed(TEXTS), atol=1e-5)
