@@ -286,6 +286,16 @@ def test_moe_layers(tmp_path: Path) -> None:
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false, not True"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq: bits 3 is not supported ..4, 8."),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {"group_0": {"weights": {"num_bits": 4, "actorder": "group"}}},
+                }
+            },
+            "pack-quantized: actorder group is not supported",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "dynamic": {"+:.*down.*": {}}}}, r"dynamic \+:.\*down"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes. is not supported; .* int4"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq. is not supported; take .* AWQ"),
