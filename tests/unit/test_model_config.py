@@ -90,6 +90,13 @@ def test_what_is_no_token_id_ends_nothing(tmp_path: Path, caplog: pytest.LogCapt
     assert "\n" not in caplog.records[-1].getMessage()
 
 
+def test_the_text_model_s_end_counts_too(tmp_path: Path) -> None:
+    """Qwen3.5 has it in the text model alone."""
+    files = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {**LLAMA, "eos_token_id": 9}}
+    assert read(tmp_path, **files).eos_token_ids == (9,)
+    assert read(tmp_path, {"eos_token_id": [5, 9]}, **files).eos_token_ids == (5, 9)
+
+
 ADDED = {"tokenizer.json": {"added_tokens": [{"id": 11, "content": "<|im_end|>"}], "model": {"vocab": {"</s>": 12}}}}
 END = {"eos_token": "<|im_end|>"}
 
