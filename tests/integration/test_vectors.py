@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from minisgl import LLM, SamplingParams
 from minisgl.config.pooling import read_pooling
@@ -162,6 +163,15 @@ def test_classes_without_a_head_of_models_that_see(whole: bool, tmp_path: Path) 
         state = model(torch.tensor([[5, 9, 300, 17, 2]])).last_hidden_state[0, -1]
     with llm_of(with_tokenizer(tmp_path / "saved", tmp_path / "model")) as llm:
         np.testing.assert_allclose(llm.embed([[5, 9, 300, 17, 2]]), [(state / state.norm()).numpy()], atol=1e-4)
+
+
+def test_a_head_behind_a_prefix_writes(lm: Path, tmp_path: Path) -> None:
+    """As within models that see."""
+    shutil.copytree(lm, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with llm_of(tmp_path / "model", task="embed") as llm, llm_of(lm) as alone:
+        assert llm.generate("Hello", GREEDY)[0].token_ids == alone.generate("Hello", GREEDY)[0].token_ids
 
 
 def test_two_ranks(source: Path, lm: Path) -> None:
