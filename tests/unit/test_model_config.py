@@ -129,6 +129,15 @@ def test_the_tokenizer_s_end_counts_too(
     assert ("'<|gone|>' is not in the vocabulary" in caplog.text) == ("gone" in str(files))
 
 
+@pytest.mark.parametrize("architecture", ["GlmForCausalLM", "Glm4ForCausalLM", "Qwen3NextForCausalLM"])
+def test_no_part_of_a_head_is_all_of_it(tmp_path: Path, architecture: str) -> None:
+    """In transformers the default stands for a key that is not there, and null for no such thing."""
+    fields = {"architectures": [architecture], "head_dim": 16, "full_attention_interval": 2}
+    share = transformers.CONFIG_MAPPING[FAMILIES[architecture].model_type]().rope_parameters["partial_rotary_factor"]
+    assert read(tmp_path, **fields).ropes[0].rotary_dim == 16 * share
+    assert read(tmp_path, **fields, partial_rotary_factor=None).ropes[0].rotary_dim == 0  # all
+
+
 def test_rope_forms_agree(tmp_path: Path) -> None:
     scaling = {"factor": 4.0, "original_max_position_embeddings": 256}
     old = read(tmp_path, rope_theta=5e5, rope_scaling={"type": "yarn", **scaling})
