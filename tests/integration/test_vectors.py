@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from minisgl import LLM, SamplingParams
 from minisgl.config.pooling import read_pooling
@@ -148,6 +149,29 @@ def test_any_decoder_gives_vectors_and_writes(family: str, task: str, tmp_path: 
         states = [model(torch.tensor([one])).last_hidden_state[0] for one in ids]
     wanted = [state.mean(0) if task == "embed-mean" else state[-1] for state in states]
     np.testing.assert_allclose(got, [(one / one.norm()).numpy() for one in wanted], atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["Gemma3TextModel", "Gemma3Model"])
+def test_classes_without_a_head_of_models_that_see(whole: bool, tmp_path: Path) -> None:
+    text = transformers.AutoConfig.from_pretrained(tiny_model("gemma3_text", vocab_size=512))
+    eyes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    both = {"text_config": text.to_dict(), "vision_config": {**eyes, "image_size": 28, "patch_size": 14}}
+    model = transformers.AutoModel.from_config(transformers.Gemma3Config(**both) if whole else text).eval()
+    randomize(model, 1)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        state = model(torch.tensor([[5, 9, 300, 17, 2]])).last_hidden_state[0, -1]
+    with llm_of(with_tokenizer(tmp_path / "saved", tmp_path / "model")) as llm:
+        np.testing.assert_allclose(llm.embed([[5, 9, 300, 17, 2]]), [(state / state.norm()).numpy()], atol=1e-4)
+
+
+def test_a_head_behind_a_prefix_writes(lm: Path, tmp_path: Path) -> None:
+    """As within models that see."""
+    shutil.copytree(lm, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with llm_of(tmp_path / "model", task="embed") as llm, llm_of(lm) as alone:
+        assert llm.generate("Hello", GREEDY)[0].token_ids == alone.generate("Hello", GREEDY)[0].token_ids
 
 
 def test_two_ranks(source: Path, lm: Path) -> None:

@@ -90,6 +90,13 @@ def test_what_is_no_token_id_ends_nothing(tmp_path: Path, caplog: pytest.LogCapt
     assert "\n" not in caplog.records[-1].getMessage()
 
 
+def test_the_text_model_s_end_counts_too(tmp_path: Path) -> None:
+    """Qwen3.5 has it in the text model alone."""
+    files = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {**LLAMA, "eos_token_id": 9}}
+    assert read(tmp_path, **files).eos_token_ids == (9,)
+    assert read(tmp_path, {"eos_token_id": [5, 9]}, **files).eos_token_ids == (5, 9)
+
+
 ADDED = {"tokenizer.json": {"added_tokens": [{"id": 11, "content": "<|im_end|>"}], "model": {"vocab": {"</s>": 12}}}}
 END = {"eos_token": "<|im_end|>"}
 
@@ -120,6 +127,15 @@ def test_the_tokenizer_s_end_counts_too(
         (tmp_path / name).write_text(json.dumps(content))
     assert read(tmp_path, eos_token_id=7).eos_token_ids == expected
     assert ("'<|gone|>' is not in the vocabulary" in caplog.text) == ("gone" in str(files))
+
+
+@pytest.mark.parametrize("architecture", ["GlmForCausalLM", "Glm4ForCausalLM", "Qwen3NextForCausalLM"])
+def test_no_part_of_a_head_is_all_of_it(tmp_path: Path, architecture: str) -> None:
+    """In transformers the default stands for a key that is not there, and null for no such thing."""
+    fields = {"architectures": [architecture], "head_dim": 16, "full_attention_interval": 2}
+    share = transformers.CONFIG_MAPPING[FAMILIES[architecture].model_type]().rope_parameters["partial_rotary_factor"]
+    assert read(tmp_path, **fields).ropes[0].rotary_dim == 16 * share
+    assert read(tmp_path, **fields, partial_rotary_factor=None).ropes[0].rotary_dim == 0  # all
 
 
 def test_rope_forms_agree(tmp_path: Path) -> None:
@@ -286,6 +302,16 @@ def test_moe_layers(tmp_path: Path) -> None:
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false, not True"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq: bits 3 is not supported ..4, 8."),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {"group_0": {"weights": {"num_bits": 4, "actorder": "group"}}},
+                }
+            },
+            "pack-quantized: actorder group is not supported",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "dynamic": {"+:.*down.*": {}}}}, r"dynamic \+:.\*down"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes. is not supported; .* int4"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq. is not supported; take .* AWQ"),

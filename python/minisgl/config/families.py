@@ -328,7 +328,8 @@ def _architecture(f: Fields) -> str:
     if not names:
         names = [name for name, family in FAMILIES.items() if family.model_type == f.text("model_type", None)]
     # A file may name the model without its head (`LlamaModel`); whether it has one, the weights tell.
-    for name in (re.sub("(Model|ForSequenceClassification)$", "ForCausalLM", name) for name in names):
+    end = "ForConditionalGeneration" if f.data.get("text_config") else "ForCausalLM"
+    for name in (re.sub("(Text)?(Model|ForSequenceClassification)$", end, name) for name in names):
         if name in FAMILIES:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)

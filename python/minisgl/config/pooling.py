@@ -116,5 +116,5 @@ def _has_head(path: Path) -> bool:
     """Whether files of safetensors have one; what is stored otherwise does, and what is broken (loading tells why)."""
     with suppress(OSError, SafetensorError):
         files: list[Any] = [safe_open(str(file), framework="np") for file in path.glob("*.safetensors")]
-        return not files or any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
+        return not files or any(name.endswith("lm_head.weight") for file in files for name in file.keys())  # noqa: SIM118
     return True
