@@ -89,8 +89,7 @@ class NativeVocabulary:
             raise ConfigError(str(error)) from error
 
     def matcher(self, source: str, pattern: str = "") -> NativeMatcher:
-        """At the beginning of an output. Its error says what is wrong with the grammar, in llguidance's language.
-        pattern: the regular expression that is all of it."""
+        """At the beginning of an output. Its error says what is wrong. pattern: an expression that is all of it."""
         return NativeMatcher(self._ours.make_matcher(self._own, source, pattern))
 
 

@@ -41,7 +41,9 @@ class Lookup:
             self._pairs.add(pair)
         ids = np.frombuffer(self._ids, np.int32)
         ends, length = find_repeated(ids, ids[:-1]) if self._repeats else ((), 0)
-        return ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, length - 1)].tolist() if length else ()
+        return (
+            ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, 2 * length - 3)].tolist() if length else ()
+        )
 
 
 class Prediction:
