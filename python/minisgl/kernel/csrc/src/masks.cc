@@ -124,7 +124,7 @@ struct Texts {
   size_t num_remembered = 0;
 };
 
-KnownMasks known_masks(kMostKnown);
+KnownMasks known_masks(kMostKnown, kWorth);
 
 // Of a model. It stays for ever.
 struct Vocabulary {
@@ -203,7 +203,7 @@ struct Matcher {
     if (key && known_masks.find(*key, words, num_bytes)) return true;
     const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
     if (library.compute_mask_into(own, words, num_bytes) != 0) return false;
-    if (key && seconds(CLOCK_THREAD_CPUTIME_ID) - start > kWorth) known_masks.add(*key, words, num_bytes);
+    if (key) known_masks.add(*key, words, num_bytes, seconds(CLOCK_THREAD_CPUTIME_ID) - start);
     return true;
   }
 };
@@ -432,6 +432,9 @@ bool rollback(int64_t matcher, int64_t num) {
 // How many masks were known when they were asked for.
 int64_t num_known() { return known_masks.count(); }
 
+// What is kept of masks, for tests: so many bytes, of those that took so many seconds of a core.
+void limit_known(int64_t most_bytes, double dear) { known_masks.limit(size_t(most_bytes), dear); }
+
 // A host has written tokens.
 void tell() { tokens.tell(); }
 
@@ -466,6 +469,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(advance, advance);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(try_take, try_take);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rollback, rollback);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_known, num_known);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(limit_known, limit_known);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tell, tell);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_worker, make_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);

@@ -15,9 +15,17 @@ class KnownMasks {
  public:
   using Key = std::pair<int64_t, int32_t>;  // of a pattern, and of its places
 
-  explicit KnownMasks(size_t most_bytes) : most_bytes(most_bytes) {}
+  // most_bytes: of masks that are kept; dear: seconds of a core from which on one is.
+  KnownMasks(size_t most_bytes, double dear) : most_bytes(most_bytes), dear(dear) {}
 
-  // Whether it is known; then it is written.
+  void limit(size_t bytes, double seconds) {
+    std::lock_guard guard(lock);
+    most_bytes = bytes;
+    dear = seconds;
+    forget();
+  }
+
+  // Whether it is known; if so, it is written.
   bool find(const Key& key, uint32_t* words, size_t num_bytes) {
     std::lock_guard guard(lock);
     const auto found = masks.find(key);
@@ -27,15 +35,12 @@ class KnownMasks {
     return true;
   }
 
-  void add(const Key& key, const uint32_t* words, size_t num_bytes) {
+  void add(const Key& key, const uint32_t* words, size_t num_bytes, double seconds) {
     std::lock_guard guard(lock);
-    if (!masks.try_emplace(key, words, words + num_bytes / 4).second) return;
+    if (seconds < dear || !masks.try_emplace(key, words, words + num_bytes / 4).second) return;
     ages.push_back(key);
-    for (total += num_bytes; total > most_bytes; ages.pop_front()) {
-      const auto oldest = masks.find(ages.front());
-      total -= oldest->second.size() * 4;
-      masks.erase(oldest);
-    }
+    total += num_bytes;
+    forget();
   }
 
   int64_t count() {
@@ -44,7 +49,16 @@ class KnownMasks {
   }
 
  private:
-  const size_t most_bytes;
+  void forget() {
+    for (; total > most_bytes; ages.pop_front()) {
+      const auto oldest = masks.find(ages.front());
+      total -= oldest->second.size() * 4;
+      masks.erase(oldest);
+    }
+  }
+
+  size_t most_bytes;
+  double dear;
   std::mutex lock;
   std::map<Key, std::vector<uint32_t>> masks;
   std::deque<Key> ages;
