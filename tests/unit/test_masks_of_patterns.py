@@ -33,6 +33,8 @@ FOLLOWED = (
     r"[a-z]{1,100}",
     r"[a-z]{70}",
     r"[a-z ]{0,30}",
+    r"[a-z]{40,}",
+    r"([a-z]{1,3} ){20,}",
     r"[^\n]*",
     r"[^a-z]{1,200}",
     r".{0,50}x",
@@ -42,6 +44,7 @@ FOLLOWED = (
     r"(\w+\s?)+[.!?]",
     r"\D{3,40}\d",
     r"[^\w]*a",
+    r"((\w[a-m]+|[^a-z][n-z]+) ?)+",
     r"(a|b|ab|[a-c]{2,5})*d",
     r"a?b?c?d?(e|f)?[x-z]*",
     r"(x{0,3}y?){0,90}",
@@ -175,6 +178,12 @@ def test_no_count_beyond_the_longest_token_has_a_mask_of_its_own(vocabulary: Voc
         mask_of(matcher)
         assert matcher.take([token], i + 1)
     assert load_masks().num_known() - before >= len(ids) - 2
+
+
+def test_what_is_prescribed_is_asked_for_each_time(vocabulary: Vocabulary) -> None:
+    """The canonical token depends on the tokens before."""
+    matcher = native_matcher(vocabulary, "(harbour lights ){50}")
+    assert sum(walk_beside(vocabulary, matcher, "(harbour lights ){50}", 20, seed) for seed in range(2)) == 0
 
 
 def test_two_expressions_share_no_mask(vocabulary: Vocabulary) -> None:

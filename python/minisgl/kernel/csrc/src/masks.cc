@@ -2,9 +2,9 @@
 //
 // Matchers are llguidance's. Jobs are done in order, one for each step; a job's rows wait for the tokens that the device
 // samples in the step before. What a mask and its state are is said by `core.Masks`.
-#include <minisgl/known_masks.h>
 #include <minisgl/llguidance.h>
-#include <minisgl/pattern.h>
+#include <minisgl/masks/known_masks.h>
+#include <minisgl/masks/pattern.h>
 #include <pthread.h>
 #include <sys/prctl.h>
 #include <time.h>

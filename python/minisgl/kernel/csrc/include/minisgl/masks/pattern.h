@@ -5,7 +5,7 @@
 // repetitions matters only while it is less than that. `key` names all places whose masks are the same for this reason.
 #pragma once
 
-#include <minisgl/pattern_source.h>
+#include <minisgl/masks/pattern_source.h>
 
 #include <algorithm>
 #include <bitset>
