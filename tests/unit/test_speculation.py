@@ -62,7 +62,7 @@ def test_a_text_that_grows_is_searched_as_if_it_was_new(prompt: list[int], more:
         req.tokens += ids
         ends, length = find_repeated(array := np.array(req.tokens, np.int32), array[:-1])
         end = ends[-1] if length else 0
-        assert list(drafter.propose(req, 0, 4)) == req.tokens[end : end + min(4, max(0, length - 1))]
+        assert list(drafter.propose(req, 0, 4)) == req.tokens[end : end + min(4, max(0, 2 * length - 3))]
 
 
 def test_a_request_says_how_long_its_drafts_may_be() -> None:
@@ -151,8 +151,8 @@ def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
     drafter = Lookup(req)
     assert list(drafter.propose(req, 0, 2)) == [7]
     req.tokens += [7, 9, 5, 6, 7]
-    assert list(drafter.propose(req, 0, 3)) == [9, 5]
-    assert list(drafter.propose(req, 1, 3)) == [5]
+    assert list(drafter.propose(req, 0, 4)) == [9, 5, 6], "three have come again"
+    assert list(drafter.propose(req, 1, 4)) == [5, 6]
     assert list(drafter.propose(req, 1, 0)) == []
 
 
@@ -230,6 +230,8 @@ def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
     assert longest_draft("off", None, is_free=True) == 8
     assert longest_draft("mtp", None, is_free=False) == 3 and longest_draft("mtp", None, is_free=True) == 8
     assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5
+    assert longest_draft("ngram", None, is_free=False) == 16, "on a GPU"
+    assert longest_draft("ngram", None, is_free=True) == longest_draft("ngram", None, is_free=False, states=(1,)) == 8
 
 
 PATHS = st.lists(st.tuples(st.sampled_from([b"", b"a"]), st.lists(st.integers(0, 2), max_size=14)), max_size=12)

@@ -168,7 +168,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         memory_ratio=args.memory_ratio,
         num_snapshots=num_snapshots if model.states and args.cache_type == "radix" else 0,
         window=model.window if model.window < seq_len else 0,
-        draft_len=longest_draft(speculate, args.speculate_tokens, device == "cpu" and not model.states),
+        draft_len=longest_draft(speculate, args.speculate_tokens, device == "cpu" and not model.states, model.states),
     )
     if not args.speculate and model.mtp and not _head_pays(args, wanted, machine):
         return decide_engine(args, path, replace(model, mtp=()), seq_len, machine)

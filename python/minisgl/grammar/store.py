@@ -155,7 +155,8 @@ class GrammarStore:
         try:
             vocabulary = self._vocabulary.result()  # what is wrong with it is better told by this process
             source, num_bytes = trial.compile(grammar)
-            return CompiledGrammar(vocabulary.matcher(source, grammar.param), num_bytes)
+            pattern = "" if grammar.reasoning or grammar.kind != "regex" else grammar.text
+            return CompiledGrammar(vocabulary.matcher(source, grammar.param, pattern), num_bytes)
         except RequestError as error:
             return error
         except BaseException as error:  # a panic of llguidance is no Exception

@@ -88,9 +88,9 @@ class NativeVocabulary:
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
 
-    def matcher(self, source: str) -> NativeMatcher:
-        """At the beginning of an output. Its error says what is wrong with the grammar, in llguidance's language."""
-        return NativeMatcher(self._ours.make_matcher(self._own, source))
+    def matcher(self, source: str, pattern: str = "") -> NativeMatcher:
+        """At the beginning of an output. Its error says what is wrong. pattern: an expression that is all of it."""
+        return NativeMatcher(self._ours.make_matcher(self._own, source, pattern))
 
 
 class MaskWorker:

@@ -26,7 +26,7 @@ class Drafter(Protocol):
 
 class Lookup:
     """What followed a request's last tokens when they came before ("prompt lookup"): of the places where most of them
-    did, the last. A draft is shorter than what came again. All tokens are searched where the last two came before."""
+    did, the last. Drafts grow with what came again, from one token. All tokens are searched where the last two did."""
 
     def __init__(self, req: Req) -> None:
         first = req.prefix[: max(1, len(req.prefix) - 1)].astype(np.int64)  # of its tokens
@@ -39,8 +39,8 @@ class Lookup:
             self._repeats = pair in self._pairs
             self._pairs.add(pair)
         ids = np.frombuffer(self._ids, np.int32)
-        ends, length = find_repeated(ids, ids[:-1]) if self._repeats else ((), 0)
-        return ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, length - 1)].tolist() if length else ()
+        ends, num = find_repeated(ids, ids[:-1]) if self._repeats else ((), 0)
+        return ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, 2 * num - 3)].tolist() if num else ()
 
 
 class Prediction:

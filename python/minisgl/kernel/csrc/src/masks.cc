@@ -3,6 +3,8 @@
 // Matchers are llguidance's. Jobs are done in order, one for each step; a job's rows wait for the tokens that the device
 // samples in the step before. What a mask and its state are is said by `core.Masks`.
 #include <minisgl/llguidance.h>
+#include <minisgl/masks/known_masks.h>
+#include <minisgl/masks/pattern.h>
 #include <pthread.h>
 #include <sys/prctl.h>
 #include <time.h>
@@ -21,7 +23,9 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <unordered_map>
 #include <vector>
@@ -39,6 +43,8 @@ enum State : int32_t { kPending = 0, kReady = 1, kNotReady = 2 };  // of a mask:
 constexpr int32_t kIdPending = -3;                                 // a token that is not sampled yet
 constexpr double kLongestWait = 30.0;                              // seconds, for the step before
 constexpr size_t kMostRemembered = 16 << 20;                       // bytes of texts whose tokens are known
+constexpr size_t kMostKnown = 64 << 20;                            // bytes of masks that are known
+constexpr double kWorth = 30e-6;                                   // seconds of a core: to copy a mask takes a few
 
 double seconds(clockid_t clock) {
   timespec now;
@@ -118,13 +124,59 @@ struct Texts {
   size_t num_remembered = 0;
 };
 
+KnownMasks known_masks(kMostKnown, kWorth);
+
+// Of a model. It stays for ever.
+struct Vocabulary {
+  ConstraintInit init{};
+  std::string bytes;  // of all tokens
+  std::vector<size_t> begins;
+  size_t longest = 0;
+
+  std::string_view text(uint32_t token) const {
+    if (token + 1 >= begins.size()) return "\xff";
+    return std::string_view(bytes).substr(begins[token], begins[token + 1] - begins[token]);
+  }
+};
+
+// Where an output has got in a regular expression that is the whole grammar.
+struct Course {
+  const Vocabulary* vocabulary = nullptr;
+  std::shared_ptr<Pattern> pattern;  // null: there is none
+  int64_t number = 0;                // of the pattern
+  std::vector<int32_t> places;       // before and behind each token
+
+  Course() = default;
+  Course(const Vocabulary* vocabulary, std::shared_ptr<Pattern> made) : vocabulary(vocabulary), pattern(std::move(made)) {
+    static std::atomic<int64_t> num_patterns = 0;
+    number = num_patterns++;
+    if (pattern) places = {pattern->start()};
+  }
+
+  void follow(const uint32_t* ids, size_t num) {
+    for (size_t i = 0; pattern && i < num; i++) {
+      places.push_back(pattern->follow(places.back(), vocabulary->text(ids[i])));
+    }
+  }
+
+  void go_back(size_t num) {
+    if (pattern) places.resize(std::max<size_t>(1, places.size() - std::min(num, places.size())));
+  }
+
+  std::optional<KnownMasks::Key> key() const {
+    if (const auto found = pattern ? pattern->key(places.back()) : std::nullopt) return KnownMasks::Key{number, *found};
+    return {};
+  }
+};
+
 struct Matcher {
   std::atomic<int64_t> num_tokens = 0;  // of the output, that it has taken; -1: it is broken
   std::atomic<double> cost = 0;         // seconds of a core that the last mask took, or a quarter of what was known before
   void* own;
+  Course course;
   std::mutex lock;
 
-  explicit Matcher(void* own) : own(own) {
+  Matcher(void* own, Course course) : own(own), course(std::move(course)) {
     if (library.is_error(own)) num_tokens = -1;
   }
   ~Matcher() { library.free(own); }
@@ -137,11 +189,22 @@ struct Matcher {
     bool holds = num_tokens >= 0 && missing >= 0 && missing <= num;
     if (holds && missing > 0 && !library.is_stopped(own)) {
       holds = library.consume_tokens(own, ids + num - missing, size_t(missing)) == 0;
+      if (holds) course.follow(ids + num - missing, size_t(missing));
     }
-    if (holds && num_bytes > 0) holds = library.compute_mask_into(own, words, num_bytes) == 0;
+    if (holds && num_bytes > 0) holds = mask(words, num_bytes);
     num_tokens = holds ? length : -1;
     cost = std::max(seconds(CLOCK_THREAD_CPUTIME_ID) - start, cost / 4);
     return holds;
+  }
+
+ private:
+  bool mask(uint32_t* words, size_t num_bytes) {
+    const auto key = library.is_stopped(own) ? std::nullopt : course.key();
+    if (key && known_masks.find(*key, words, num_bytes)) return true;
+    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
+    if (library.compute_mask_into(own, words, num_bytes) != 0) return false;
+    if (key) known_masks.add(*key, words, num_bytes, seconds(CLOCK_THREAD_CPUTIME_ID) - start);
+    return true;
   }
 };
 
@@ -274,15 +337,18 @@ void open(const String& path, const Array<int64_t>& defaults) {
   TVM_FFI_CHECK(is_there && is_same, RuntimeError) << "llguidance has other functions than those that are known here";
 }
 
-// What makes matchers; it stays for ever. ask: the tokens of a text; texts: of the vocabulary; ends: of outputs.
+// What makes matchers. ask: the tokens of a text; texts: of the vocabulary; ends: of outputs.
 int64_t make_vocabulary(const Function& ask, const Array<Bytes>& texts, const Array<int64_t>& ends,
                         const Array<String>& slices, const Array<int64_t>& limits) {
   std::vector<uint32_t> lens, all_ends(ends.begin(), ends.end());
-  std::string bytes;
+  auto made = std::make_unique<Vocabulary>();
   for (const Bytes& text : texts) {
     lens.push_back(uint32_t(text.size()));
-    bytes.append(text.data(), text.size());
+    made->begins.push_back(made->bytes.size());
+    made->bytes.append(text.data(), text.size());
+    made->longest = std::max(made->longest, text.size());
   }
+  made->begins.push_back(made->bytes.size());
   std::vector<const char*> names;
   for (const String& slice : slices) names.push_back(slice.c_str());
   names.push_back(nullptr);
@@ -291,7 +357,7 @@ int64_t make_vocabulary(const Function& ask, const Array<Bytes>& texts, const Ar
   from.vocab_size = uint32_t(lens.size());
   from.tok_eos = all_ends[0];
   from.token_lens = lens.data();
-  from.token_bytes = reinterpret_cast<const uint8_t*>(bytes.data());
+  from.token_bytes = reinterpret_cast<const uint8_t*>(made->bytes.data());
   from.tokenize_fn = Texts::of;
   from.tokenize_user_data = new Texts(ask);
   from.slices = names.data();
@@ -300,24 +366,25 @@ int64_t make_vocabulary(const Function& ask, const Array<Bytes>& texts, const Ar
   char error[500];
   void* tokenizer = library.new_tokenizer_v2(&from, error, sizeof(error));
   TVM_FFI_CHECK(tokenizer != nullptr, RuntimeError) << error;
-  auto* init = new ConstraintInit{};
-  library.constraint_init_set_defaults(init, tokenizer);
-  init->log_stderr_level = 0;
-  init->limits = limits_of(limits);
-  return handle_of(init);
+  library.constraint_init_set_defaults(&made->init, tokenizer);
+  made->init.log_stderr_level = 0;
+  made->init.limits = limits_of(limits);
+  return handle_of(made.release());
 }
 
-// grammar: in llguidance's own form.
-int64_t make_matcher(int64_t vocabulary, const String& grammar) {
-  void* own = library.new_matcher(&at<ConstraintInit>(vocabulary), "llguidance", grammar.c_str());
-  return handle_of(new Handle(std::make_shared<Matcher>(own)));
+// grammar: in llguidance's own form. pattern: the regular expression, if it is nothing else.
+int64_t make_matcher(int64_t vocabulary, const String& grammar, const String& pattern) {
+  const auto& from = at<const Vocabulary>(vocabulary);
+  void* own = library.new_matcher(&from.init, "llguidance", grammar.c_str());
+  Course course(&from, Pattern::make(std::string_view(pattern.data(), pattern.size()), int32_t(from.longest)));
+  return handle_of(new Handle(std::make_shared<Matcher>(own, std::move(course))));
 }
 
 // At the same place.
 int64_t copy_matcher(int64_t matcher) {
   Matcher& from = matcher_at(matcher);
   std::lock_guard guard(from.lock);
-  auto made = std::make_shared<Matcher>(library.clone(from.own));
+  auto made = std::make_shared<Matcher>(library.clone(from.own), from.course);
   made->num_tokens = from.num_tokens.load();
   return handle_of(new Handle(std::move(made)));
 }
@@ -350,6 +417,7 @@ bool try_take(int64_t matcher, int64_t token) {
   const auto id = uint32_t(token);
   std::lock_guard guard(own.lock);
   const bool takes = library.validate_tokens(own.own, &id, 1) == 1 && library.consume_tokens(own.own, &id, 1) == 0;
+  if (takes) own.course.follow(&id, 1);
   if (library.is_error(own.own)) own.num_tokens = -1;  // by a limit
   return takes;
 }
@@ -357,8 +425,15 @@ bool try_take(int64_t matcher, int64_t token) {
 bool rollback(int64_t matcher, int64_t num) {
   Matcher& own = matcher_at(matcher);
   std::lock_guard guard(own.lock);
+  own.course.go_back(size_t(num));
   return library.rollback(own.own, size_t(num)) == 0;
 }
+
+// How many masks were known when they were asked for.
+int64_t num_known() { return known_masks.count(); }
+
+// What is kept of masks, for tests: so many bytes, of those that took so many seconds of a core.
+void limit_known(int64_t most_bytes, double dear) { known_masks.limit(size_t(most_bytes), dear); }
 
 // A host has written tokens.
 void tell() { tokens.tell(); }
@@ -393,6 +468,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(error_of, error_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(advance, advance);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(try_take, try_take);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rollback, rollback);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_known, num_known);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(limit_known, limit_known);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tell, tell);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_worker, make_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);
