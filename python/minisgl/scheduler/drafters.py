@@ -21,8 +21,8 @@ class Drafter(Protocol):
     """A function of the calls made, the same on every rank: no clock, no randomness. It must be quick."""
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        """At most `most` tokens that may follow those of `req` that are known and `num_pending` (0 or 1) more that are
-        sampled by a step in flight. What it raises switches it off for the request."""
+        """At most `most` tokens that may follow those of `req` and `num_pending` (0 or 1) more that a step in flight
+        samples. What it raises switches it off for the request."""
 
 
 class Lookup:
@@ -101,8 +101,7 @@ class TreePath(Prediction):
 
 
 def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:
-    """Where in a text the longest end of `ids` that it has ends, in ascending order, and how long that is, as far as
-    `MAX_MATCH`; nowhere, and 0: it has none."""
+    """Where in a text the longest end of `ids` that it has ends, ascending, and its length, as far as `MAX_MATCH`."""
     if min(len(ids), len(text)) < MIN_MATCH:
         return (), 0
     ends, longest = np.flatnonzero((text[1:] == ids[-1]) & (text[:-1] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH, 0

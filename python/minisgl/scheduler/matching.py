@@ -46,8 +46,7 @@ class Matching:
     ) -> tuple[list[Words], str | None]:
         """Take new tokens of the output, which has `length` with them. → words of the next token's mask, and of those
         after the draft's tokens as far as `walk` gets, none with `num_words` 0; and why there is no next one, if the
-        output cannot go on. A matcher that breaks otherwise makes way for one that takes the output from its beginning.
-        """
+        output cannot go on. A matcher that breaks otherwise makes way for one that takes the whole output again."""
         words, is_whole, why = list[Words](), not num_words, None
         try:
             with self.grammar.lock:

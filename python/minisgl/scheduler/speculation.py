@@ -1,8 +1,7 @@
 """Speculation: which requests of a step verify how many drafted tokens beside the one that they would get anyhow.
 
 A token is a function of (seed, position, logits), so every position of a draft is sampled as usual, and the longest run
-of samples that equals the draft is kept: the output is the same with and without drafts (docs/adr/0025-speculation.md).
-"""
+of samples that equals the draft is kept: the output is the same with and without (docs/adr/0025-speculation.md)."""
 
 import logging
 from collections import Counter
@@ -67,6 +66,7 @@ class Speculation:
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
+        self._told: dict[int, Sequence[int]] = {}  # by uid: what the engine's last step says of the next tokens
         self.num_drafted, self.num_right = Counter[str](), Counter[str]()
 
     @property
@@ -126,11 +126,7 @@ class Speculation:
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What the engine says may follow requests' tokens. Asked and telling nothing, its drafter has failed."""
         self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
-        for own in self._drafters.values() if self._asks else ():
-            own.pop(self._config.speculate, None)  # what the step before has told
-        for index, draft in result.drafts.items():
-            if (req := reqs[index]).state is not ReqState.FINISHED:
-                self._drafters.setdefault(req.uid, {})[self._config.speculate] = Prediction(draft, len(req.tokens))
+        self._told = {reqs[index].uid: draft for index, draft in result.drafts.items()}
 
     def settle(self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: Ids, pages: Pages) -> Ids:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
@@ -184,9 +180,9 @@ class Speculation:
         return drafts if lengths.pays else {}
 
     def _room(self, req: Req, end: int, num: int, pages: Pages) -> int:
-        """How many of so many guesses behind the first `end` tokens have pages. They get new ones as long as each
-        request that runs can have one more for what is no guess."""
-        if (missing := div_ceil(end + num, pages.page_size) - len(req.pages)) > 0:
+        """How many of `num` guesses behind `end` tokens have pages; they get new ones while all others could, too."""
+        if num > (room := len(req.pages) * pages.page_size - end):
+            missing = div_ceil(num - room, pages.page_size)
             needed = missing + self._config.max_running_requests - len(pages.rows)
             if pages.missing(needed, needed) <= 0 and pages.make_room(missing):
                 pages.give(req, pages.allocator.allocate(missing))
@@ -195,12 +191,14 @@ class Speculation:
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
         try:
-            own = self._drafters.setdefault(req.uid, {})
+            own = self._drafters.setdefault(req.uid, {}) if self._makers else self._drafters.get(req.uid, {})
             own |= {name: make(req) for name, make in self._makers.items() if name not in own}
             for name, drafter in own.items():
                 if ids := drafter.propose(req, num_pending, most)[:most]:
                     self._names[req.uid] = name
                     return ids
+            self._names[req.uid] = self._config.speculate
+            return self._told.get(req.uid, ())[num_pending : num_pending + most]
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
