@@ -94,6 +94,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {
         "num_local_experts": 0,
+        "num_experts_per_tok": 0,  # as published files have it
         "layer_types": ["attention"] * 3,
         "position_embedding_type": "rope",
         "shared_intermediate_size": 96,

@@ -74,9 +74,12 @@ def test_shapes_that_no_kernel_takes_fall_back(ops):
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize(("num_q", "num_kv"), [(1, 1), (14, 2), (32, 8), (64, 4)])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm):
+@pytest.mark.parametrize("before", [0, 3])
+def test_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm, before):
+    """before: heads of the same rows, as gates are."""
     for n in (0, 1, 5, 600):
-        qkv = randn(n, num_q + 2 * num_kv, head_dim, dtype=dtype)
+        rows = randn(n, before + num_q + 2 * num_kv, head_dim, dtype=dtype)
+        qkv = rows[:, before:]
         norm = 1 + randn(num_q + num_kv, head_dim, dtype=dtype, scale=0.1) if with_norm else None
         angles = torch.randn(n, 1, head_dim // 2, device="cuda") * 3
         cos, sin = angles.cos(), angles.sin()
@@ -90,9 +93,8 @@ def test_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm):
         normed = qk if norm is None else REFERENCE.rms_norm(qk, norm, 1e-6)
         wide = torch.cat((normed, qkv[:, num_q + num_kv :]), 1).float()
         q = REFERENCE.norm_rope_store(wide, None, 1e-6, rope, exact)
-        close(
-            ops.norm_rope_store(qkv.clone(), norm, 1e-6, rope, ours), q.to(dtype), 4
-        )  # rounding differs by an ulp before the sum
+        found = ops.norm_rope_store(rows.clone()[:, before:], norm, 1e-6, rope, ours)
+        close(found, q.to(dtype), 4)  # rounding differs by an ulp before the sum
         close(ours.k, exact.k.to(dtype), 4)
         assert torch.equal(ours.v, exact.v.to(dtype))
 

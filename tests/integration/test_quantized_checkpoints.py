@@ -122,6 +122,13 @@ def float8(name: str, weight: torch.Tensor, kind: str = "block", static: bool = 
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}, codes.float() * wide
 
 
+def ministral(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Ministral 3 is published so: what transformers calls the scales."""
+    stored, meant = float8(name, weight, "tensor", static=True)
+    names = {"weight": "weight", "weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
+    return {f"{name}.{new}": stored[f"{name}.{old}"].squeeze() for old, new in names.items()}, meant
+
+
 def int8(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     scales = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scales).round()
@@ -167,6 +174,7 @@ CASES: dict[str, tuple[Quantize, dict[str, Any], dict[str, Any]]] = {
     ),
     "fp8 of blocks": (float8, {}, FP8),
     "fp8 of tensors": (float8, {"kind": "tensor", "static": True}, {**FP8, "weight_block_size": None}),
+    "fp8 of Ministral": (ministral, {}, {**FP8, "weight_block_size": None, "activation_scheme": "static"}),
     "compressed fp8 of rows": (
         float8,
         {"kind": "channel"},

@@ -195,6 +195,7 @@ def test_scores_by_yes_and_no(lm: Path) -> None:
                     yes, no = model(torch.tensor([ids])).logits[0, -1, [500, 501]].tolist()
                 assert math.isclose(score, 1 / (1 + math.exp(no - yes)), abs_tol=1e-4)
             assert max(got) - min(got) > 1e-3
+            assert llm.score(QUERY, DOCUMENTS[0], "Find it.") == pytest.approx(got[:1], abs=1e-4)  # a text alone
             assert llm.generate("Hello", GREEDY)[0].token_ids  # it writes, too
 
 

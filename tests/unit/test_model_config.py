@@ -225,8 +225,8 @@ def test_gemma_4_s_layers_differ(tmp_path: Path) -> None:
     """Sizes of heads by kind of layer, in either form; keys and values of the last layers are those of others."""
     kinds = ["sliding_attention", "full_attention"] * 2
     fields = {**GEMMA4, "head_dim": 8, "layer_types": kinds, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
-    new = {"per_layer_config": {key: {"head_dim": 16} for key in "13"}}
-    for sizes in ({"global_head_dim": 16, "num_global_key_value_heads": 1}, new):
+    new, padded = [{"per_layer_config": {key: {"head_dim": 16} for key in keys}} for keys in ("13", ("01", "03"))]
+    for sizes in ({"global_head_dim": 16, "num_global_key_value_heads": 1}, new, padded):
         config = read(tmp_path, **fields, **sizes)
         specs = [layer.attention for layer in config.layers]
         assert [spec.cache for spec in specs] == [PagedKV(2, 8, 8), PagedKV(2, 16, 16)] * 2
@@ -471,6 +471,30 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
         sums_to_1 = model_type in ("mixtral", "qwen3_5_moe_text", "gpt_oss", "granitemoe") or hf.norm_topk_prob
         num_experts = hf.num_local_experts if model_type == "granitemoe" else hf.num_experts
         assert (moe.num_experts, moe.sums_to_1) == (num_experts, sums_to_1), config
+
+
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if family.inner])
+def test_what_transformers_leaves_out_of_an_inner_model(architecture: str) -> None:
+    """All that has the default of its class, sizes included: Gemma 3 is published so."""
+    family = FAMILIES[architecture]
+    full = {**transformers.CONFIG_MAPPING[family.model_type]().to_dict(), "architectures": [architecture]}
+    inner = full[family.inner]
+    defaults = transformers.CONFIG_MAPPING[inner["model_type"]]().to_dict()
+    kept = "model_type", "head_dim"  # of Mistral the latter's default hangs on others: it gets lost, there as here
+    short = {key: value for key, value in inner.items() if key in kept or value != defaults[key]}
+    assert len(short) < len(inner) / 2
+    models = [parse_model_config(Fields({**full, family.inner: text}, "config.json")) for text in (inner, short)]
+    assert models[0] == models[1]
+
+
+def test_gemma_3_is_made_for_what_its_file_says(tmp_path: Path) -> None:
+    """Its positions are divided by 8, and the longest is a scaled one."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "model_type": "gemma3_text"}
+    sizes = dict.fromkeys(LLAMA, ...)
+    config = read(tmp_path, **{**sizes, "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text})
+    assert (config.vocab_size, config.num_qo_heads, config.head_dim, config.max_position) == (262208, 8, 256, 131072)
+    assert [(rope.type, rope.theta) for rope in config.ropes] == [("linear", 1e6), ("default", 1e4)]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,7 @@ def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
     dim = f.integer("head_dim", f.integer("hidden_size", 0) // num_heads)
     full = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
     if full and told.data:
+        told.data = {key.lstrip("0") or "0": value for key, value in told.data.items()}  # some are padded: "04"
         one = told.child(full[0])
         if one.data.keys() - {"head_dim", "num_key_value_heads"} or told.data != dict.fromkeys(full, one.data):
             raise f.wrong("per_layer_config", "one head_dim and num_key_value_heads, for layers of full attention")
@@ -304,7 +305,7 @@ def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> lis
         num_experts = f.integer(key, num_experts, 0)
     moe = MoE(
         num_experts=num_experts,
-        num_experts_per_tok=f.integer("num_experts_per_tok", 0),
+        num_experts_per_tok=f.integer("num_experts_per_tok", 0, min(num_experts, 1)),
         intermediate_size=f.integer("moe_intermediate_size", size),
         sums_to_1=f.boolean("norm_topk_prob", True),
         activation="clamped_swiglu" if family.clamped_experts else activation,

@@ -69,7 +69,7 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
         scale=kind.scale,
         query_beta=rope.number("llama_4_scaling_beta", 0.0, above=-1e-9),
     )
-    return config, _longest(config, max_position)
+    return config, max_position if layer and name == "linear" else _longest(config, max_position)  # Gemma 3: scaled
 
 
 def _rotary_dim(f: Fields, rope: Fields, kind: Rotary, may_be_less: bool) -> int:

@@ -62,9 +62,8 @@ class HeadDrafter:
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
     def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
-        """inputs: ids of the step; reqs: who wants drafts. → int64: the token after each of the step; of each of `reqs`
-        from which the last token is sampled that is kept, and that one. And rows, positions and lengths, [3, passes,
-        requests * places]: a pass tells the next token, or all with masks; what is not wanted is nobody's."""
+        """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
+        sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
         skips, places, num = self._head.skips_last, 1 + most * bool(self._head.block), len(given.rows)
         passes, tokens, ends = (int(skips), max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]

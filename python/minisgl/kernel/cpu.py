@@ -159,7 +159,8 @@ class CpuOps(TorchOps):
         return True
 
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
-        self.module.rope_store(self.workers, qkv, norm, eps, rope.cos, rope.sin, cache.slots, cache.k, cache.v)
+        qkv, tables = qkv.contiguous(), (rope.cos, rope.sin, cache.slots, cache.k, cache.v)
+        self.module.rope_store(self.workers, qkv, norm, eps, *tables)
         return qkv[:, : qkv.shape[1] - 2 * cache.k.shape[1]]
 
     def gated_delta_net(

@@ -148,10 +148,9 @@ class CudaOps(delta.DeltaOps, TritonOps):
         """→ a view of `qkv`, whose queries are rotated in place; its keys and values stay as they are."""
         num_kv, head_dim = cache.k.shape[1:]
         num_q = qkv.shape[1] - 2 * num_kv
-        fits = head_dim % 8 == 0 and head_dim <= 256 and qkv.is_contiguous() and _whole_vectors(qkv)
+        fits = head_dim % 8 == 0 and head_dim <= 256 and qkv.stride(1) == head_dim and _whole_vectors(qkv)
         fits = fits and all(x.is_contiguous() and x.dtype in (qkv.dtype, torch.uint8) for x in (cache.k, cache.v))
-        fits = fits and (norm is None or norm.dtype == qkv.dtype)
-        if not fits:
+        if not fits or (norm is not None and norm.dtype != qkv.dtype):
             return super().norm_rope_store(qkv, norm, eps, rope, cache)
         norm = None if norm is None else norm.contiguous()
         cos, sin, slots = (tensor.contiguous() for tensor in (rope.cos, rope.sin, cache.slots))

@@ -218,8 +218,8 @@ class LayerOps(StateOps):
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
 
-        qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten; norm: [num_q + num_kv, head_dim].
-        The rotation pairs dimension i with i + head_dim / 2, as Hugging Face checkpoints do.
+        qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten, and part of wider rows; norm: [num_q
+        + num_kv, head_dim]. The rotation pairs dimension i with i + head_dim / 2, as Hugging Face checkpoints do.
         → the queries: [num_tokens, num_q, head_dim], perhaps with another stride between tokens.
         """
         num_kv = cache.k.shape[1]

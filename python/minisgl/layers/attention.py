@@ -59,7 +59,7 @@ class Attention(Layer):
         """Put keys and values of what `norm` makes of x, [num_tokens, width], into the cache → queries, and gates."""
         qkv, gate = self.qkv_proj.project(x, norm, self._eps).view(len(x), -1, self._head_dim), None
         if self._spec.gated:
-            gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :].contiguous()
+            gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :]
         if self._spec.value_norms:
             values = qkv[:, self._num_q + self._num_kv :]
             values.copy_(self._ops.rms_norm(values, values.new_ones(self._head_dim), self._eps))

@@ -21,8 +21,7 @@ class GatedShortConv(Layer):
         spec, hidden = config.layers[layer].attention.cache, config.hidden_size
         assert isinstance(spec, ShortConv)
         self._ops, self._layer, self._eps = env.ops, layer, config.rms_norm_eps
-        self._shape = spec.num_channels, 1, spec.width
-        mine = env.share(spec.num_channels, _WHAT)
+        mine, self._shape = env.share(spec.num_channels, _WHAT), (spec.num_channels, 1, spec.width)
         self._channels = mine.start, mine.stop
         parts = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), (spec.num_channels, 1))
         self.in_proj = ColumnLinear(env, hidden, parts, _WHAT, spec.bias)
@@ -30,8 +29,7 @@ class GatedShortConv(Layer):
         self._weight, self._bias = env.vector(len(mine), spec.width), env.vector(len(mine)) if spec.bias else None
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
-        the new stream."""
+        """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
         gated, state = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
         out = self._ops.short_conv(gated, self._weight, self._bias, state, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)

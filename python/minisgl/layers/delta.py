@@ -7,7 +7,7 @@ import torch
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
 from minisgl.config.states import DeltaNet
-from minisgl.formats.base import WeightSlot
+from minisgl.formats.base import DENSE, WeightSlot
 from minisgl.kernel.state import DeltaState, DeltaWeights
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined, whole
 from minisgl.layers.linear import ColumnLinear, RowLinear
@@ -33,7 +33,9 @@ class GatedDeltaNet(Layer):
             groups = {"in_proj_qkvz": (key, key, value, value), "in_proj_ba": (each, each)}
             parts, gates = ({name: (keys[0], sum(sizes))} for name, sizes in groups.items())
             orders = {name: _ungrouped(len(num_k), sizes) for name, sizes in groups.items()}
-        self.in_proj, self.gates_proj = (ColumnLinear(env, hidden, of, _WHAT, orders=orders) for of in (parts, gates))
+        is_joint = env.format is DENSE and env.device.type == "cuda"  # one product, and one norm of its input
+        self.in_proj = ColumnLinear(env, hidden, parts | gates if is_joint else parts, _WHAT, orders=orders)
+        self.gates_proj = None if is_joint else ColumnLinear(env, hidden, gates, _WHAT, orders=orders)
         self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _WHAT)
         channels = torch.arange(spec.num_channels).split_with_sizes([num * size for num, size in (keys, keys, values)])
         self._channels = torch.cat([part.chunk(env.comm.size)[env.comm.rank] for part in channels])
@@ -43,16 +45,16 @@ class GatedDeltaNet(Layer):
         self._weights = DeltaWeights(conv, a_log, dt_bias, env.vector(spec.v_dim), self._eps)
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
-        the new stream."""
-        qkvz, ba = (linear.project(x, norm, self._eps) for linear in (self.in_proj, self.gates_proj))
+        """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
+        qkvz, gates, num = self.in_proj.project(x, norm, self._eps), self.gates_proj, 2 * len(self._weights.a_log)
+        qkvz, ba = (qkvz, gates.project(x, norm, self._eps)) if gates else (qkvz[:, :-num], qkvz[:, -num:])
         state = DeltaState(*step.kv.states.layer(self._layer))
         out = self._ops.gated_delta_net(qkvz, ba, self._weights, state, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.in_proj.weights(prefix)
-        yield from self.gates_proj.weights(prefix)
+        yield from self.gates_proj.weights(prefix) if self.gates_proj else ()
         yield from self.out_proj.weights(f"{prefix}out_proj.")
         mine, channels, shape = self._weights, self._channels, (self._spec.num_channels, 1, self._spec.width)
         name, rows = f"{prefix}conv1d.weight", (0, shape[0])
@@ -62,7 +64,7 @@ class GatedDeltaNet(Layer):
         yield whole(f"{prefix}norm.weight", mine.norm)
 
     def cpu_spec(self) -> CpuSpec | None:
-        return joined((self.in_proj, self.gates_proj, self.out_proj), "delta_net", self._weights)
+        return joined(filter(None, (self.in_proj, self.gates_proj, self.out_proj)), "delta_net", self._weights)
 
 
 def _ungrouped(num_groups: int, sizes: Sequence[int]) -> Tensor:

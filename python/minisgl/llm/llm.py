@@ -177,10 +177,10 @@ class LLM(AbstractContextManager["LLM"]):
         texts = [text_prompt(pooling, t, prompt_name) if isinstance(t, str) else _wrapped(t) for t in _several(prompts)]
         return [vector_of(pooling, output.pooled, dimensions).tolist() for output in self._run(texts, params, None)]
 
-    def score(self, query: str, documents: Sequence[str], instruction: str = "") -> list[float]:
+    def score(self, query: str, documents: str | Sequence[str], instruction: str = "") -> list[float]:
         """How well each document answers the query, from 0 to 1. Raises: RequestError, also where one fails."""
         pooling, params = served(self.config.engine.model, "score")
-        pairs = [pair_prompt(pooling, query, document, instruction) for document in documents]
+        pairs = [pair_prompt(pooling, query, document, instruction) for document in _several(documents)]
         return [score_of(output.pooled) for output in self._run(pairs, params, None)]
 
     def stream(

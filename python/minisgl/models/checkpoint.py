@@ -45,7 +45,7 @@ _IGNORED = re.compile(
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
 _RENAMED: dict[str, str] = TABLE["tensors"]
-_RENAMED_PARTS = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, _RENAMED))})(?=\.)")
+_RENAMED_PARTS = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, _RENAMED))})(?=\.|$)")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
 
 

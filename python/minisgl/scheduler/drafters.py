@@ -21,8 +21,7 @@ class Drafter(Protocol):
     """A function of the calls made, the same on every rank: no clock, no randomness. It must be quick."""
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        """At most `most` tokens that may follow those of `req` and `num_pending` (0 or 1) more that a step in flight
-        samples. What it raises switches it off for the request."""
+        """At most `most` ids behind those known and `num_pending` (0, 1) in flight. What it raises switches it off."""
 
 
 class Lookup:
@@ -45,11 +44,10 @@ class Lookup:
 
 
 class Prediction:
-    """What a client expects of a request (OpenAI's `prediction`). Where the output follows it, its next tokens are the
-    draft. After a difference, the place is looked for where most of the last tokens are, next behind the last place."""
+    """What a client expects behind a request's first `num_seen` tokens (OpenAI's `prediction`). After a difference, the
+    place is looked for where most of the last tokens are, next behind the last place."""
 
     def __init__(self, text: Sequence[int], num_seen: int) -> None:
-        """num_seen: of a request's tokens so many come before the text."""
         self._text, self._place, self._num_seen = np.array(text, np.int32), 0, num_seen
         self._length = MAX_MATCH  # so many of the last tokens are before the place
 
@@ -101,7 +99,7 @@ class TreePath(Prediction):
 
 
 def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:
-    """Where in a text the longest end of `ids` that it has ends, ascending, and its length, as far as `MAX_MATCH`."""
+    """Where a text has the longest end of `ids`: ends, ascending, and its length, up to `MAX_MATCH`; (), 0: none."""
     if min(len(ids), len(text)) < MIN_MATCH:
         return (), 0
     ends, longest = np.flatnonzero((text[1:] == ids[-1]) & (text[:-1] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH, 0

@@ -45,8 +45,8 @@ class Matching:
         self, ids: Sequence[int], length: int, draft: Sequence[int], num_words: int, seconds: float
     ) -> tuple[list[Words], str | None]:
         """Take new tokens of the output, which has `length` with them. → words of the next token's mask, and of those
-        after the draft's tokens as far as `walk` gets, none with `num_words` 0; and why there is no next one, if the
-        output cannot go on. A matcher that breaks otherwise makes way for one that takes the whole output again."""
+        after the draft's tokens as far as `walk` gets, none with `num_words` 0; and why the output cannot go on, if so.
+        A matcher that breaks otherwise makes way for one that takes the output from its beginning."""
         words, is_whole, why = list[Words](), not num_words, None
         try:
             with self.grammar.lock:

@@ -1,7 +1,4 @@
-"""Speculation: which requests of a step verify how many drafted tokens beside the one that they would get anyhow.
-
-A token is a function of (seed, position, logits), so every position of a draft is sampled as usual, and the longest run
-of samples that equals the draft is kept: the output is the same with and without (docs/adr/0025-speculation.md)."""
+"""Which requests of a step verify how many drafted tokens; outputs are as without (docs/adr/0025-speculation.md)."""
 
 import logging
 from collections import Counter
@@ -17,14 +14,14 @@ from minisgl.utils.math import div_ceil
 logger = logging.getLogger(__name__)
 
 Shares = Sequence[tuple[Req, ScheduledReq]]
-# The share of drafted tokens that is right: at first; how much of it one changes, or a step in which none would pay.
-_FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
+# The share of drafted tokens that is right: at first, and if the engine guesses; how much of it one changes, or a step
+# in which none would pay. After a step in which nobody wanted any, so many steps are not looked at.
+_FIRST_RATE, _ENGINES_RATE, _LEARNING, _FORGETTING, _REST = 0.7, 0.9, 1 / 8, 1 / 64, 16
 
 
 class Lengths:
-    """How long drafts are to be: what gives most tokens for the time of the whole step. Time counts in steps of few
-    tokens: one row more takes `row_cost`, and a step that verifies anything `verify_cost`, since nothing is planned
-    meanwhile. Thus drafts get shorter the more requests run. room: tokens that all of them may have."""
+    """How long drafts are to be: what gives most tokens for the time of the whole step (`SchedulerConfig.step_costs`).
+    Thus drafts get shorter the more requests run. room: tokens that all of them may have."""
 
     def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int, room: int) -> None:
         self._row_cost, self._verify_cost, self._room = row_cost, verify_cost, room
@@ -52,11 +49,10 @@ class Lengths:
 
 
 class Speculation:
-    """Owns the drafters, and what is remembered of how their drafts fared. Deterministic, as the planner is.
+    """Owns the drafters, and how their drafts fared. drafter: of all requests, in place of what `speculate` names.
     num_drafted, num_right: tokens, by who guessed them: as `--speculate` names it, "tree", "prediction", "grammar"."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
-        """drafter: of all requests, in place of what `speculate` names."""
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
         ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
         own = None if drafter is None else {config.speculate: lambda _: drafter}
@@ -66,8 +62,10 @@ class Speculation:
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
-        self._told: dict[int, Sequence[int]] = {}  # by uid: what the engine's last step says of the next tokens
-        self.num_drafted, self.num_right = Counter[str](), Counter[str]()
+        self._first = _ENGINES_RATE if self._asks else _FIRST_RATE
+        self._first_rates: dict[int, float] = {False: self._first, True: self._first}  # by whether it is sampled
+        self._resting, self._num_steps = 0, 1  # so many requests wanted no draft, so many steps ago
+        self.num_drafted, self.num_right, self._told = Counter[str](), Counter[str](), dict[int, Sequence[int]]()
 
     @property
     def is_on(self) -> bool:
@@ -75,18 +73,21 @@ class Speculation:
         return self._asks or bool(self._makers or self._forced or self._drafters)
 
     def expect(self, req: Req) -> None:
-        """A new request, which may bring a draft of its own."""
+        """A new request, which may bring a draft of its own. What others have taught fades."""
+        self._first_rates = {kind: x + (self._first - x) * _FORGETTING for kind, x in self._first_rates.items()}
         if self._config.draft_len and isinstance(ids := req.params.prediction, tuple) and ids:
             self._drafters[req.uid] = {"prediction": Prediction(ids, req.prompt_len)}
 
     def force(self, uid: int, position: int, ids: list[int]) -> None:
         """From this position on, a request's grammar prescribes these tokens: it has no other choice."""
-        self._forced[uid] = position, ids
+        self._forced[uid], self._resting = (position, ids), 0
 
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
-        if not self.is_on:
+        num_decode = 0 if step.prefill[0] else len(step.decode[0])
+        self._num_steps += (is_resting := 0 < num_decode == self._resting and self._num_steps < _REST)
+        if is_resting or not self.is_on:
             return
         shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
         num_samples, config = sum(share.num_samples for _, share in shares), self._config
@@ -94,6 +95,8 @@ class Speculation:
         are_many = 0 < config.cuda_graph_max_bs < num_samples * (1 + config.draft_len)
         drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step.budget)
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
+        may_rest = not (drafts or wanted or self._makers or self._forced or any(self._drafters.values()))
+        self._resting, self._num_steps = num_decode * may_rest, 1
         if not drafts and not wanted:
             return
         step.decode, step.prefill = ([], []), ([], [])
@@ -124,7 +127,7 @@ class Speculation:
         return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
-        """What the engine says may follow requests' tokens. Asked and telling nothing, its drafter has failed."""
+        """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
         self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
         self._told = {reqs[index].uid: draft for index, draft in result.drafts.items()}
 
@@ -140,9 +143,10 @@ class Speculation:
         self.num_drafted[name] += num_right + num_wrong
         self.num_right[name] += num_right
         req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
-        if (rate := self._rates.get(req.uid, -1.0)) >= 0 and name != "grammar":
-            rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
-            self._rates[req.uid] = rate * (1 - _LEARNING) if num_wrong else rate
+        kind, slower = req.params.temperature > 0, self._asks * _LEARNING / 2
+        for rates, key, kept in (self._rates, req.uid, 1 - _LEARNING), (self._first_rates, kind, 1 - slower):
+            if (rate := rates.get(key, -1.0)) >= 0 and name != "grammar":
+                rates[key] = (1 - (1 - rate) * kept**num_right) * (kept if num_wrong else 1)
         req.num_computed += num_right
         pages.held[share.row] = num_right * self._config.has_states
         return ids[: num_right + 1]
@@ -161,7 +165,7 @@ class Speculation:
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         may_pay = self._forced or not self._makers or self._wanted(shares, num_samples)  # if all have a draft
         for req, share in shares:
-            rate, length = self._rates.setdefault(req.uid, _FIRST_RATE), 0
+            rate, length = self._rates.setdefault(req.uid, self._first_rates[req.params.temperature > 0]), 0
             if may_pay and (rate > lengths.least or self._forced):  # else this is all that is done for each of them
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
@@ -175,14 +179,14 @@ class Speculation:
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
-            if 0 <= self._rates[req.uid] == rate < (_FIRST_RATE if may_pay else lengths.least):  # in time another try
-                self._rates[req.uid] += (_FIRST_RATE - rate) * _FORGETTING * (self._asks / 8 if length else 1)
+            if 0 <= self._rates[req.uid] == rate < (self._first if may_pay else lengths.least):  # in time another try
+                part = _FORGETTING * self._num_steps * (self._asks / 32 if length else 1)
+                self._rates[req.uid] += (self._first - rate) * part
         return drafts if lengths.pays else {}
 
     def _room(self, req: Req, end: int, num: int, pages: Pages) -> int:
-        """How many of `num` guesses behind `end` tokens have pages; they get new ones while all others could, too."""
-        if num > (room := len(req.pages) * pages.page_size - end):
-            missing = div_ceil(num - room, pages.page_size)
+        """How many of so many guesses behind the first `end` tokens have pages, or get some that nobody needs."""
+        if (missing := div_ceil(end + num, pages.page_size) - len(req.pages)) > 0:
             needed = missing + self._config.max_running_requests - len(pages.rows)
             if pages.missing(needed, needed) <= 0 and pages.make_room(missing):
                 pages.give(req, pages.allocator.allocate(missing))

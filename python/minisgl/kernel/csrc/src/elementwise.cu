@@ -151,13 +151,14 @@ __global__ void __launch_bounds__(kMaxThreads) norm_linear_kernel(const NormLine
 
 template <typename T>
 struct RopeArgs {
-  T* qkv;             // [n, num_q + 2 * num_kv, head_dim]
+  T* qkv;             // [n, num_q + 2 * num_kv, head_dim], tokens `stride` apart
   const T* weight;    // [num_q + num_kv, head_dim] or null
   const float* cos;   // [n, head_dim]
   const float* sin;   // [n, head_dim]
   void* k_cache;      // [num_slots, num_kv, head_dim] T, or e4m3 where `narrows`
   void* v_cache;
   const int64_t* slots;  // [n]
+  int64_t stride;
   int num_q, num_kv, head_dim;
   float eps;
   bool narrows;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(512) rope_kernel(const RopeArgs<T> args) {
   for (int round = 0; round < rounds; ++round) {
     const int head = round * num_groups + threadIdx.x / kGroup;
     const bool works = active && head < num_heads;
-    T* source = args.qkv + (token * num_heads + head) * args.head_dim + offset;
+    T* source = args.qkv + token * args.stride + head * args.head_dim + offset;
     Vec<T, kLen> low_in{}, high_in{};
     if (works) {
       low_in = load_vec<T, kLen>(source);
@@ -388,9 +389,9 @@ void norm_linear(TensorView x, TensorView gain, double eps, TensorView weight, t
 void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi::Optional<TensorView> norm_weight,
                         double eps, TensorView cos, TensorView sin, TensorView k_cache, TensorView v_cache,
                         TensorView slots) {
-  MINISGL_CHECK(qkv.ndim() == 3 && qkv.IsContiguous() && aligned(qkv));
-  const int64_t num_tokens = qkv.size(0), head_dim = qkv.size(2);
+  const int64_t num_tokens = qkv.size(0), head_dim = qkv.size(2), stride = qkv.stride(0);
   if (num_tokens == 0) return;
+  MINISGL_CHECK(qkv.ndim() == 3 && qkv.stride(1) == head_dim && qkv.stride(2) == 1 && stride % 8 == 0 && aligned(qkv));
   MINISGL_CHECK(qkv.size(1) == num_q + 2 * num_kv && head_dim % 8 == 0 && head_dim <= 256);
   MINISGL_CHECK(is_fp32(cos) && cos.IsContiguous() && cos.numel() == num_tokens * head_dim && aligned(cos));
   MINISGL_CHECK(is_fp32(sin) && sin.IsContiguous() && sin.numel() == num_tokens * head_dim && aligned(sin));
@@ -415,6 +416,7 @@ void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi:
                      k_cache.data_ptr(),
                      v_cache.data_ptr(),
                      static_cast<const int64_t*>(slots.data_ptr()),
+                     stride,
                      static_cast<int>(num_q),
                      static_cast<int>(num_kv),
                      static_cast<int>(head_dim),

@@ -1,0 +1,85 @@
+"""When a head is asked for drafts: what requests learn from those before them, and what steps without drafts cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import Req, SamplingParams, ScheduledReq
+from minisgl.scheduler.planner import Planner
+from minisgl.scheduler.speculation import Speculation
+from tests.simulator import SimulatedEngine, expected_output
+
+CONFIG = SchedulerConfig(64, 512, 400, 4096, 4, draft_len=8, speculate="mtp", step_costs=(0.3, 0.6))
+PARAMS = SamplingParams(max_tokens=60, seed=0, ignore_eos=True)
+
+
+class HeadEngine(SimulatedEngine):
+    """Tells what is right, or what is wrong, behind the tokens of requests that ask."""
+
+    is_right, num_asked = False, 0
+
+    def run(self, planner: Planner) -> None:
+        """One step."""
+        planned = planner.plan()
+        assert planned is not None
+        result, told = self.submit(planned.plan).result(), dict[int, list[int]]()
+        for index, (req, share) in enumerate(zip(planned.reqs, planned.plan.reqs, strict=True)):
+            if share.num_drafts:
+                known = len(req.tokens) - req.prompt_len + len(result.token_ids[index])  # if all of its draft was right
+                output = expected_output([req.uid, 1, 2], req.max_len + share.num_drafts, ())
+                told[index] = [id if self.is_right else 60 for id in output[known : known + share.num_drafts]]
+                self.num_asked += 1
+        planner.retire(result._replace(drafts=told))
+
+
+def asked_of_head(planner: Planner, engine: HeadEngine, uids: range, params: SamplingParams) -> list[int]:
+    """Serve requests one after the other: in how many steps of each the head was asked."""
+    asked = list[int]()
+    for uid in uids:
+        engine.num_asked = 0
+        planner.add(uid, [uid, 1, 2], params)
+        while not planner.is_idle:
+            engine.run(planner)
+        asked.append(engine.num_asked)
+    return asked
+
+
+def test_requests_begin_with_what_those_before_them_have_taught() -> None:
+    """Of sampled ones, and of greedy ones; and in time they try again."""
+    planner, engine = Planner(CONFIG), HeadEngine(CONFIG)
+    sampled, greedy = replace(PARAMS, temperature=0.8), replace(PARAMS, temperature=0.0)
+    first = asked_of_head(planner, engine, range(8), sampled)
+    assert first[0] > 1 and not sum(first[-4:])
+    assert asked_of_head(planner, engine, range(8, 9), greedy)[0] > 1
+    assert 0 < sum(asked_of_head(planner, engine, range(10, 90), sampled)) < 32
+    engine.is_right = True
+    assert min(asked_of_head(planner, engine, range(100, 250), sampled)[-4:]) > 1
+
+
+def test_steps_are_not_looked_at_while_nobody_wants_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    wanted = Speculation._wanted
+
+    def counted(self: Speculation, shares: Sequence[tuple[Req, ScheduledReq]], num_samples: int) -> dict[int, int]:
+        nonlocal looks
+        looks += 1
+        return wanted(self, shares, num_samples)
+
+    monkeypatch.setattr(Speculation, "_wanted", counted)
+    planner, engine = Planner(CONFIG), HeadEngine(CONFIG)
+    asked_of_head(planner, engine, range(8), PARAMS)
+    looks = 0
+    planner.add(8, [8, 1, 2], replace(PARAMS, max_tokens=200))
+    for _ in range(100):
+        engine.run(planner)
+    assert 4 < looks < 12
+    looks, engine.is_right = 0, True
+    planner.add(9, [9, 1, 2], replace(PARAMS, temperature=0.0))  # of which nothing is known
+    engine.run(planner)
+    assert looks == 1
+    while not planner.is_idle:
+        engine.run(planner)
