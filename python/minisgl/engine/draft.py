@@ -65,13 +65,13 @@ class HeadDrafter:
         """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
         sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
-        skips, places, num = self._head.skips_last, 1 + most * bool(self._head.block), len(given.rows)
-        passes, tokens, ends = (int(skips), max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]
+        skips, places, num = int(self._head.skips_last), 1 + most * bool(self._head.block), len(given.rows)
+        passes, tokens, ends = (skips, max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]
         if kernels is not None and isinstance(reqs, slice) and len(ids):
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
             known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
-            kernels.plan(*known, tables.padding_row, skips, *parts, numbers)
+            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers)
             return *parts, numbers.flatten(2)
         following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]
