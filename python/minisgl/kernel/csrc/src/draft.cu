@@ -120,7 +120,8 @@ struct BestArgs {
   float eps;
 };
 
-// By row: of the parts that are done, the best one's score and token; and how many they are. Zero between launches.
+// By row: of the parts that are done, the best one's score and token; and how many they are. Zero between launches, which
+// share them: use one stream of a device at a time.
 __device__ unsigned long long best_keys[kMaxRows];
 __device__ unsigned int num_done[kMaxRows];
 
