@@ -58,10 +58,9 @@ class StepIndex(NamedTuple):
         token_rows, tokens = rows.repeat(num_new), np.arange(ends[-1])
         positions = tokens + (starts - offsets[:-1]).repeat(num_new)
         logit_tokens = np.flatnonzero(tokens >= (ends - num_samples).repeat(num_new))
-        sampled = positions[logit_tokens] + 1, token_rows[logit_tokens], logit_tokens
-        return StepIndex(
-            starts, num_new, *sampled, rows, *counts, seq_lens, offsets, token_rows, positions, positions + 1
-        )
+        of_tokens = token_rows, positions, positions + 1
+        sampled = of_tokens[2][logit_tokens], token_rows[logit_tokens], logit_tokens
+        return StepIndex(starts, num_new, *sampled, rows, *counts, seq_lens, offsets, *of_tokens)
 
 
 class StepTensors(NamedTuple):
