@@ -98,7 +98,7 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
 
 def step_costs(engine: EngineConfig) -> tuple[float, float]:
     """`SchedulerConfig.step_costs`. On GPUs about what it takes beside an H200: bytes that are read; half a millisecond
-    a step, 0.2 a token that a head tells, 0.4 while the host plans, with 0.012 a token. Steps of drafts that cannot be
+    a step, 0.03 a token that a head tells, 0.4 while the host plans, with 0.012 a token. Steps of drafts that cannot be
     captured (short convolutions) take as long as two."""
     if engine.device == "cuda" and any(isinstance(kind, ShortConv) for kind in engine.model.states):
         return 0.06, 1.0
@@ -108,7 +108,7 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     num_told = 1 if model.second and model.second[1].block else engine.draft_len * bool(model.mtp or model.second)
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
     of_cpu = 0.15 + share + 0.15 * bool(model.mtp), 0.03 + 2.2e-4 / (1.5e-4 + num_bytes / 6e10)  # the host's time, too
-    verify = (4e-4 + num_told * (2e-4 + told / 4e12)) / (step := 5e-4 + num_bytes / 4e12)
+    verify = (4e-4 + num_told * (3e-5 + told / 4e12)) / (step := 5e-4 + num_bytes / 4e12)
     return of_cpu if engine.device == "cpu" else (0.004 + 12e-6 / step, verify)
 
 

@@ -22,8 +22,7 @@ def longest_draft(kind: str, asked: int | None, is_free: bool, states: object = 
 
 
 def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | None) -> tuple[ServerArgs, ModelConfig]:
-    """Both, with what `--draft-model` names. Raises: ConfigError with one reason why that cannot guess for the model,
-    which is at `path`."""
+    """Both, with what `--draft-model` names. Raises: ConfigError with a reason why that cannot guess for the model."""
     if (given := args.draft_model) is None:
         return args, model
     try:

@@ -4,6 +4,7 @@ A decode step is one host-to-device copy, one graph replay and one copy of the i
 that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op.
 """
 
+import ctypes
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS, _NO_STEP = 2e-5, StepPlan(0, (), (), ())
+_PR_SET_TIMERSLACK = 29
 
 
 def open_gpu(rank: int) -> torch.device:
@@ -85,6 +87,7 @@ class CudaRunner:
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._device = open_gpu(rank)
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # sleeps of this thread end in time, not 50 microseconds later
         self._stream = torch.cuda.Stream(self._device)
         try:
             with self._on_device():
@@ -183,7 +186,6 @@ class CapturedSteps(StepRunner):
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
-        self._ends, self._batches = torch.empty_like(self._counting), dict[GraphShape, Batch]()  # captured ones
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
@@ -198,7 +200,8 @@ class CapturedSteps(StepRunner):
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
         self.tables.send(plan, index, masks)
-        self._prepare(self._batch(index, shape) if self._backend.plans_captured else self._batches[shape])
+        if self._backend.plans_captured:
+            self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
@@ -216,16 +219,9 @@ class CapturedSteps(StepRunner):
         if not shape.is_wide:
             return batch
         tensors, num = batch.tensors, shape.num_tokens
-        on_device = tensors.token_rows, self._ends[:num], self._counting[: num + 1]
+        on_device = tensors.token_rows, tensors.ends, self._counting[: num + 1]
         alone = index.token_rows, index.positions, np.ones(num, np.int64), np.arange(num + 1)
         return Batch(index, tensors, self.attention(alone, on_device, num), tensors.logit_tokens)
-
-    def _prepare(self, batch: Batch, captures: bool = False) -> Sequence[object]:
-        """What attention reads of a step beside its numbers. captures: it is not a replay, for which less may do."""
-        if len(batch.attention.rows) > len(batch.index.rows):
-            torch.add(batch.tensors.positions, 1, out=batch.attention.on_device().seq_lens)
-        needed = captures or self._backend.plans_captured
-        return self._backend.prepare_both(batch.attention, captured=True) if needed else ()
 
     def _sample(
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
@@ -239,8 +235,7 @@ class CapturedSteps(StepRunner):
         index = StepIndex.of(shape.padding((), self.tables.padding_row) or ())
         self.tables.send(_NO_STEP, index)
         batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
-        self._batches[shape] = batch
-        metadata = self._prepare(batch, captures=True)
+        metadata = self._backend.prepare_both(batch.attention, captured=True)
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
             computed = self._layers(batch, metadata)

@@ -10,7 +10,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
-from minisgl.engine.tables import Batch, StepTensors
+from minisgl.engine.tables import Batch
 from minisgl.kernel.cpu import CpuOps
 from minisgl.models.heads import Head
 
@@ -30,8 +30,8 @@ class SecondModel(ModelShard):
         return self.model.hidden(tokens, replace(step, input_ids=tokens, ropes=[r(step.positions) for r in self.ropes]))
 
     def choose(self, x: Tensor) -> Tensor:
-        """x: rows of `forward`'s result → the most probable tokens after these, [n] int32."""
-        return self.comm.broadcast(self.model.logits(x, None).argmax(-1).int())
+        """x: rows of `forward`'s result → the most probable tokens after these, [n] int64."""
+        return self.comm.broadcast(self.model.logits(x, None).argmax(-1))
 
 
 class HeadDrafter:
@@ -42,41 +42,53 @@ class HeadDrafter:
         self._head, self._steps, self._layers = head, steps, layers
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
-        """computed: of the step, which has sampled `ids`. → [requests, most] int32; the first `num_drafts` of a request
-        are of use. most: 0: the head only reads the step's tokens, so that its cache is as long as the model's."""
-        tensors, skips_last = batch.tensors, self._head.skips_last
-        context = computed.context if isinstance(self._head, Head) else None  # which is a head's, too
+        """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
+        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's."""
+        head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
-        following = self._steps.tables.token_ids[tensors.token_rows.long(), tensors.positions.long() + 1].long()
-        x = computed.hidden(torch.arange(len(following), device=ids.device))
-        x = self._head.forward(following if skips_last else context.input_ids, x, context, of_model=True)
-        if not (drafts := ids.new_zeros(len(tensors.rows), most)).numel():
-            return drafts
-        asked, told = np.flatnonzero(batch.index.num_drafts), list[Tensor]()  # nobody: it is captured for any
-        reqs = to_device(asked, ids.device) if 0 < len(asked) < len(drafts) else slice(None)
-        last = last_kept(tensors, computed.input_ids, ids)[reqs]
-        x, position, token = x[last], tensors.positions[last] + (not skips_last), following[last]
-        num_masks = most if self._head.block else 0
-        for num_told in range(1 if num_masks else most):
-            if num_told or not skips_last:
-                context = self._context(batch, reqs, position + num_told, num_told, num_masks)
-                x = self._head.forward(token, x, context)
-            told.append(self._head.choose(x))
-            token = told[-1].long()
-        drafts[reqs] = torch.stack(told, 1).view(-1, most)
-        return drafts
+        asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
+        reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
+        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most)
+        x = computed.hidden(None if computed.context else torch.arange(len(following)))
+        x = head.forward(following if head.skips_last else context.input_ids, x, context, of_model=True)
+        if not most:
+            return ids.new_zeros(num_reqs, 0)
+        x = x.index_select(0, last)  # no kernel that is behind this one starts before `numbers` are written
+        told = [head.choose(x) if head.skips_last else token]
+        for of_pass in numbers.unbind(1):
+            x = head.forward(told[-1], x, self._context(batch, *of_pass))
+            told.append(head.choose(x))
+        drafts = torch.stack(told[not head.skips_last :], 1).view(-1, most)
+        return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
-    def _context(self, batch: Batch, reqs: Tensor | slice, first: Tensor, num_told: int, num_masks: int) -> StepContext:
-        """Of a token of each of these requests, at position `first`, and so many masks behind it, which all see one
-        another; of requests that want no further token, or fewer, they are nobody's."""
-        places = torch.arange(1 + num_masks, dtype=first.dtype, device=first.device)
-        rows, wanted, first = batch.tensors.rows[reqs, None], batch.tensors.num_drafts[reqs, None], first[:, None]
-        is_wanted = wanted >= places.clamp(min=num_told + 1)  # [requests, 1 + num_masks]
-        rows = rows.where(is_wanted, self._steps.tables.padding_row).flatten()
-        positions = (first + places).where(is_wanted, 0).flatten()
-        seq_lens = (first + wanted.clamp(max=num_masks) + 1).where(is_wanted, 1).flatten()
+    def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
+        """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
+        sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
+        given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
+        skips, places, num = int(self._head.skips_last), 1 + most * bool(self._head.block), len(given.rows)
+        passes, tokens, ends = (skips, max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]
+        if kernels is not None and isinstance(reqs, slice) and len(ids):
+            parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
+            numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
+            known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
+            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers)
+            return *parts, numbers.flatten(2)
+        following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
+        next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]
+        wrong = torch.arange(len(ids), device=ids.device).where(ids != next_ids, len(ids))
+        owner, last = torch.searchsorted(ends, tokens, right=True), (torch.searchsorted(tokens, ends) - 1).clamp(min=0)
+        last = tokens[last.scatter_reduce(0, owner, wrong, "amin")].long()[reqs] if most else last
+        told, place = (torch.arange(*some, dtype=ends.dtype, device=ids.device) for some in (passes, (0, places)))
+        first, wanted = given.positions[last, None] + (not skips) + told[:, None, None], given.num_drafts[reqs, None]
+        is_wanted = wanted >= torch.maximum(told[:, None, None] + 1, place)  # [passes, requests, places]
+        found = given.rows[reqs, None], first + place, first + wanted.clamp(max=places - 1) + 1
+        told = torch.stack([x.where(is_wanted, no) for x, no in zip(found, (tables.padding_row, 0, 1), strict=True)])
+        return following, last, following[last], told.flatten(2)
+
+    def _context(self, batch: Batch, rows: Tensor, positions: Tensor, seq_lens: Tensor) -> StepContext:
+        """Of tokens that are sequences of their own. All: [n], as `_plan` has them."""
         num, cu_q = len(rows), torch.arange(len(rows) + 1, dtype=rows.dtype, device=rows.device)
-        known = [x.numpy() if x.is_cpu else np.zeros(num, np.int64) for x in (rows, seq_lens - 1)]  # a GPU has its own
+        known = (rows.numpy(), seq_lens.numpy() - 1) if rows.is_cpu else np.zeros((2, num), np.int64)
         sequences = known[0], known[1], np.ones(num, np.int64), np.arange(num + 1)
         attention = self._steps.attention(sequences, (rows, seq_lens, cu_q), num)
         numbers = batch.tensors._replace(rows=rows, seq_lens=seq_lens, cu_q=cu_q, token_rows=rows, positions=positions)
@@ -89,8 +101,7 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
     if isinstance(head, SecondModel):
-        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
-        layers = layers.of(head, head.create_kv(*num_pages), None)
+        layers = layers.of(head, head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1), None)
     if ops is None or spec is None:
         steps.propose = HeadDrafter(head, steps, layers).propose if head else None
         return
@@ -106,14 +117,3 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
         return told
 
     steps.propose = propose
-
-
-def last_kept(tensors: StepTensors, input_ids: Tensor, ids: Tensor) -> Tensor:
-    """[requests] int64: the token of the step from which the last token is sampled that is kept of each request: those
-    are kept whose draft was right so far. input_ids: of the step's tokens, drafts included; ids: what was sampled."""
-    tokens, num = tensors.logit_tokens.long(), len(ids)
-    samples = torch.searchsorted(tokens, tensors.cu_q.long())  # [requests + 1]: how many are before each request's
-    is_last = tokens.new_zeros(num + 1, dtype=torch.bool).index_fill_(0, samples[1:], True)[1:]
-    is_wrong = is_last | (ids != input_ids[(tokens + 1).clamp(max=len(input_ids) - 1)])
-    next_wrong = torch.arange(num, device=ids.device).where(is_wrong, num - 1).flip(0).cummin(0).values.flip(0)
-    return tokens[next_wrong[samples[:-1].clamp(max=num - 1)]]

@@ -17,11 +17,11 @@ class Computed(NamedTuple):
     """What the layers of a step came to, until the next one. tokens: [n] int64, of the step's.
 
     logits: tokens (None: those that sample) → [n, vocab_size], until the next call. hidden: tokens → [n, hidden], the
-    residual stream behind the last layer.
+    residual stream behind the last layer; where there is a context, None is all.
     """
 
     logits: Callable[[Tensor | None], Tensor]
-    hidden: Callable[[Tensor], Tensor]
+    hidden: Callable[[Tensor | None], Tensor]
     input_ids: Tensor  # of all tokens
     context: StepContext | None = None  # if they were computed one after the other
 

@@ -30,10 +30,9 @@ class GraphShape(NamedTuple):
 
 
 def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[GraphShape]:
-    """Of steps of up to `max_batch` tokens, by size. draft_len: of the longest draft of a request, where that matters.
-    Where the model's layers take one token like another, a request of several is as good as so many requests of one.
-    Layers with states, and a head that tells drafts, have to know which tokens belong together: for them there are
-    further shapes, of requests with a whole draft each, and of one more, nobody's, for what others lack."""
+    """Of steps of up to `max_batch` tokens, by size. draft_len: of the longest draft, where it matters which tokens are
+    of one request, to layers with states and a head that tells drafts: for them there are further shapes, of requests
+    with a whole draft each, and of one more, nobody's, for what others lack. To others a token is a request."""
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
     each, most = 1 + draft_len, min(max_batch, max_seq_len) * (draft_len > 0)
     wide = [GraphShape(size * each, size + more) for size in sizes for more in (0, 1) if size * each <= most]

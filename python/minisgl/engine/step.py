@@ -81,7 +81,7 @@ class LayerByLayer:
         hidden = self._model.hidden(context.input_ids, context)
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
-            lambda tokens: hidden.index_select(0, tokens),
+            lambda tokens: hidden if tokens is None else hidden.index_select(0, tokens),
             context.input_ids,
             context,
         )

@@ -36,6 +36,7 @@ class StepIndex(NamedTuple):
     offsets: IntArray  # [m + 1]: request i has tokens [offsets[i], offsets[i + 1])
     token_rows: IntArray  # [t]
     positions: IntArray  # [t]
+    ends: IntArray  # [t]: 1 + positions
 
     @property
     def numbers(self) -> tuple[IntArray, ...]:
@@ -52,13 +53,14 @@ class StepIndex(NamedTuple):
         counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0)))
         if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
             rest = offsets[:-1], rows, *counts
-            return StepIndex(starts, num_new, seq_lens, rows, *rest, seq_lens, offsets, rows, starts)
+            return StepIndex(starts, num_new, seq_lens, rows, *rest, seq_lens, offsets, rows, starts, seq_lens)
         ends = num_new.cumsum(out=offsets[1:])
         token_rows, tokens = rows.repeat(num_new), np.arange(ends[-1])
         positions = tokens + (starts - offsets[:-1]).repeat(num_new)
         logit_tokens = np.flatnonzero(tokens >= (ends - num_samples).repeat(num_new))
-        sampled = positions[logit_tokens] + 1, token_rows[logit_tokens], logit_tokens
-        return StepIndex(starts, num_new, *sampled, rows, *counts, seq_lens, offsets, token_rows, positions)
+        of_tokens = token_rows, positions, positions + 1
+        sampled = of_tokens[2][logit_tokens], token_rows[logit_tokens], logit_tokens
+        return StepIndex(starts, num_new, *sampled, rows, *counts, seq_lens, offsets, *of_tokens)
 
 
 class StepTensors(NamedTuple):
@@ -74,6 +76,7 @@ class StepTensors(NamedTuple):
     cu_q: torch.Tensor  # offsets
     token_rows: torch.Tensor
     positions: torch.Tensor
+    ends: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-KERNELS = ("elementwise", "sampling", "logprobs", "step", "routing")
+KERNELS = ("elementwise", "sampling", "logprobs", "step", "draft", "routing")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
@@ -109,13 +109,13 @@ class TritonOps(TorchOps):
 class CudaOps(delta.DeltaOps, TritonOps):
     """For GPUs of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
 
-    Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled.
-    """
+    Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled."""
 
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend, arch)
         self.captures_chunks = True
-        self.elementwise, self._sampling, self._logprobs, self._step, _ = (load_kernel(name, arch) for name in KERNELS)
+        loaded = [load_kernel(name, arch) for name in KERNELS]
+        self.elementwise, self._sampling, self._logprobs, self._step, self.draft, _ = loaded
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
 
@@ -206,10 +206,7 @@ def create_cuda_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) 
 
 
 def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile, side by side, what `CudaOps` and its products need for a dtype, or find it in the cache.
-
-    Raises: ConfigError.
-    """
+    """Have what `CudaOps` and its products need for a dtype, compiled side by side. Raises: ConfigError."""
     arch = torch.cuda.get_device_capability(device)
     tasks = [functools.partial(load_kernel, name, arch) for name in KERNELS]
     for module, is_there in ((skinny, skinny.shared_memory(device)), (decode_gemm, decode_gemm.is_available(device))):

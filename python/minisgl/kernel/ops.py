@@ -8,6 +8,7 @@ All work on ragged batches: the first dimension of activations is `num_tokens`, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +179,8 @@ class TorchMatrix(Matrix):
 
 class LayerOps(StateOps):
     """What layers compute."""
+
+    draft: Any = None  # on a GPU, the module of `draft.cu`
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type of norms and biases, beside weights of type `dtype`."""

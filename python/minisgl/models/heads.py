@@ -55,6 +55,7 @@ class Head:
         self.lm_head = self._tables.get(HEAD, model.lm_head)
         self._moves = torch.zeros(config.vocab_size * self._is_narrow, dtype=torch.int64, device=env.device)
         self._narrowed: Matrix | None = None  # in place of the LM head's
+        self._most, self._kernels = num_tokens - 1, env.ops.draft if size % 8 == 0 else None  # of 16-byte vectors
 
     def forward(self, following: Tensor, x: Tensor, step: StepContext, of_model: bool = False) -> Tensor:
         """following: [num_tokens] int64, of each token the one after it; x: [num_tokens, hidden], of the result before,
@@ -88,17 +89,20 @@ class Head:
         return x.view(*blocks.shape, -1)[:, 1:].flatten(0, 1)
 
     def choose(self, x: Tensor) -> Tensor:
-        """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
-        logits = self.lm_head.logits(x, self._norms[-1], self._eps, self._narrowed)
+        """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int64."""
+        logits = self.lm_head.logits(x, *(norm := (self._norms[-1], self._eps)), self._narrowed)
+        if self._kernels is not None and self._comm.size == 1:
+            exact = matrix.weight if self._narrowed and isinstance(matrix := self.lm_head.matrix, TorchMatrix) else None
+            known, ids = (*norm, self._moves, self._most), torch.empty(len(x), dtype=torch.int64, device=x.device)
+            self._kernels.best(logits, exact, x, *known, ids)
+            return ids
         num = 1 if self._narrowed is None else min(64, logits.shape[1])  # parts, of which 4 bits name a token each
         best = logits[:, : logits.shape[1] // num * num].reshape(len(x), -1, num).argmax(1)
         some = self._comm.broadcast(best * num + torch.arange(num, device=x.device))
         if num > 1:
             rows = self.lm_head.forward(some.flatten()).view(*some.shape, -1)
-            exact = rows @ self._ops.rms_norm(x, self._norms[-1], self._eps)[..., None]
-            some = some.gather(1, exact.argmax(1))
-        ids, last = some[:, 0], self._model.config.vocab_size - 1
-        return ((ids + self._moves[ids]).clamp_(0, last) if self._is_narrow else ids).int()
+            some = some.gather(1, (rows @ self._ops.rms_norm(x, *norm)[..., None]).argmax(1))
+        return ((some + self._moves[some]).clamp_(0, self._most) if self._is_narrow else some)[:, 0]
 
     def cpu_spec(self) -> CpuSpec | None:
         """Of the layer's blocks; numbers: handles of `fc` and the LM head; norms: of the embedding, the hidden state,

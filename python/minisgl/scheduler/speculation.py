@@ -65,7 +65,7 @@ class Speculation:
         self._first = _ENGINES_RATE if self._asks else _FIRST_RATE
         self._first_rates: dict[int, float] = {False: self._first, True: self._first}  # by whether it is sampled
         self._resting, self._num_steps = 0, 1  # so many requests wanted no draft, so many steps ago
-        self.num_drafted, self.num_right = Counter[str](), Counter[str]()
+        self.num_drafted, self.num_right, self._told = Counter[str](), Counter[str](), dict[int, Sequence[int]]()
 
     @property
     def is_on(self) -> bool:
@@ -127,13 +127,9 @@ class Speculation:
         return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
-        """What the engine says may follow requests' tokens. Asked and telling nothing, its drafter has failed."""
+        """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
         self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
-        for own in self._drafters.values() if self._asks else ():
-            own.pop(self._config.speculate, None)  # what the step before has told
-        for index, draft in result.drafts.items():
-            if (req := reqs[index]).state is not ReqState.FINISHED:
-                self._drafters.setdefault(req.uid, {})[self._config.speculate] = Prediction(draft, len(req.tokens))
+        self._told = {reqs[index].uid: draft for index, draft in result.drafts.items()}
 
     def settle(self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: Ids, pages: Pages) -> Ids:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
@@ -199,12 +195,14 @@ class Speculation:
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
         try:
-            own = self._drafters.setdefault(req.uid, {})
+            own = self._drafters.setdefault(req.uid, {}) if self._makers else self._drafters.get(req.uid, {})
             own |= {name: make(req) for name, make in self._makers.items() if name not in own}
             for name, drafter in own.items():
                 if ids := drafter.propose(req, num_pending, most)[:most]:
                     self._names[req.uid] = name
                     return ids
+            self._names[req.uid] = self._config.speculate
+            return self._told.get(req.uid, ())[num_pending : num_pending + most]
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
