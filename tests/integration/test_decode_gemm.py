@@ -114,6 +114,9 @@ def test_the_chosen_variant_exists(m: int) -> None:
     ]:
         variant = decode_gemm.choose(m, n, k, gated)
         assert variant is None or fits(variant, m, k)
+    both = decode_gemm.choose(m, 2880, 4096, False, adds_both=True)
+    assert (both is not None) == (m <= 160)  # a bias besides the residual stream: cuBLAS would need a second kernel
+    assert both is None or fits(both, m, 4096)
     for n in range(16, 3000, 272):
         variant = decode_gemm.choose(m, n, 64, False)
         assert variant is None or fits(variant, m, 64)

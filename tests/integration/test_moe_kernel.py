@@ -200,7 +200,7 @@ def test_choices(dtype: torch.dtype, num_experts: int, top_k: int, sums_to_1: bo
     expected = logits.softmax(-1, dtype=torch.float32).sort(dim=-1, descending=True).values[:, :top_k]
     expected = expected / expected.sum(-1, keepdim=True) if sums_to_1 else expected
     pairs = torch.empty(70 * top_k, dtype=torch.int32, device=DEVICE)
-    blocks = torch.empty(70 * top_k, 3, dtype=torch.int32, device=DEVICE)
+    blocks = torch.empty(70 * top_k, 4, dtype=torch.int32, device=DEVICE)
     arch, finite = torch.cuda.get_device_capability(), torch.arange(70, device=DEVICE) != 4
     weights, experts = choose_experts(wide, top_k, sums_to_1, arch, pairs, blocks)
     by_logit = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
@@ -208,7 +208,7 @@ def test_choices(dtype: torch.dtype, num_experts: int, top_k: int, sums_to_1: bo
     torch.testing.assert_close(weights[finite], expected[finite], atol=1e-6, rtol=1e-5)
     assert pairs.tolist() == list(range(70 * top_k))
     assert blocks[:, 0].tolist() == experts.flatten().tolist()
-    assert torch.equal(blocks[:, 2], blocks[:, 1] + 1) and torch.equal(blocks[:, 1], pairs)
+    assert torch.equal(blocks[:, 2], blocks[:, 1] + 1) and torch.equal(blocks[:, 1], pairs) and not blocks[:, 3].any()
     logits[2, 3] = float("nan")
     weights, experts = choose_experts(logits, top_k, sums_to_1, arch)
     assert weights[2].isnan().all() and ((experts >= 0) & (experts < num_experts)).all()
@@ -325,8 +325,8 @@ def test_sorted_pairs(block_m: int, num_tokens: int, num_experts: int, top_k: in
     flat = experts.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
     covered: list[int] = []
-    for expert, first, end in blocks.tolist():
-        assert end - first <= block_m
+    for expert, first, end, done in blocks.tolist():
+        assert end - first <= block_m and not done
         covered += range(first, end)
         assert (flat[order[first:end].long()] == expert).all()
     assert covered == list(range(flat.numel()))
@@ -344,6 +344,32 @@ def test_nan_stays_in_its_token() -> None:
     assert out[2].isnan().all()
     others = [0, 1, 3, 4, 5]
     torch.testing.assert_close(out[others], expected[others], atol=0, rtol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_tokens", [90, 500])
+def test_mixtures_that_overlap(num_tokens: int) -> None:
+    """The second product begins while the first one still runs; what another mixture left in its place shows."""
+    from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
+
+    torch.manual_seed(0)
+    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 8, 960, 1280
+    experts = [[mxfp4(inner, hidden), mxfp4(inner, hidden)] for _ in range(num_experts)]
+    down = [[mxfp4(hidden, inner)] for _ in range(num_experts)]
+    full = [torch.stack([torch.cat([part.dequantize() for part in parts]) for parts in s]) for s in (experts, down)]
+    stacks = [stack_of((torch.bfloat16, s), gated, arch) for s, gated in ((experts, True), (down, False))]
+    xs = torch.randn(12, num_tokens, hidden, device=DEVICE, dtype=torch.bfloat16)
+    logits = torch.randn(12, num_tokens, num_experts, device=DEVICE)
+    logits[::3, :, 1] += 3  # several blocks of one expert
+    fused_moe(xs[0], logits[0], *stacks, 2, True, arch=arch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [fused_moe(x, each, *stacks, 2, True, arch=arch) for x, each in zip(xs, logits, strict=True)]
+    expected = [reference(x, each, *full, 2, True) for x, each in zip(xs, logits, strict=True)]
+    for _ in range(5):
+        graph.replay()
+        for out, right in zip(outs, expected, strict=True):
+            assert (out.float() - right).norm() < 1e-2 * right.norm()
 
 
 @needs_gpu

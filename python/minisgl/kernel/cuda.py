@@ -63,9 +63,9 @@ class CudaMatrix(TorchMatrix):
             return skinny.linear(x, self.weight, around)
         if around.norm is None:  # otherwise it is asked again, with what is normalised
             fits = decode_gemm.supports(m, n, k, x.dtype) and decode_gemm.is_available(x.device)
-            variant = decode_gemm.choose(m, n, k, around.gated) if fits and self.weight.is_contiguous() else None
-            if variant is not None:
-                return decode_gemm.linear(x, self.weight, around, variant)
+            both = around.bias is not None and around.residual is not None
+            if fits and self.weight.is_contiguous() and (found := decode_gemm.choose(m, n, k, around.gated, both)):
+                return decode_gemm.linear(x, self.weight, around, found)
         if around.residual is None:
             return None
         around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself

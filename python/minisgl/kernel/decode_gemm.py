@@ -44,10 +44,10 @@ def token_tile(m: int) -> int:
     return next(tile for tile in TOKEN_TILES if m <= tile)
 
 
-def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
+def choose(m: int, n: int, k: int, gated: bool, adds_both: bool = False) -> Variant | None:
     """The fastest variant for `m` tokens, `n` outputs (of gate_up: one half) and `k` inputs; None: cuBLAS is faster.
 
-    Measured on an H200 with the layers of Qwen3-0.6B and 14B (docs/performance-log.md).
+    adds_both: a bias and a residual stream, for which cuBLAS needs two kernels. Measured: docs/performance-log.md.
     """
     if (2 * n if gated else n) * k <= SMALL_WEIGHTS:  # what counts is that many blocks share the little there is
         if gated:
@@ -65,7 +65,7 @@ def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
         return Variant(192, 4)
     if m <= 32:
         return Variant(192, 4) if n <= k else Variant(128, 2)
-    return None
+    return Variant(128, 4) if adds_both and m <= 160 and n < k and n * k <= 2 * SMALL_WEIGHTS else None
 
 
 @functools.cache

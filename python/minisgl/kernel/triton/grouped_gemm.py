@@ -100,18 +100,18 @@ def _sort_kernel(
     for start in tl.range(0, num_pairs, SCAN):
         known = start + offsets < num_pairs
         counts += tl.histogram(tl.load(experts_ptr + start + offsets, mask=known, other=0), BLOCK_E, mask=known)
-    before = ids < expert
     num_blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(before, counts, 0), 0)
-    first_block = tl.sum(tl.where(before, num_blocks, 0), 0)
+    first = tl.sum(tl.where(ids < expert, counts, 0), 0)
+    first_block = tl.sum(tl.where(ids < expert, num_blocks, 0), 0)
     count = tl.sum(tl.where(ids == expert, counts, 0), 0)
     end = first + count
     end_block = first_block + (count + BLOCK_M - 1) // BLOCK_M
     for block in tl.range(first_block, tl.where(expert == NUM_EXPERTS - 1, max_blocks, end_block)):
         low = tl.minimum(first + (block - first_block) * BLOCK_M, end)
-        tl.store(blocks_ptr + block * 3, expert)
-        tl.store(blocks_ptr + block * 3 + 1, low)
-        tl.store(blocks_ptr + block * 3 + 2, tl.minimum(low + BLOCK_M, end))
+        tl.store(blocks_ptr + block * 4, expert)
+        tl.store(blocks_ptr + block * 4 + 1, low)
+        tl.store(blocks_ptr + block * 4 + 2, tl.minimum(low + BLOCK_M, end))
+        tl.store(blocks_ptr + block * 4 + 3, 0)
     if count > 0:
         at = first
         for start in tl.range(0, num_pairs, SCAN):
@@ -136,7 +136,7 @@ def _product_kernel(
     by pair; w: [experts, OUT, IN]. bias: of w's rows, or None.
     """
     begin(PDL)
-    block_ptr = blocks_ptr + tl.program_id(1) * 3
+    block_ptr = blocks_ptr + tl.program_id(1) * 4
     expert, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
@@ -246,11 +246,11 @@ def _sum_kernel(
 
 
 def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """experts: [num_tokens, top_k] int32 → int32: [num_pairs], pairs by expert; and [max_blocks, 3]: expert, first and
-    end index of these, first == end where there is no block."""
+    """experts: [num_tokens, top_k] int32 → int32: [num_pairs], pairs by expert; and [max_blocks, 4]: expert, first and
+    end index of these, first == end where there is no block, and 0."""
     num_pairs, device = experts.numel(), experts.device
     max_blocks = num_pairs // block_m + min(num_pairs, num_experts)
-    order, blocks = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (num_pairs, (max_blocks, 3)))
+    order, blocks = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (num_pairs, (max_blocks, 4)))
     _sort_kernel[(num_experts,)](
         experts, order, blocks, num_pairs, max_blocks, num_experts, triton.next_power_of_2(num_experts), block_m, SCAN,
         pdl, num_warps=4, **launch_options(pdl),
@@ -303,12 +303,12 @@ def fused_moe(
         first, second = replace(first, block_m=size), replace(second, block_m=size)
     assert first.block_m == second.block_m
     alone = arch > (0, 0) and (num_tokens == 1 or 8 * num_pairs <= num_experts)  # hardly two have the same expert
-    pairs = [torch.empty(n, dtype=torch.int32, device=x.device) for n in ((num_pairs,), (num_pairs, 3)) if alone]
+    pairs = [torch.empty(n, dtype=torch.int32, device=x.device) for n in ((num_pairs,), (num_pairs, 4)) if alone]
     weights, experts = choose_experts(router_logits, top_k, renormalize, arch, *pairs)
     order, blocks = pairs or sort_pairs(experts, num_experts, first.block_m, pdl)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
     _product(x, gate_up, gated, (order, blocks), weights, first, (True, clamped), pdl)
-    _product(gated, down, scaled, (order, blocks), weights, second, (False, False), pdl)
+    _product(gated, down, scaled, (order, blocks), weights, second, (False, -bool(gate_up.unit and down.unit)), pdl)
     _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
         scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), residual is not None, pdl, num_warps=4,
         **launch_options(pdl),
@@ -318,7 +318,7 @@ def fused_moe(
 
 def _product(
     x: Tensor, w: Stack, out: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor, c: Tile,
-    kind: tuple[bool, bool], pdl: bool,
+    kind: tuple[int, int], pdl: bool,
 ) -> None:  # fmt: skip
     (order, blocks), top_k = pairs, weights.shape[1]
     if w.unit:

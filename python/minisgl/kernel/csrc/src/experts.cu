@@ -110,7 +110,7 @@ void dispatch(const Args& args, const TensorView& x, int64_t num_blocks, int64_t
 void product(TensorView x, TensorView weight, double unit, Optional<TensorView> bias, TensorView weights,
              TensorView order, TensorView blocks, TensorView out, int64_t top_k, int64_t kind, int64_t block_m) {
   Args args = arguments(x, weight, unit, bias, weights, order, blocks, out, top_k, kind);
-  if (kind) return dispatch<true>(args, x, blocks.size(0), block_m);
+  if (kind > 0) return dispatch<true>(args, x, blocks.size(0), block_m);
   dispatch<false>(args, x, blocks.size(0), block_m);
 }
 

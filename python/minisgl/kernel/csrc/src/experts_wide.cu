@@ -7,7 +7,7 @@ namespace {
 
 template <bool gated>
 __device__ __forceinline__ void consume(const Args& args, const Shared<gated>& shared) {
-  if (!gated) pdl_wait();
+  if (!gated && !args.parts) pdl_wait();
   Cursor<Outputs<gated>::kStages> cursor;
   Work work(args, blockIdx.x);
   while (work.exists()) {
@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
     produce<gated>(args, weights, shared);
   }
+  if (!gated && args.parts) pdl_wait();  // so that whoever waits for this kernel has waited for the one before too
 }
 
 template <bool gated>
@@ -76,7 +77,8 @@ void product(TensorView x, TensorView weight, double unit, Optional<TensorView> 
              TensorView order, TensorView blocks, TensorView out, int64_t top_k, int64_t kind, int64_t block_m) {
   MINISGL_CHECK(block_m == kTokens);
   Args args = arguments(x, weight, unit, bias, weights, order, blocks, out, top_k, kind);
-  if (kind) return run_wide<true>(args, x, weight.size(0));
+  if (kind > 0) return run_wide<true>(args, x, weight.size(0));
+  if (kind < 0) args.parts = (args.k / 8 + kTiles - 1) / kTiles * kWarpgroups;
   run_wide<false>(args, x, weight.size(0));
 }
 

@@ -15,7 +15,7 @@ struct Args {
   float* weights;  // [tokens, top_k]
   int* experts;    // [tokens, top_k]
   int* order;      // [tokens * top_k], or null
-  int* blocks;     // [tokens * top_k, 3], or null
+  int* blocks;     // [tokens * top_k, 4], or null
   int64_t stride;  // of logits
   int tokens, num_experts, top_k;
   bool renormalize;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const L* logits, const 
   args.weights[pair] = choice.weight, args.experts[pair] = choice.expert;
   if (args.order == nullptr) return;
   args.order[pair] = pair;
-  args.blocks[pair * 3] = choice.expert, args.blocks[pair * 3 + 1] = pair, args.blocks[pair * 3 + 2] = pair + 1;
+  reinterpret_cast<int4*>(args.blocks)[pair] = make_int4(choice.expert, pair, pair + 1, 0);
 }
 
 template <typename L>
@@ -62,7 +62,7 @@ void route(TensorView logits, bool renormalize, TensorView weights, TensorView e
   Args args{place_of<float>(weights, pairs, is_fp32(weights)),
             place_of<int>(experts, pairs, is_int32(experts)),
             order.has_value() ? place_of<int>(*order, pairs, is_int32(*order)) : nullptr,
-            blocks.has_value() ? place_of<int>(*blocks, pairs * 3, is_int32(*blocks)) : nullptr,
+            blocks.has_value() ? place_of<int>(*blocks, pairs * 4, is_int32(*blocks)) : nullptr,
             logits.stride(0),
             static_cast<int>(tokens),
             static_cast<int>(num_experts),

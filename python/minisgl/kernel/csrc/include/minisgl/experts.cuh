@@ -31,11 +31,12 @@ struct Args {
   const T* bias;         // [experts, rows], or null
   const float* weights;  // of pairs
   const int* order;
-  const int* blocks;  // [blocks, 3]: expert, first and end index into order
+  int* blocks;  // [blocks, 4]: expert, first and end index into order, how much of the gated outputs is there
   T* out;
   int64_t x_stride;
   float unit;  // of all weights
   int k, units, tiles, top_k, num_blocks;
+  int parts;  // of its x that a block waits for; 0: all wait for what was launched before
   bool clamped;
 };
 
@@ -108,7 +109,7 @@ struct Share {
   // tile: the warp's first one. In place of those beyond the last this is computed again, and not written.
   __device__ __forceinline__ Share(const Args& arguments, int tile_)
       : args(arguments), lane(threadIdx.x % 32), tile(tile_) {
-    const int* block = args.blocks + blockIdx.y * 3;
+    const int* block = args.blocks + blockIdx.y * 4;
     expert = block[0], first = block[1], count = block[2] - first;
     from = args.weight + static_cast<int64_t>(expert) * args.tiles * args.units * kUnitBytes;
   }
@@ -179,15 +180,16 @@ inline void check_weight(const TensorView& weight, const Optional<TensorView>& b
 }
 
 // Arguments of `product`. What is launched directly before one that is not gated must not write `order` and `blocks`, and must
-// have waited for who did before it triggered: they are read early. weight: [experts, rows, bytes]; bias: [experts, rows]; kind: 0 not gated, 1 SwiGLU, 2 clamped. out: gated
-// [pairs, rows / 2] in the order of `order`, of tokens x; otherwise [pairs, rows] by pair, of rows x in that order, times
+// have waited for who did before it triggered: they are read early. weight: [experts, rows, bytes]; bias: [experts, rows].
+// kind: 0 not gated, 1 SwiGLU, 2 clamped, -1 not gated and x is what a gated product of the same module and `blocks` writes,
+// which was launched directly before. out: gated [pairs, rows / 2] in the order of `order`, of tokens x; otherwise [pairs, rows] by pair, of rows x in that order, times
 // `weights`.
 inline Args arguments(const TensorView& x, const TensorView& weight, double unit, const Optional<TensorView>& bias,
                       const TensorView& weights, const TensorView& order, const TensorView& blocks,
                       const TensorView& out, int64_t top_k, int64_t kind) {
   int64_t rows = weight.size(1), k = x.size(1), units = (k + kUnitK - 1) / kUnitK;
   check_rows(x);
-  check_matrix(out, order.size(0), kind ? rows / 2 : rows);
+  check_matrix(out, order.size(0), kind > 0 ? rows / 2 : rows);
   check_weight(weight, bias, k);
   MINISGL_CHECK(is_int32(order) && is_int32(blocks) && is_fp32(weights) && blocks.is_contiguous() &&
                 order.is_contiguous() && weights.is_contiguous());
@@ -196,7 +198,7 @@ inline Args arguments(const TensorView& x, const TensorView& weight, double unit
           bias.has_value() ? data_of(*bias) : nullptr,
           static_cast<const float*>(weights.data_ptr()),
           static_cast<const int*>(order.data_ptr()),
-          static_cast<const int*>(blocks.data_ptr()),
+          static_cast<int*>(blocks.data_ptr()),
           const_cast<T*>(data_of(out)),
           x.stride(0),
           static_cast<float>(unit),
@@ -205,6 +207,7 @@ inline Args arguments(const TensorView& x, const TensorView& weight, double unit
           static_cast<int>(rows / 16),
           static_cast<int>(top_k),
           static_cast<int>(blocks.size(0)),
+          0,
           kind == 2};
 }
 

@@ -3,7 +3,8 @@
 // A tile of the output is 192 rows of one expert's weights and a block of its pairs. Blocks of threads stay: each takes tile
 // after tile. One warpgroup copies, and is stages ahead, tiles too; three have 64 rows each, make 16-bit numbers of
 // codes in registers, for the tall operand, while the products before run, and write results while the next tile is copied.
-// Products are only as wide as the block's pairs want.
+// Products are only as wide as the block's pairs want. Those that are not gated begin beside the last of the gated ones: each
+// block of pairs has a count of what is written of it.
 #pragma once
 
 #include "minisgl/experts.cuh"
@@ -50,18 +51,32 @@ struct Outputs {
 
 // A tile of the output.
 struct Work {
-  int index, expert, first = 0, end = 0, tile;
+  int index, at, expert, first = 0, end = 0, tile;  // at: the block
 
   __device__ __forceinline__ Work(const Args& args, int index_) : index(index_) {
-    int across = (args.tiles + kTiles - 1) / kTiles, at = index / across;
+    int across = (args.tiles + kTiles - 1) / kTiles;
+    at = index / across;
     if (at >= args.num_blocks) return;
-    const int* block = args.blocks + at * 3;
+    const int* block = args.blocks + at * 4;
     expert = block[0], first = block[1], end = block[2], tile = (index - at * across) * kTiles;
   }
 
   // Those of blocks without pairs are the last ones.
   __device__ __forceinline__ bool exists() const { return end > first; }
   __device__ __forceinline__ int count() const { return end - first; }
+
+  // Products that are not gated: until all that the gated ones have to write of the block is there.
+  __device__ __forceinline__ void wait(const Args& args) const {
+    for (int there = 0; there < args.parts;) {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(args.blocks + at * 4 + 3) : "memory");
+    }
+  }
+
+  // Gated products, one thread of each warpgroup when all of this wrote: its part is there.
+  __device__ __forceinline__ void tell(const Args& args) const {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(args.blocks + at * 4 + 3) : "memory");
+  }
+
   __device__ __forceinline__ Work next(const Args& args) const { return Work(args, index + gridDim.x); }
 };
 
@@ -114,11 +129,12 @@ __device__ __forceinline__ void produce(const Args& args, const CUtensorMap& wei
     if (thread == 0) {
       for (int i = 0; i < early; ++i) load_weights(weights, work, i, shared.weights(i), shared.full + i * 8);
     }
-    pdl_wait();
+    if (!args.parts) pdl_wait();
   }
   Cursor<kStages> cursor;
   while (work.exists()) {
     Work ahead = work.next(args);
+    if (!gated) work.wait(args);
     int rows[kTokens / 8];
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
@@ -306,6 +322,10 @@ __device__ __forceinline__ void compute(const Args& args, const Shared<gated>& s
   pin(sums);
   if (leader) barrier_arrive(last);
   finish.template write<width>(args, shared, work, sums);
+  if constexpr (gated) {
+    warpgroup_sync(threadIdx.x / 128);
+    if (threadIdx.x % 128 == 0) work.tell(args);
+  }
 }
 
 }  // namespace
