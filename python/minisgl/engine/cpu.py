@@ -148,18 +148,18 @@ class Asked:
     """`core.Masks` from when a step is submitted: those before it run meanwhile, and tell their tokens."""
 
     def __init__(self, masks: Masks, masked: tuple[int, ...]) -> None:
-        self.shape, self._masked, states = masks.shape, list(masked), np.full(len(masked), MASK_PENDING, np.int32)
+        self.shape, self._masked, states = masks.shape, np.array(masked), np.full(len(masked), MASK_PENDING, np.int32)
         self._board = np.empty(self.shape, np.int32), states, np.full_like(states, ID_PENDING)
         masks(*self._board)
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:  # noqa: ARG002
         deadline = time.monotonic() + _MASK_SECONDS
-        while MASK_PENDING in self._board[1] and time.monotonic() < deadline:
+        while MASK_PENDING in self._board[1].tolist() and time.monotonic() < deadline:
             time.sleep(2e-5)
         states[:], words[:] = self._board[1].copy(), self._board[0]  # states first: what is ready is whole
 
     def tell(self, ids: Tensor) -> None:
-        self._board[2][:] = ids.numpy()[self._masked]
+        self._board[2][:] = ids.numpy().take(self._masked)
         tell()
 
 

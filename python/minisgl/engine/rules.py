@@ -69,7 +69,7 @@ class LogitRules:
         words, states = np.empty(masks.shape, np.int32), np.zeros(len(masked), np.int32)
         masks(words, states, None)
         mask_of = np.full(len(rows), NO_MASK, np.int32)
-        mask_of[list(masked)] = np.where(states == MASK_READY, np.arange(len(masked)), NOT_READY)
+        mask_of[list(masked)] = [i if state == MASK_READY else NOT_READY for i, state in enumerate(states.tolist())]
         return StepRules(rows, positions, *self.lists, torch.from_numpy(words), torch.from_numpy(mask_of))
 
     def sample(

@@ -115,7 +115,7 @@ class MaskWorker:
 
     def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words, *read: Words) -> None:
         """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s; read: what those name."""
-        while self._held and MASK_PENDING not in self._held[0][0]:
+        while self._held and MASK_PENDING not in self._held[0][0].tolist():
             self._held.popleft()
         self._held.append((states, words, *read))
         places = rows.ctypes.data, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1]
