@@ -199,6 +199,14 @@ def test_layers_that_have_others_keys_and_values(tmp_path: Path) -> None:
         tokens_of(path)
 
 
+def test_values_that_are_keys(tmp_path: Path) -> None:
+    """As in transformers: a file's own values of such layers are not used."""
+    source = tiny_model("gemma4_text")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    path = rewritten(source, tmp_path / "model", lambda t: {**t, name.replace("k_proj", "v_proj"): t[name].flip(0)})
+    assert tokens_of(path) == tokens_of(source) == hf_generate(path, PROMPT, 12)
+
+
 @pytest.mark.parametrize("kind", ["one file", "shards", "an older file"])
 def test_files_of_torch(tmp_path: Path, kind: str) -> None:
     source, path = tiny_model("qwen3"), tmp_path / "model"

@@ -291,6 +291,13 @@ def test_moe_layers(tmp_path: Path) -> None:
             "Gemma3nForCausalLM .missing: several residual streams.*; supported: Ll",
         ),
         ({**GEMMA4, "enable_moe_block": True}, "enable_moe_block must be false, not True"),
+        (
+            {
+                "architectures": ["Gemma4ForConditionalGeneration"],
+                "text_config": {"model_type": "gemma4_text", "enable_moe_block": True},
+            },
+            r"json: text_config\.enable_moe_block must be false, not True",
+        ),
         ({**GEMMA4, "use_bidirectional_attention": "all"}, 'must be false or "vision", not .all.'),
         ({**GEMMA4, "num_kv_shared_layers": 3}, "num_kv_shared_layers must be fewer, with a layer of each kind"),
         ({**GEMMA4, "num_kv_shared_layers": 4}, "num_kv_shared_layers must be a whole number, 0 to 3"),

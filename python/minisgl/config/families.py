@@ -167,8 +167,8 @@ def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:
         return FamilyFields(f.data, f.source, "", family), family
     text, shared = f.child(family.inner), ("tie_word_embeddings", "dtype", "torch_dtype", "packed_bytes")
     given, kind = {key: f.data[key] for key in shared if f.data.get(key) is not None}, text.text("model_type", "")
-    family = next((one for one in FAMILIES.values() if one.model_type == kind and not one.inner), family)
-    return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", family), family
+    own = next((one for one in FAMILIES.values() if one.model_type == kind and not one.inner), family)
+    return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", own), own
 
 
 def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[specs.RopeConfig, ...], int]:
@@ -199,8 +199,7 @@ def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
         return ()
     spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
     size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
-    mlp = replace(spec.mlp, intermediate_size=size) if isinstance(spec.mlp, DenseMLP) else spec.mlp
-    return (replace(spec, mlp=mlp),)
+    return (replace(spec, mlp=replace(spec.mlp, intermediate_size=size)) if isinstance(spec.mlp, DenseMLP) else spec,)
 
 
 def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
@@ -230,9 +229,8 @@ def _kinds(f: Fields, family: Family) -> list[str]:
     num_layers, is_told = f.integer("num_hidden_layers", 0, most=MAX_LAYERS), f.data.get("layer_types") is not None
     kinds = f.list_of(str, "layer_types")[: None if is_told else num_layers]  # a family's default may have more
     known = dict.fromkeys(("full_attention", "attention", family.kind, *["sliding_attention"] * family.ropes_by_layer))
-    if others := set(kinds) - set(known):
-        told = "layer_types " + ", ".join(sorted(others))
-        raise ConfigError(f"{f.source}: {told} not supported (supported: {', '.join(known)})")
+    if told := ", ".join(sorted(set(kinds) - set(known))):
+        raise ConfigError(f"{f.source}: layer_types {told} not supported (supported: {', '.join(known)})")
     if kinds and len(kinds) != num_layers:
         raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
     if not kinds or "layer_types" not in family.defaults:

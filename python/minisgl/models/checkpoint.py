@@ -137,9 +137,9 @@ class Checkpoint:
                     self._stored[ours] = stored
         for index, layer in enumerate(() if model is None else model.layers):
             at = f"model.layers.{index}.self_attn."
-            if layer.attention.values_are_keys:  # and not stored twice
+            if layer.attention.values_are_keys:  # whatever else is stored
                 of_keys = {name: stored for name, stored in self._stored.items() if name.startswith(f"{at}k_proj.")}
-                self._stored = {name.replace("k_proj", "v_proj"): of_keys[name] for name in of_keys} | self._stored
+                self._stored |= {name.replace("k_proj", "v_proj"): of_keys[name] for name in of_keys}
             elif layer.attention.source is not None:  # another layer's are used in the place of what is stored
                 unused = tuple(f"{at}{name}." for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
                 self._stored = {name: stored for name, stored in self._stored.items() if not name.startswith(unused)}
