@@ -199,12 +199,11 @@ class Vocabulary:
     special: dict[str, int]
     native: NativeVocabulary | None = None
 
-    def matcher(self, source: str, param: str, pattern: str = "") -> Matcher:
+    def matcher(self, text: str, param: str, pattern: str = "") -> Matcher:
         """A grammar, in llguidance's language, at the beginning of an output. What is built for the first mask is there
         for all matchers that are copied from this one. pattern: as for `NativeVocabulary`. Raises: RequestError."""
-        native, words = self.native, np.empty(div_ceil(self.tokenizer.vocab_size, 32), np.int32)
-        given = source, pattern
-        matcher = native.matcher(*given) if native else LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
+        own, words = self.native, np.empty(div_ceil(self.tokenizer.vocab_size, 32), np.int32)
+        matcher = own.matcher(text, pattern) if own else LLMatcher(self.tokenizer, text, log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if matcher.is_error():

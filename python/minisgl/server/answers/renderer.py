@@ -148,8 +148,7 @@ class Assembler:
 def event(payload: Mapping[str, Any]) -> bytes:
     """One SSE event, named by its `type` if it has one. The JSON is one line, so text cannot break it."""
     name = payload.get("type")
-    head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + dump_json(payload) + b"\n\n"
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + dump_json(payload) + b"\n\n"
 
 
 def partial_object(arguments: str) -> dict[str, Any]:
