@@ -95,6 +95,7 @@ def test_the_text_model_s_end_counts_too(tmp_path: Path) -> None:
     files = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {**LLAMA, "eos_token_id": 9}}
     assert read(tmp_path, **files).eos_token_ids == (9,)
     assert read(tmp_path, {"eos_token_id": [5, 9]}, **files).eos_token_ids == (5, 9)
+    assert read(tmp_path, {"eos_token_id": 5}, **files).eos_token_ids == (5,)  # as in transformers
 
 
 ADDED = {"tokenizer.json": {"added_tokens": [{"id": 11, "content": "<|im_end|>"}], "model": {"vocab": {"</s>": 12}}}}

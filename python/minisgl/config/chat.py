@@ -98,7 +98,9 @@ def read_ends(path: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
     """The ids, generation_config.json's first: a chat model often adds its end of turn there. What is no id of the
     model is left out, with a warning. config: of config.json. Raises: ConfigError naming a file that cannot be read."""
     ids: dict[int, None] = {}
-    for fields in (read_fields(path / "generation_config.json"), config, config.child("text_config")):
+    given = read_fields(path / "generation_config.json"), config
+    known = [fields for fields in given if fields.data.get("eos_token_id") is not None]
+    for fields in known or [config.child("text_config")]:
         value = fields.data.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if type(token) is int and 0 <= token < vocab_size:

@@ -37,7 +37,7 @@ Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS, _NO_STEP = 2e-5, StepPlan(0, (), (), ())
-_PR_SET_TIMERSLACK = 29
+_LIBC, _PR_SET_TIMERSLACK = ctypes.CDLL(None), 29
 
 
 def open_gpu(rank: int) -> torch.device:
@@ -63,6 +63,7 @@ class CudaHandle:
 
     def wait(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.perf_counter() + timeout
+        _LIBC.prctl(_PR_SET_TIMERSLACK, 1)  # sleeps of this thread end in time, not 50 microseconds later
         try:
             while not isinstance(self._launched, Exception) and not self._event.query():
                 if deadline is not None and time.perf_counter() > deadline:
@@ -87,7 +88,6 @@ class CudaRunner:
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._device = open_gpu(rank)
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # sleeps of this thread end in time, not 50 microseconds later
         self._stream = torch.cuda.Stream(self._device)
         try:
             with self._on_device():

@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 MAX_TOKENS = 256
 TOKEN_TILES = (32, 64, 128, 160, 192, 256)
-SMALL_WEIGHTS = 8 << 20  # elements
+SMALL_WEIGHTS = 33 << 18  # elements: 8 Mi, and some rows more, as of a delta net's gates
 
 
 class Variant(NamedTuple):

@@ -33,7 +33,7 @@ class GatedDeltaNet(Layer):
             groups = {"in_proj_qkvz": (key, key, value, value), "in_proj_ba": (each, each)}
             parts, gates = ({name: (keys[0], sum(sizes))} for name, sizes in groups.items())
             orders = {name: _ungrouped(len(num_k), sizes) for name, sizes in groups.items()}
-        is_joint = env.format is DENSE and env.device.type == "cuda"  # one product, and one norm of its input
+        is_joint = env.format is DENSE and env.device.type == "cuda" and len(mine) % 8 == 0  # one norm, one product
         self.in_proj = ColumnLinear(env, hidden, parts | gates if is_joint else parts, _WHAT, orders=orders)
         self.gates_proj = None if is_joint else ColumnLinear(env, hidden, gates, _WHAT, orders=orders)
         self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _WHAT)
