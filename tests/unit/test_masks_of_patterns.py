@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,30 @@ def test_so_are_those_of_any_expression(vocabulary: Vocabulary, pattern: str, se
 def test_what_is_not_followed_has_masks_of_llguidance(vocabulary: Vocabulary, pattern: str) -> None:
     matcher = native_matcher(vocabulary, pattern)
     assert sum(walk_beside(vocabulary, matcher, pattern, 20, seed) for seed in range(2)) == 0
+
+
+def test_a_place_is_named_in_no_time_however_deep(vocabulary: Vocabulary) -> None:
+    pattern = "a"
+    for _ in range(45):
+        pattern = f"({pattern}|ad?){{0,9}}"
+    matcher, (token,) = native_matcher(vocabulary, pattern).deep_copy(), vocabulary.tokenizer.tokenize_str("a")
+    begin = time.thread_time()
+    for i in range(8):
+        assert matcher.take([token], i + 1)
+        mask_of(matcher)
+    assert time.thread_time() - begin < 1  # 5 s each, if parts are looked at once for each way to them
+
+
+def test_who_begins_gets_an_empty_pattern_for_a_full_one(vocabulary: Vocabulary) -> None:
+    words = "|".join(f"([a-z]{{1,{k}}} ){{1,{90 - k}}}[0-9]" for k in range(30, 38))
+    matcher, random, known = native_matcher(vocabulary, f"({words}){{9000}}"), np.random.default_rng(1), list[int]()
+    for _ in range(4):
+        before, one = load_masks().num_known(), matcher.deep_copy()
+        for i in range(1500):
+            assert one.take([int(random.choice(allowed(mask_of(one))))], i + 1)
+        known.append(load_masks().num_known() - before)
+    assert min(known[:2]) > 1000 > known[2], "none of them is full"
+    assert known[3] > 1000
 
 
 def test_no_count_beyond_the_longest_token_has_a_mask_of_its_own(vocabulary: Vocabulary) -> None:

@@ -376,6 +376,21 @@ def test_nobody_is_asked_where_no_draft_would_pay() -> None:
         assert bool(asked) == (verify_cost < 1)
 
 
+@pytest.mark.parametrize(("costs", "num_wrong"), [((0.019, 0.5), 8), ((0.0056, 0.053), 20), ((0.15, 0.56), 4)])
+def test_who_was_wrong_at_first_is_asked_again(costs: tuple[float, float], num_wrong: int) -> None:
+    """Also where what is thought of it would just pay for a token, but not for a step that verifies."""
+    wrong = [*range(num_wrong)]
+
+    class Learns(GuessingDrafter):
+        def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+            right = super().propose(req, num_pending, most)
+            return [(token + 1) % 50 for token in right] if wrong and wrong.pop() >= 0 else right
+
+    config = replace(CONFIG, max_seq_len=4096, num_pages=4096, step_costs=costs)
+    _, sizes = serve(Planner(config, Learns(lambda uid, position: 64)), [replace(PARAMS, max_tokens=3000)])
+    assert len(sizes) < 1500
+
+
 def test_requests_with_a_grammar_have_drafts_of_text_that_comes_again() -> None:
     config = replace(CONFIG, speculate="ngram", step_costs=(0.01, 0.03))
     planner = Planner(config, GuessingDrafter(lambda uid, position: 64))

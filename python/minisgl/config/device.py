@@ -107,7 +107,8 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     told = model.second[1].weight_bytes(engine.dtype, engine.tp_size) if model.second and not model.mtp else head
     num_told = 1 if model.second and model.second[1].block else engine.draft_len * bool(model.mtp or model.second)
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
-    of_cpu = 0.15 + share + 0.15 * bool(model.mtp), 0.03 + 2.2e-4 / (1.5e-4 + num_bytes / 6e10)  # the host's time, too
+    host = 2.2e-4 if model.mtp else 1.3e-4  # seconds
+    of_cpu = 0.15 + share + 0.15 * bool(model.mtp), 0.03 + host / (1.5e-4 + num_bytes / 6e10)
     verify = (4e-4 + num_told * (3e-5 + told / 4e12)) / (step := 5e-4 + num_bytes / 4e12)
     return of_cpu if engine.device == "cpu" else (0.004 + 12e-6 / step, verify)
 

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 Shares = Sequence[tuple[Req, ScheduledReq]]
 # The share of drafted tokens that is right: at first, and if the engine guesses; how much of it one changes, or a step
-# in which none would pay. After a step in which nobody wanted any, so many steps are not looked at.
-_FIRST_RATE, _ENGINES_RATE, _LEARNING, _FORGETTING, _REST = 0.7, 0.9, 1 / 8, 1 / 64, 16
+# without, where none would pay, and where some might. If nobody wanted any, so many steps are not looked at.
+_FIRST_RATE, _ENGINES_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 / 64, 1 / 2048, 16
 
 
 class Lengths:
@@ -74,7 +74,7 @@ class Speculation:
 
     def expect(self, req: Req) -> None:
         """A new request, which may bring a draft of its own. What others have taught fades."""
-        self._first_rates = {kind: x + (self._first - x) * _FORGETTING for kind, x in self._first_rates.items()}
+        self._first_rates = {kind: x + (self._first - x) * _FADE for kind, x in self._first_rates.items()}
         if self._config.draft_len and isinstance(ids := req.params.prediction, tuple) and ids:
             self._drafters[req.uid], self._rates[req.uid] = {"prediction": Prediction(ids, req.prompt_len)}, self._first
 
@@ -165,7 +165,7 @@ class Speculation:
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         may_pay = self._forced or not self._makers or self._wanted(shares, num_samples)  # if all have a draft
         for req, share in shares:
-            rate, length = self._rates.setdefault(req.uid, self._first_rates[req.params.temperature > 0]), 0
+            rate = self._rates.setdefault(req.uid, self._first_rates[req.params.temperature > 0])
             if may_pay and (rate > lengths.least or self._forced):  # else this is all that is done for each of them
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
@@ -179,9 +179,9 @@ class Speculation:
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
-            if 0 <= self._rates[req.uid] == rate < (self._first if may_pay else lengths.least):  # in time another try
-                part = _FORGETTING * self._num_steps * (self._asks / 32 if length else 1)
-                self._rates[req.uid] += (self._first - rate) * part
+        for uid in (req.uid for req, share in shares if not (lengths.pays and share.row in drafts)):
+            if 0 <= (rate := self._rates[uid]) < self._first:  # in time another try
+                self._rates[uid] += (self._first - rate) * self._num_steps * (_FADE if rate < lengths.least else _RARE)
         return drafts if lengths.pays else {}
 
     def _room(self, req: Req, end: int, num: int, pages: Pages) -> int:

@@ -159,6 +159,11 @@ struct Course {
     }
   }
 
+  // At its beginning it gets an empty pattern for a full one.
+  void renew() {
+    if (pattern && places.size() == 1 && pattern->is_full()) *this = Course(vocabulary, pattern->again());
+  }
+
   void go_back(size_t num) {
     if (pattern) places.resize(std::max<size_t>(1, places.size() - std::min(num, places.size())));
   }
@@ -384,6 +389,7 @@ int64_t make_matcher(int64_t vocabulary, const String& grammar, const String& pa
 int64_t copy_matcher(int64_t matcher) {
   Matcher& from = matcher_at(matcher);
   std::lock_guard guard(from.lock);
+  from.course.renew();
   auto made = std::make_shared<Matcher>(library.clone(from.own), from.course);
   made->num_tokens = from.num_tokens.load();
   return handle_of(new Handle(std::move(made)));

@@ -8,12 +8,14 @@
 #include <minisgl/masks/pattern_source.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bitset>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
@@ -27,21 +29,32 @@ class Pattern {
 
   // No pattern where the expression has something that is not followed here. longest: bytes of a token.
   static std::shared_ptr<Pattern> make(std::string_view text, int32_t longest) {
-    auto made = std::make_shared<Pattern>(longest);
     const std::optional<PatternSource> source = PatternSource::parse(text);
     if (!source) return nullptr;
+    auto made = std::make_shared<Pattern>(text, longest);
     made->atoms = source->atoms;
     made->begin = made->build(*source, source->root);
     return made;
   }
 
-  explicit Pattern(int32_t longest) : longest(longest) {
+  Pattern(std::string_view text, int32_t longest) : text(text), longest(longest) {
     add({Kind::kNever});
     add({Kind::kEmpty});
     nodes[kEmptyNode].nullable = true;
   }
 
+  ~Pattern() { num_of_all -= int64_t(nodes.size()); }
+
   int32_t start() const { return begin; }
+
+  // Whether it follows nothing more: it, or all of them together, would take too much memory.
+  bool is_full() {
+    std::lock_guard guard(lock);
+    return has_many();
+  }
+
+  // The same one, with nothing known.
+  std::shared_ptr<Pattern> again() const { return make(text, longest); }
 
   // The place behind a token that the grammar takes.
   int32_t follow(int32_t place, std::string_view token) {
@@ -54,7 +67,7 @@ class Pattern {
         if ((uint8_t(token[i + j]) & 0xC0) != 0x80) return kLost;
       }
       place = derivative(place, num == 1 ? byte : kHigh);
-      if (place == kNeverNode || nodes.size() > kMostNodes) return kLost;
+      if (place == kNeverNode || has_many()) return kLost;
       i += num;
     }
     return place;
@@ -65,7 +78,7 @@ class Pattern {
     if (place == kLost) return {};
     std::lock_guard guard(lock);
     const int32_t short_one = shortened(place);
-    const Symbols symbols = first(short_one);
+    const Symbols& symbols = nodes[short_one].first;
     if (symbols.count() < 2 && !symbols[kHigh]) return {};
     return short_one;
   }
@@ -73,7 +86,7 @@ class Pattern {
  private:
   enum class Kind : int32_t { kNever, kEmpty, kAtom, kThen, kEither, kRepeat };
   static constexpr int32_t kNeverNode = 0, kEmptyNode = 1, kHigh = PatternSource::kHigh, kEndless = PatternSource::kEndless;
-  static constexpr size_t kMostNodes = 1 << 15, kMostSteps = 1 << 16, kMostBranches = 16;
+  static constexpr size_t kMostNodes = 1 << 15, kMostSteps = 1 << 16, kMostOfAll = 1 << 18, kMostBranches = 16;
   using Symbols = std::bitset<kHigh + 1>;
 
   struct Node {
@@ -82,7 +95,10 @@ class Pattern {
     std::vector<int32_t> parts{};
     bool nullable = false;
     int32_t shortest = 0;  // bytes of a member, at least
+    Symbols first{};       // with which one may begin
   };
+
+  bool has_many() const { return nodes.size() > kMostNodes || num_of_all > kMostOfAll; }
 
   int32_t add(Node node) {
     std::vector<int32_t> all{int32_t(node.kind), node.low, node.high};
@@ -90,6 +106,8 @@ class Pattern {
     const auto [found, is_new] = numbers.try_emplace(std::move(all), int32_t(nodes.size()));
     if (is_new) {
       node.shortest = shortest(node);
+      node.first = first(node);
+      num_of_all++;
       nodes.push_back(std::move(node));
     }
     return found->second;
@@ -208,17 +226,18 @@ class Pattern {
     return shorts[number] = all;
   }
 
-  Symbols first(int32_t number) const {
-    const Node& node = nodes[number];
+  Symbols first(const Node& node) const {
     if (node.kind == Kind::kAtom) return atoms[node.low].symbols;
     Symbols all;
     for (const int32_t part : node.parts) {
-      all |= first(part);
+      all |= nodes[part].first;
       if (node.kind == Kind::kThen && !nodes[part].nullable) break;
     }
     return all;
   }
 
+  static inline std::atomic<int64_t> num_of_all = 0;  // nodes; of 400 bytes, with what belongs to each
+  const std::string text;
   const int32_t longest;
   std::mutex lock;
   int32_t begin = kNeverNode;
