@@ -17,15 +17,7 @@ constexpr int kMaxRows = 8192;  // of a launch that looks for the most probable 
 constexpr int kParts = 64;      // of a vocabulary, of which 4 bits name a token each
 
 template <typename T>
-constexpr int kVecLen = 16 / sizeof(T);
-
-template <typename T>
 using Chunk = Vec<T, kVecLen<T>>;
-
-template <typename T>
-__device__ __forceinline__ Chunk<T> load(const T* p) {
-  return *reinterpret_cast<const Chunk<T>*>(p);
-}
 
 struct PlanArgs {
   const int32_t* rows;          // [n] of the tables
@@ -153,8 +145,8 @@ __device__ __forceinline__ float exact_score(const BestArgs<T>& args, int64_t ro
   constexpr int kLen = kVecLen<T>;
   float sum = 0.0f, product = 0.0f;
   for (int at = threadIdx.x * kLen; at < args.hidden; at += kBestThreads * kLen) {
-    const Chunk<T> x = load(args.x + row * args.x_stride + at), gain = load(args.norm + at);
-    const Chunk<T> weight = load(args.weight + token * args.hidden + at);
+    const Chunk<T> x = load_vec(args.x + row * args.x_stride + at), gain = load_vec(args.norm + at);
+    const Chunk<T> weight = load_vec(args.weight + token * args.hidden + at);
     sum += squares<T>(x);
 #pragma unroll
     for (int j = 0; j < kLen; ++j) product += to_float(x.data[j]) * to_float(gain.data[j]) * to_float(weight.data[j]);
@@ -175,7 +167,7 @@ __global__ void __launch_bounds__(kBestThreads) best_kernel(const BestArgs<T> ar
   unsigned long long key = 0;
   for (int at = (blockIdx.x + threadIdx.x * gridDim.x) * kLen; at < args.vocab; at += kBestThreads * gridDim.x * kLen) {
     if (args.is_aligned && at + kLen <= args.vocab) {
-      const Chunk<T> values = load(logits + at);
+      const Chunk<T> values = load_vec(logits + at);
 #pragma unroll
       for (int j = 0; j < kLen; ++j) key = max(key, key_of(to_float(values.data[j]), at + j));
     } else {
@@ -192,15 +184,6 @@ __global__ void __launch_bounds__(kBestThreads) best_kernel(const BestArgs<T> ar
   const int64_t token = token_of(atomicExch(&best_keys[row], 0ull));
   num_done[row] = 0;
   args.out[row] = args.moves == nullptr ? token : min(max(token + args.moves[token], int64_t(0)), int64_t(args.most));
-}
-
-// Calls f with a null pointer of the tensor's element type.
-template <typename F>
-void dispatch(const TensorView& t, F&& f) {
-  if (is_bf16(t)) f(static_cast<__nv_bfloat16*>(nullptr));
-  else if (is_fp16(t)) f(static_cast<__half*>(nullptr));
-  else if (is_fp32(t)) f(static_cast<float*>(nullptr));
-  else TVM_FFI_THROW(TypeError) << "expected bfloat16, float16 or float32";
 }
 
 template <typename T>
@@ -269,7 +252,7 @@ void best(TensorView logits, Optional<TensorView> weight, TensorView x, TensorVi
   const int64_t n = logits.size(0), vocab = logits.size(1);
   if (n == 0) return;
   MINISGL_CHECK(logits.ndim() == 2 && logits.stride(1) == 1 && vocab > 0 && x.size(0) == n);
-  dispatch(logits, [&](auto* type) {
+  by_type(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     BestArgs<T> args{};
     args.logits = static_cast<const T*>(logits.data_ptr()), args.stride = logits.stride(0);

@@ -14,16 +14,8 @@ namespace {
 constexpr int kMaxThreads = 1024;
 
 template <typename T>
-constexpr int kVecLen = 16 / sizeof(T);
-
-template <typename T>
 __device__ __forceinline__ float round_to(float x) {
   return to_float(from_float<T>(x));
-}
-
-template <typename T, int N>
-__device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
-  return *reinterpret_cast<const Vec<T, N>*>(p);
 }
 
 template <typename T, int N>
@@ -316,15 +308,6 @@ embedding_kernel(const int64_t* ids, const T* weight, int64_t first, int64_t cou
 
 bool aligned(const TensorView& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
 
-// Calls f with a null pointer of the tensor's element type.
-template <typename F>
-void dispatch(const TensorView& t, F&& f) {
-  if (is_bf16(t)) f(static_cast<__nv_bfloat16*>(nullptr));
-  else if (is_fp16(t)) f(static_cast<__half*>(nullptr));
-  else if (is_fp32(t)) f(static_cast<float*>(nullptr));
-  else TVM_FFI_THROW(TypeError) << "expected bfloat16, float16 or float32";
-}
-
 bool same_dtype(const TensorView& a, const TensorView& b) {
   return a.dtype().code == b.dtype().code && a.dtype().bits == b.dtype().bits;
 }
@@ -358,7 +341,7 @@ NormArgs<T> norm_args(const TensorView& x, const TensorView& weight, double eps,
 // out = norm(x) * weight. x: [n, hidden], row stride allowed; weight: [hidden]; out: [n, hidden], may be x.
 void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
   if (x.size(0) == 0) return;
-  dispatch(x, [&](auto* type) {
+  by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     launch_rms_norm<T>(norm_args<T>(x, weight, eps, out), x.size(0), current_stream(x));
   });
@@ -376,7 +359,7 @@ void norm_linear(TensorView x, TensorView gain, double eps, TensorView weight, t
   if (bias.has_value()) {
     MINISGL_CHECK((*bias).IsContiguous() && (*bias).numel() == outputs && same_dtype(*bias, x));
   }
-  dispatch(x, [&](auto* type) {
+  by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const NormLinearArgs<T> args{norm_args<T>(x, gain, eps, normed), static_cast<const T*>(weight.data_ptr()),
                                  static_cast<const T*>(bias.has_value() ? (*bias).data_ptr() : nullptr),
@@ -407,7 +390,7 @@ void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi:
     MINISGL_CHECK(w.IsContiguous() && aligned(w) && same_dtype(w, qkv) && w.numel() == (num_q + num_kv) * head_dim);
     weight = w.data_ptr();
   }
-  dispatch(qkv, [&](auto* type) {
+  by_type(qkv, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     RopeArgs<T> args{static_cast<T*>(qkv.data_ptr()),
                      static_cast<const T*>(weight),
@@ -435,7 +418,7 @@ void silu_and_mul(TensorView gate_up, TensorView out) {
   check_rows(out, num_rows, inner, gate_up);
   check_rows(gate_up, num_rows, 2 * inner, out);
   MINISGL_CHECK(out.IsContiguous());
-  dispatch(out, [&](auto* type) {
+  by_type(out, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int num_vecs = static_cast<int>(inner) / kVecLen<T>;
     const int threads = std::min(256, (num_vecs + 31) / 32 * 32);
@@ -453,7 +436,7 @@ void embedding(TensorView ids, TensorView weight, int64_t first, int64_t count, 
   MINISGL_CHECK(count <= weight.size(0));
   check_rows(out, num_tokens, hidden, weight);
   check_rows(weight, weight.size(0), hidden, out);
-  dispatch(out, [&](auto* type) {
+  by_type(out, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int num_vecs = static_cast<int>(hidden) / kVecLen<T>;
     const int threads = std::min(256, (num_vecs + 31) / 32 * 32);

@@ -48,6 +48,15 @@ inline bool is_fp32(const TensorView& t) { return is_dtype(t, kDLFloat, 32); }
 inline bool is_int32(const TensorView& t) { return is_dtype(t, kDLInt, 32); }
 inline bool is_int64(const TensorView& t) { return is_dtype(t, kDLInt, 64); }
 
+// Calls f with a null pointer of the tensor's element type.
+template <typename F>
+void by_type(const TensorView& t, F&& f) {
+  if (is_bf16(t)) f(static_cast<__nv_bfloat16*>(nullptr));
+  else if (is_fp16(t)) f(static_cast<__half*>(nullptr));
+  else if (is_fp32(t)) f(static_cast<float*>(nullptr));
+  else TVM_FFI_THROW(TypeError) << "expected bfloat16, float16 or float32";
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
@@ -120,6 +129,14 @@ template <typename T, int N>
 struct alignas(N * sizeof(T)) Vec {
   T data[N];
 };
+
+template <typename T>
+constexpr int kVecLen = 16 / sizeof(T);
+
+template <typename T, int N = kVecLen<T>>
+__device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
+  return *reinterpret_cast<const Vec<T, N>*>(p);
+}
 
 template <int kWidth = 32>
 __device__ __forceinline__ float warp_sum(float x) {
