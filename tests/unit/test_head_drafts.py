@@ -92,3 +92,17 @@ def test_steps_are_not_looked_at_while_nobody_wants_drafts(monkeypatch: pytest.M
     assert looks == 1
     while not planner.is_idle:
         engine.run(planner)
+
+
+def test_who_takes_the_place_of_one_that_has_ended_is_looked_at() -> None:
+    """Though as many run as before, and its prompt is one token, which is no prefill."""
+    planner, engine = Planner(CONFIG), HeadEngine(CONFIG)
+    asked_of_head(planner, engine, range(8), replace(PARAMS, temperature=0.8))
+    for uid in range(20, 26):
+        asked_of_head(planner, engine, range(uid, uid + 1), replace(PARAMS, temperature=0.8, max_tokens=uid))
+        planner.add(uid + 100, [uid], replace(PARAMS, temperature=0.0, max_tokens=4))
+        engine.num_asked = 0
+        engine.run(planner)
+        assert engine.num_asked == 1
+        while not planner.is_idle:
+            engine.run(planner)

@@ -64,7 +64,7 @@ class Speculation:
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
         self._first = _ENGINES_RATE if self._asks else _FIRST_RATE
         self._first_rates: dict[int, float] = {False: self._first, True: self._first}  # by whether it is sampled
-        self._resting, self._num_steps = 0, 1  # so many requests wanted no draft, so many steps ago
+        self._resting, self._num_steps = 0, 1  # so many requests, looked at, wanted no draft; steps since
         self.num_drafted, self.num_right, self._told = Counter[str](), Counter[str](), dict[int, Sequence[int]]()
 
     @property
@@ -85,8 +85,8 @@ class Speculation:
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
-        num_decode = 0 if step.prefill[0] else len(step.decode[0])
-        self._num_steps += (is_resting := 0 < num_decode == self._resting and self._num_steps < _REST)
+        size = 0 if step.prefill[0] else len(step.decode[0])
+        self._num_steps += (is_resting := 0 < size == self._resting <= len(self._rates) and self._num_steps < _REST)
         if is_resting or not self.is_on:
             return
         shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
@@ -96,7 +96,7 @@ class Speculation:
         drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step.budget)
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
         may_rest = not (drafts or wanted or self._makers or self._forced or any(self._drafters.values()))
-        self._resting, self._num_steps = num_decode * may_rest, 1
+        self._resting, self._num_steps = size * may_rest, 1
         if not drafts and not wanted:
             return
         step.decode, step.prefill = ([], []), ([], [])
