@@ -41,6 +41,9 @@ class PooledRows:
             if params.pooling:
                 self._wanted[row] = params.pooling, prompt_len
 
+    def asks(self, reqs: Sequence[ScheduledReq]) -> bool:
+        return any(req.row in self._wanted for req in reqs)
+
     def take(
         self, reqs: Sequence[ScheduledReq], offsets: IntArray, computed: Computed, shard: ModelShard
     ) -> dict[int, Tensor]:
