@@ -192,9 +192,8 @@ class CapturedSteps(StepRunner):
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
-        reqs, num = plan.reqs, sum(share.num_samples for share in plan.reqs)
-        if plan.num_decode < len(reqs):
-            reqs = self._as_captured(plan)
+        reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
+        num = sum(share.num_samples for share in plan.reqs)
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
@@ -215,14 +214,15 @@ class CapturedSteps(StepRunner):
     def _as_captured(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step with drafts, or with prompts for which it would take longer to launch op by op than it
         takes to read what is before each of their tokens; none where it cannot be captured."""
-        host, nobody = self.tables.host, ScheduledReq(self.tables.padding_row, 0, 1, 1)
+        host, row = self.tables.host, self.tables.padding_row
         prompts = [req for req in plan.reqs if req.num_new > req.num_samples]
         num_read = sum(req.num_new * (req.start + req.num_new) for req in prompts)
-        if (prompts and self._has_states) or num_read > _PROMPT_READS or host.pooled.asks(prompts):
+        can = not self._has_states and not any(req.row in host.pooled.wanted for req in prompts)
+        logprobs = host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
+        if logprobs is not None or num_read > _PROMPT_READS * can:
             return ()
-        if host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64)) is not None:
-            return ()
-        return (*plan.reqs, *[nobody] * bool(prompts)) if self._belong else one_by_one(plan.reqs)
+        nobody = [ScheduledReq(row, 0, 1, 1)] * bool(prompts)
+        return (*plan.reqs, *nobody) if self._belong else one_by_one(plan.reqs)
 
     def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
         """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the

@@ -40,12 +40,10 @@ def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[Gr
 
 
 def fit(shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int) -> tuple[GraphShape, Reqs] | None:
-    """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it; None: there is none,
-    or there are no requests. shapes: by size."""
-    if not reqs:
-        return None
+    """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it. shapes: by size."""
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
-    return next(((shape, more) for shape in shapes[begin:] if (more := shape.padding(reqs, row)) is not None), None)
+    padded = ((shape, shape.padding(reqs, row)) for shape in shapes[begin:] if reqs)
+    return next(((shape, more) for shape, more in padded if more is not None), None)
 
 
 def one_by_one(reqs: Sequence[ScheduledReq]) -> Reqs:
