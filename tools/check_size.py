@@ -16,7 +16,7 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 PACKAGE = Path(__file__).parent.parent / "python" / "minisgl"
 _MODELS = "models", "layers", "config/families.py", "config/rope.py", "kernel/activations.py"
-_HYBRIDS = "config/states.py", "kvcache/states.py", "kernel/state.py", "layers/delta.py", "layers/conv.py"
+_HYBRIDS = "config/states.py", "kvcache/states.py", "kernel/state.py", "layers/states.py"
 _VECTORS = "config/pooling.py", "engine/pooling.py", "tokenizer/pooling.py", "server/routes/vectors.py"
 _SCHEDULING = "scheduler/speculation.py", "scheduler/drafters.py", "scheduler/matching.py"
 _DRAFTING = "engine/draft.py", "models/heads.py", "config/draft.py"

@@ -1,6 +1,5 @@
 """What every layer is built from and how its parameters are filled."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,8 +69,10 @@ class CpuSpec:
             module[f"add_{block.kind}"](model, *matrices, *block.norms, *block.numbers, *cache)
 
 
-class Layer(ABC):
+class Layer:
     """Tensors, or layers, and the method `forward` that computes with them."""
+
+    stored_as: str | None = None  # what checkpoints call it; "": they have its parts in its place; None: as we do
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Who overrides a `forward` says anew how the CPU engine computes it: what is inherited describes another."""
@@ -79,9 +80,15 @@ class Layer(ABC):
         if "forward" in vars(cls) and "cpu_spec" not in vars(cls) and hasattr(super(cls, cls), "forward"):
             cls.cpu_spec = Layer.cpu_spec  # type: ignore[method-assign]
 
-    @abstractmethod
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        """The slots of this layer, whose checkpoint names start with `prefix`."""
+        """The slots of this layer, whose checkpoint names start with `prefix`: of the layers in it, and of its public
+        vectors, which every rank holds entirely."""
+        for name, child in vars(self).items():
+            if isinstance(child, Layer):
+                at = name if child.stored_as is None else child.stored_as
+                yield from child.weights(f"{prefix}{at}." if at else prefix)
+            elif isinstance(child, Tensor) and not name.startswith("_"):
+                yield whole(f"{prefix}{name}.weight", child)
 
     def pack(self) -> None:
         """Called once all slots are filled: bring weights into the layout that the kernels like best."""
