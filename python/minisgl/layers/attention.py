@@ -175,35 +175,27 @@ class SparseMLP(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from super().weights(prefix)
-        slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
-        mine = self._mine.start, self._mine.stop
+        slots, shape, turns = self._format.slots, (self._spec.intermediate_size, self._hidden), self._spec.turns
+        mine, order = (self._mine.start, self._mine.stop), torch.arange(2 * len(self._mine)).view(-1, 2).t().flatten()
         shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=len(self._mine))}
-        if self._spec.turns:
+        if turns:
             shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * mine[0], 2 * mine[1]))}
         if self.biases:
-            rows, end = (0, self._spec.num_experts), "_bias" if self._spec.turns else ".bias"
+            rows, end = (0, self._spec.num_experts), "_bias" if turns else ".bias"
             for name, shard in shards.items():
                 slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self.biases[0].t()).t()
-                yield WeightSlot(*slot, rows, shard.rows, (lambda x: apart(x.t()).t()) if self._spec.turns else None)
+                yield WeightSlot(*slot, rows, shard.rows, (lambda part: part[:, order]) if turns else None)
             yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self.biases[1], rows)
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
             expert = f"{prefix}experts.{i}."
             found = [slot for name, shard in shards.items() for slot in slots(f"{expert}{name}", gate_up, shard)]
+            found = [reordered(slot, order) for slot in found] if turns else found
             found += slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
-            yield from map(turned, found) if self._spec.turns else found
+            yield from (transposed(slot) if turns and slot.name.endswith(".weight") else slot for slot in found)
 
 
-def apart(x: Tensor) -> Tensor:
-    """Rows of gate and up, which take turns, one below the other."""
-    return torch.cat((x[::2], x[1::2]))
-
-
-def turned(slot: WeightSlot) -> WeightSlot:
-    """A slot of an expert's weight, of a checkpoint where rows of gate and up take turns, and that has it as [in, out]
-    unless it is packed."""
-    arrange, change = apart if ".gate_up_proj" in slot.name else Tensor.contiguous, slot.transform
-    if not slot.name.endswith(".weight"):
-        return replace(slot, transform=lambda x: arrange(x if change is None else change(x)))
-    rows, shape = slot.cols or (0, slot.shape[1]), slot.shape[::-1]
-    return replace(slot, shape=shape, rows=rows, cols=slot.rows, transform=lambda x: arrange(x.t()))
+def transposed(slot: WeightSlot) -> WeightSlot:
+    """The slot of a weight that the checkpoint has as [in, out]."""
+    rows, change = slot.cols or (0, slot.shape[1]), slot.transform or (lambda part: part)
+    return replace(slot, shape=slot.shape[::-1], rows=rows, cols=slot.rows, transform=lambda part: change(part.t()))

@@ -62,11 +62,10 @@ class Shard:
     def stored(self) -> Iterator["Stored"]:
         """All tensors of the file. Raises: ConfigError when the file is not what its name says."""
         for name, tensor in self._opened().items():
-            if isinstance(tensor, torch.Tensor):
-                yield Stored(self, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            else:
-                dtype = tensor.get_dtype()
-                yield Stored(self, name, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
+            of_torch = isinstance(tensor, torch.Tensor)
+            dtype = str(tensor.dtype).removeprefix("torch.") if of_torch else tensor.get_dtype()
+            shape = tuple(tensor.shape if of_torch else tensor.get_shape())
+            yield Stored(self, name, shape, _DTYPES.get(dtype, dtype))
 
     def _opened(self) -> dict[str, Any]:
         if self._tensors is None:
