@@ -13,7 +13,7 @@ from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, listing, no_model, read_fields, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.quantization import read_quantization
-from minisgl.config.rope import TABLE, Rotary, read_rope
+from minisgl.config.rope import TABLE, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
 from minisgl.errors import ConfigError
 from minisgl.gguf.model import is_gguf
@@ -31,9 +31,7 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
-    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
-    head_norms: str = ""
-    norm_offset: float = 0.0
+    norms: Mapping[str, str] = field(default_factory=dict)
     scales_embedding: bool = False
     qkv_bias: str | bool = False
     o_bias: str | bool = False
@@ -46,13 +44,10 @@ class Family:
     still: str = ""
     eps: str = "rms_norm_eps"
     activation: str = "hidden_act"
-    groups_state: bool = False
-    gates_attention: str = ""
-    value_norms: bool = False
+    attention: Mapping[str, Any] = field(default_factory=dict)
     layer_scalars: bool = False
-    sinks: bool = False
     experts: Sequence[str] = ()
-    clamped_experts: bool = False
+    moe: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     inner: str = ""
 
@@ -152,7 +147,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
         mtp=_mtp(f, layers),
-        norm_offset=f.number("norm_offset", family.norm_offset),
+        norm_offset=f.number("norm_offset", 0.0),
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
         logit_softcap=f.number("final_logit_softcapping", None, above=0),
@@ -177,9 +172,8 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
     ropes, rope_of_layer, longest = _ropes(f, family, kinds)
     cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
-    alike = cap, family.sinks, family.gates_attention, None, family.value_norms
-    full = specs.AttentionSpec(_heads(f, kinds), None, 0, *alike, values_are_keys=is_same)
-    near = specs.AttentionSpec(_heads(f), window, 0, *alike)
+    near = specs.AttentionSpec(_heads(f), window, softcap=cap, **family.attention)
+    full = replace(near, cache=_heads(f, kinds), window=None, values_are_keys=is_same)
     other = specs.AttentionSpec(state) if (state := _state(f, family)) is not None else near
     of_kind = {"sliding_attention": near, family.kind: other, "full_attention": full}
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
@@ -189,7 +183,7 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
     chosen = zip(kinds, rope_of_layer, sources, strict=True)
     attentions = [replace(of_kind[kind], rope_index=rope, source=source) for kind, rope, source in chosen]
-    norms = [LayerNorms(*family.norms, family.head_norms)] * len(kinds)
+    norms = [LayerNorms(**family.norms)] * len(kinds)
     return tuple(map(LayerSpec, attentions, _mlps(f, family, sources), norms)), ropes, longest
 
 
@@ -257,24 +251,24 @@ def _state(f: Fields, family: Family) -> State | None:
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
     dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    is_grouped = f.boolean("groups_state", family.groups_state)
-    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), is_grouped)
+    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", False))
 
 
 def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
     """The tables, which of them each layer has, and the longest sequence."""
     longest, is_partial = f.integer("max_position_embeddings", 0), "partial_rotary_factor" in family.defaults
 
-    def rotary(dim: int) -> Rotary:
+    def table(dim: int, layer: str = "") -> tuple[specs.RopeConfig, int]:
         score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
         scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
-        return Rotary(dim, scale, is_partial, family.is_interleaved, family.rope_names)
+        rope, reached = read_rope(f, dim, longest, layer, family.rope_names, is_partial)
+        return replace(rope, scale=scale, is_interleaved=family.is_interleaved), reached
 
     if family.ropes_by_layer:
-        near, _ = read_rope(f, rotary(_heads(f).k_dim), longest, "sliding_attention")
-        far, longest = read_rope(f, rotary(_heads(f, kinds).k_dim), longest, "full_attention")
+        near, _ = table(_heads(f).k_dim, "sliding_attention")
+        far, longest = table(_heads(f, kinds).k_dim, "full_attention")
         return (far, near), [int(kind == "sliding_attention") for kind in kinds], longest
-    rope, longest = read_rope(f, rotary(_heads(f).k_dim), longest)
+    rope, longest = table(_heads(f).k_dim)
     every, window = f.integer("no_rope_layer_interval", 1), f.integer("sliding_window", 0) if family.still else 0
     moved = [not (window and kind == family.still) and (every == 1 or (i + 1) % every) for i, kind in enumerate(kinds)]
     rotated = f.list_of(int, "no_rope_layers") or moved
@@ -306,10 +300,9 @@ def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> lis
         num_experts_per_tok=f.integer("num_experts_per_tok", 0, min(num_experts, 1)),
         intermediate_size=f.integer("moe_intermediate_size", size),
         sums_to_1=f.boolean("norm_topk_prob", True),
-        activation="clamped_swiglu" if family.clamped_experts else activation,
         shared_size=f.integer("shared_expert_intermediate_size", 0),
-        bias=family.clamped_experts,
-        turns=family.clamped_experts and not f.boolean("splits_experts", False),
+        turns=f.boolean("turns_experts", False),
+        **{"activation": activation, **family.moe},
     )
     only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     sparse = [i not in only and num_experts > 0 and (i + 1) % step == 0 for i in range(len(sources))]
