@@ -32,18 +32,13 @@ class Family:
     model_type: str
     defaults: Mapping[str, Any]
     norms: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
     scales_embedding: bool = False
-    qkv_bias: str | bool = False
-    o_bias: str | bool = False
-    mlp_bias: str | bool = False
     is_interleaved: bool = False
     rope_names: Mapping[str, str] = field(default_factory=dict)
     ropes_by_layer: bool = False
     kind: str = "sliding_attention"
-    interval: str = ""
     still: str = ""
-    eps: str = "rms_norm_eps"
-    activation: str = "hidden_act"
     attention: Mapping[str, Any] = field(default_factory=dict)
     layer_scalars: bool = False
     experts: Sequence[str] = ()
@@ -60,19 +55,16 @@ class FamilyFields(Fields):
 
     def __init__(self, data: Mapping[str, Any], source: str, path: str, family: Family) -> None:
         super().__init__(data, source, path)
-        self._defaults = family.defaults
+        self._defaults, self._keys = family.defaults, family.keys
 
     def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-        if key in TABLE["read_by_some"] and key not in self._defaults:
+        key = self._keys.get(key, "" if key in TABLE["read_by_some"] and key not in self._defaults else key)
+        if not key:
             return default
         value = super()._read(key, None, fits, expected)
         if value is None and not (key in self.data and key in TABLE["nullable"]):
             value = self._defaults.get(key)
         return default if value is None else value
-
-    def has(self, bias: str | bool) -> bool:
-        """Whether there is a bias, which a key may say."""
-        return self.boolean(bias, False) if isinstance(bias, str) else bias
 
 
 def read_model_config(path: str | Path, override: Mapping[str, Any] | None = None, mtp: bool = False) -> ModelConfig:
@@ -137,12 +129,12 @@ def parse_model_config(f: Fields) -> ModelConfig:
         hidden_size=hidden,
         num_qo_heads=f.integer("num_attention_heads", 0),
         head_dim=_heads(f).k_dim,
-        rms_norm_eps=f.number(family.eps, 1e-6, above=0) / residual**2,
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0) / residual**2,
         ropes=ropes,
         max_position=max_position,
         tie_word_embeddings=f.boolean("tie_embedding", tied),
-        qkv_bias=f.has(family.qkv_bias),
-        o_bias=f.has(family.o_bias),
+        qkv_bias=f.boolean("qkv_bias", False),
+        o_bias=f.boolean("o_bias", False),
         dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch."),
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
@@ -230,7 +222,7 @@ def _kinds(f: Fields, family: Family) -> list[str]:
     if not kinds or "layer_types" not in family.defaults:
         num_full = num_layers if family.kind == "conv" else f.integer("max_window_layers", 0, 0, MAX_LAYERS)
         full = f.list_of(int, "full_attn_idxs") or range(num_full)
-        if step := f.integer(family.interval, 0):
+        if step := f.integer("interval", 0):
             full = [i for i in range(num_layers) if not (i + 1) % step or i >= f.integer("max_window_layers", i + 1, 0)]
         kinds = ["full_attention" if i in full else family.kind for i in range(num_layers)]
     kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]  # which is an older name
@@ -289,10 +281,10 @@ def _inner_size(f: Fields) -> int:
 
 def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    if (name := f.text(key := family.activation, "silu")) not in _ACTIVATIONS:
+    if (name := f.text(key := family.keys.get("hidden_act", "hidden_act"), "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: {key} {name!r} not supported (supported: {', '.join(_ACTIVATIONS)})")
     size, num_experts, activation = _inner_size(f), 0, _ACTIVATIONS[name]
-    dense = DenseMLP(size, f.has(family.mlp_bias), activation)
+    dense = DenseMLP(size, f.boolean("mlp_bias", False), activation)
     for key in family.experts:
         num_experts = f.integer(key, num_experts, 0)
     moe = MoE(

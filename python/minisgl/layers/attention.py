@@ -138,6 +138,8 @@ class SparseMLP(Layer):
     Every rank holds a share of every expert's features, so that ranks stay balanced whatever the router does.
     """
 
+    _experts: Experts  # once they are packed
+
     def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
         self._ops, self._comm, self._format, self._eps, self._hidden = env.ops, env.comm, env.format, eps, hidden_size
         self._spec, self._mine = spec, env.share(spec.intermediate_size, "features of an expert")
@@ -146,7 +148,6 @@ class SparseMLP(Layer):
         self.gate = Linear(exact, (spec.num_experts, hidden_size), bias=spec.bias)
         shapes = (spec.num_experts, 2 * share, hidden_size), (spec.num_experts, hidden_size, share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
-        self._experts: Experts | None = None
         sizes = (2 * share, hidden_size) if spec.bias else ()
         self.biases = [env.vector(spec.num_experts, size) for size in sizes]  # of gate and up, and of down
         shared = DenseMLP(spec.shared_size, False, spec.activation)
@@ -155,7 +156,6 @@ class SparseMLP(Layer):
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
-        assert self._experts is not None
         assert norm is not None
         assert after is None, "no family has such a norm"
         hidden, logits = self.gate.matrix.norm_and_apply(x, norm, self._eps, self.gate.bias)

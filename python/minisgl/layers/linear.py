@@ -23,6 +23,8 @@ class Linear(Layer):
     activation: of `Matrix.gate_up`.
     """
 
+    matrix: Matrix  # once it is packed
+
     def __init__(
         self, env: LayerEnv, shape: Shape, shards: Mapping[str, Shard] | None = None, bias: bool = False,
         activation: str | None = None,
@@ -30,14 +32,7 @@ class Linear(Layer):
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
         self.shards, self._activation = shards or {"": Shard(shape, (0, shape[0]))}, activation
         self._tensors = env.format.create(shape, env.dtype, env.device)
-        self._matrix: Matrix | None = None
         self.bias = env.vector(shape[0]) if bias else None
-
-    @property
-    def matrix(self) -> Matrix:
-        """Once it is packed."""
-        assert self._matrix is not None
-        return self._matrix
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self.shards.items():
@@ -72,7 +67,7 @@ class Linear(Layer):
         return replace(slot, target=target, transform=lambda part: part.repeat_interleave(BLOCK, 0)[:num_rows])
 
     def pack(self) -> None:
-        self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
+        self.matrix = self._format.matrix(self._ops, self._tensors, self._activation)
         self._tensors = {}
 
     def project(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:

@@ -146,13 +146,12 @@ class Checkpoint:
     def untied(self, model: ModelConfig) -> ModelConfig:
         """`model`, whose head is its own where the file has one that differs from the embedding, whatever the
         configuration says; as in transformers. Where a tied model's file has the head alone, it is both."""
-        head, table = self._stored.get(HEAD), self._stored.get(EMBEDDING)
+        head = self._stored.get(HEAD)
         if head is None and model.pooling is not None:  # nobody asks for logits, unless they are the embedding's
             return replace(model, tie_word_embeddings=True)
         if not model.tie_word_embeddings or head is None:
             return model
-        table = self._stored.setdefault(EMBEDDING, head)
-        if _equal(head, table):
+        if _equal(head, self._stored.setdefault(EMBEDDING, head)):
             return model
         logger.warning("%s: tie_word_embeddings is not true of these weights, whose lm_head differs", self._source)
         return replace(model, tie_word_embeddings=False)
