@@ -148,8 +148,7 @@ class SparseMLP(Layer):
         self.gate = Linear(exact, (spec.num_experts, hidden_size), bias=spec.bias)
         shapes = (spec.num_experts, 2 * share, hidden_size), (spec.num_experts, hidden_size, share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
-        sizes = (2 * share, hidden_size) if spec.bias else ()
-        self.biases = [env.vector(spec.num_experts, size) for size in sizes]  # of gate and up, and of down
+        self._biases = (env.vector(*shapes[0][:2]), env.vector(*shapes[1][:2])) if spec.bias else None
         shared = DenseMLP(spec.shared_size, False, spec.activation)
         self.shared_expert = GatedMLP(env, hidden_size, shared, eps) if spec.shared_size else None
         self.shared_expert_gate = Linear(exact, (1, hidden_size)) if spec.shared_size else None
@@ -167,10 +166,9 @@ class SparseMLP(Layer):
 
     def pack(self) -> None:
         super().pack()
-        if self.biases and self._comm.rank:
-            self.biases[1].zero_()  # rank 0 adds it
-        stacks, biases = (self._gate_up, self._down), (self.biases[0], self.biases[1]) if self.biases else None
-        self._experts = self._format.experts(self._ops, *stacks, self._spec, biases)
+        if self._biases and self._comm.rank:
+            self._biases[1].zero_()  # rank 0 adds it
+        self._experts = self._format.experts(self._ops, self._gate_up, self._down, self._spec, self._biases)
         self._gate_up = self._down = {}
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
@@ -180,12 +178,12 @@ class SparseMLP(Layer):
         shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=len(self._mine))}
         if turns:
             shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * mine[0], 2 * mine[1]))}
-        if self.biases:
+        if self._biases:
             rows, end = (0, self._spec.num_experts), "_bias" if turns else ".bias"
             for name, shard in shards.items():
-                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self.biases[0].t()).t()
+                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self._biases[0].t()).t()
                 yield WeightSlot(*slot, rows, shard.rows, (lambda part: part[:, order]) if turns else None)
-            yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self.biases[1], rows)
+            yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self._biases[1], rows)
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
             expert = f"{prefix}experts.{i}."

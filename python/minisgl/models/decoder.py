@@ -85,12 +85,8 @@ class DecoderModel:
         labels = self.config.pooling.label_ids if self.config.pooling is not None else ()
         if kind == "score" and labels:
             return self.logits(x, None)[:, list(labels)].float()
-        states = self.normed(x).float() / self.config.logit_scale
+        states = self._ops.rms_norm(x, self.norm, self._eps).float() / self.config.logit_scale
         return states if self.score is None else states @ self.score.float().T
-
-    def normed(self, x: Tensor) -> Tensor:
-        """x: rows of `hidden`'s result → behind the last norm."""
-        return self._ops.rms_norm(x, self.norm, self._eps)
 
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
         """x: `hidden`'s result; logit_tokens: [n] int64, of those whose logits are wanted (None: all) → [n, vocab_size]
