@@ -9,7 +9,7 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.ops import Experts, KVSlots
-from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined, whole
+from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, reordered
 from minisgl.layers.rope import head_order
 
@@ -41,6 +41,9 @@ class Attention(Layer):
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
         self._sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
         self._qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
+        kind = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
+        if not (self._rope.query_beta or spec.value_norms or spec.source is not None):
+            self.cpu_block = "attention", (*kind, bool(spec.gated))
 
     def forward(
         self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext, given: Tensor | None = None
@@ -103,18 +106,12 @@ class Attention(Layer):
                 slot = whole(name, target, self._offset)
                 yield slot if self._order is None else reordered(slot, self._order)
 
-    def cpu_spec(self) -> CpuSpec | None:
-        spec = self._spec
-        kind = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
-        block = joined((self.qkv_proj, self.o_proj), "attention", (*kind, bool(spec.gated)))
-        return None if self._rope.query_beta or spec.value_norms or spec.source is not None else block
-
 
 class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
-        self._eps, self._activation, inner = eps, spec.activation, (spec.intermediate_size, 1)
+        self._eps, inner, self.cpu_block = eps, (spec.intermediate_size, 1), ("mlp", (spec.activation,))
         parts, what = {"gate_proj": inner, "up_proj": inner}, "features of gate_proj"
         self.gate_up_proj = ColumnLinear(env, hidden_size, parts, what, spec.bias, spec.activation)
         self.down_proj = RowLinear(env, inner[0], hidden_size, spec.bias, "intermediate features")
@@ -127,9 +124,6 @@ class GatedMLP(Layer):
     def part(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden], without residual → this rank's part of the sum."""
         return self.down_proj.matrix.apply(self.gate_up_proj.project(hidden))
-
-    def cpu_spec(self) -> CpuSpec | None:
-        return joined((self.gate_up_proj, self.down_proj), "mlp", (self._activation,))
 
 
 class SparseMLP(Layer):

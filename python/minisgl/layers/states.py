@@ -9,7 +9,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.config.states import DeltaNet, ShortConv
 from minisgl.formats.base import DENSE, WeightSlot
 from minisgl.kernel.state import DeltaState, DeltaWeights
-from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined, whole
+from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import ColumnLinear, RowLinear
 
 _HEADS, _CHANNELS = "heads of a delta net", "channels of a convolution"
@@ -44,6 +44,7 @@ class GatedDeltaNet(Layer):
         a_log, dt_bias = (torch.empty(len(mine), dtype=torch.float32, device=env.device) for _ in range(2))
         conv = env.vector(len(self._channels), spec.width)
         self._weights = DeltaWeights(conv, a_log, dt_bias, env.vector(spec.v_dim), self._eps)
+        self.cpu_block = "delta_net", self._weights
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
@@ -61,9 +62,6 @@ class GatedDeltaNet(Layer):
         for name, target in (("A_log", mine.a_log), ("dt_bias", mine.dt_bias)):
             yield WeightSlot(f"{prefix}{name}", (self._spec.num_v_heads,), target, self._heads)
         yield whole(f"{prefix}norm.weight", mine.norm)
-
-    def cpu_spec(self) -> CpuSpec | None:
-        return joined(filter(None, (self.in_proj, self.gates_proj, self.out_proj)), "delta_net", self._weights)
 
 
 def _ungrouped(num_groups: int, sizes: Sequence[int]) -> Tensor:
@@ -88,6 +86,7 @@ class GatedShortConv(Layer):
         self.in_proj = ColumnLinear(env, hidden, parts, _CHANNELS, spec.bias)
         self.out_proj = RowLinear(env, spec.num_channels, hidden, spec.bias, _CHANNELS)
         self._weight, self._bias = env.vector(len(mine), spec.width), env.vector(len(mine)) if spec.bias else None
+        self.cpu_block = "short_conv", (self._weight, self._bias)
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
@@ -101,6 +100,3 @@ class GatedShortConv(Layer):
         yield WeightSlot(name, shape, self._weight, rows, transform=lambda part: part.flatten(1))
         if self._bias is not None:
             yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, rows)
-
-    def cpu_spec(self) -> CpuSpec | None:
-        return joined((self.in_proj, self.out_proj), "short_conv", (self._weight, self._bias))
