@@ -8,10 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, listing, no_model, read_fields, read_json
-from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
+from minisgl.config.model import AttentionSpec, DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE, PagedKV, RopeConfig
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import TABLE, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
@@ -158,15 +157,15 @@ def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:
     return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", own), own
 
 
-def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[specs.RopeConfig, ...], int]:
+def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[RopeConfig, ...], int]:
     """With the tables that rotate them, and the longest sequence."""
     kinds = _kinds(f, family)
     window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
     ropes, rope_of_layer, longest = _ropes(f, family, kinds)
     cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
-    near = specs.AttentionSpec(_heads(f), window, softcap=cap, **family.attention)
+    near = AttentionSpec(_heads(f), window, softcap=cap, **family.attention)
     full = replace(near, cache=_heads(f, kinds), window=None, values_are_keys=is_same)
-    other = specs.AttentionSpec(state) if (state := _state(f, family)) is not None else near
+    other = AttentionSpec(state) if (state := _state(f, family)) is not None else near
     of_kind = {"sliding_attention": near, family.kind: other, "full_attention": full}
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
     owners = {kind: i for i, kind in enumerate(kinds[:num_own])}
@@ -183,12 +182,12 @@ def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """Of the head for multi-token prediction, if there is one: as the last of the model that has keys and values."""
     if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
         return ()
-    spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
+    spec = [layer for layer in layers if isinstance(layer.attention.cache, PagedKV)][-1]
     size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
     return (replace(spec, mlp=replace(spec.mlp, intermediate_size=size)) if isinstance(spec.mlp, DenseMLP) else spec,)
 
 
-def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
+def _heads(f: Fields, kinds: Sequence[str] = ()) -> PagedKV:
     """Of attention. kinds: of layers, where those are meant that see all, which Gemma 4 has of another size."""
     num_heads, told = f.integer("num_attention_heads", 0), f.child("per_layer_config")
     num_kv = f.integer("num_key_value_heads", num_heads)
@@ -207,7 +206,7 @@ def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
         raise ConfigError(f"{f.source}: {num_kv} key-value heads do not divide {num_heads} attention heads")
     if dim < 2 or dim % 2:
         raise ConfigError(f"{f.source}: head_dim is {dim}, but rotary embeddings need an even one")
-    return specs.PagedKV(num_kv, dim, dim)
+    return PagedKV(num_kv, dim, dim)
 
 
 def _kinds(f: Fields, family: Family) -> list[str]:
@@ -246,11 +245,11 @@ def _state(f: Fields, family: Family) -> State | None:
     return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", False))
 
 
-def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
+def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[RopeConfig, ...], list[int], int]:
     """The tables, which of them each layer has, and the longest sequence."""
     longest, is_partial = f.integer("max_position_embeddings", 0), "partial_rotary_factor" in family.defaults
 
-    def table(dim: int, layer: str = "") -> tuple[specs.RopeConfig, int]:
+    def table(dim: int, layer: str = "") -> tuple[RopeConfig, int]:
         score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
         scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
         rope, reached = read_rope(f, dim, longest, layer, family.rope_names, is_partial)
