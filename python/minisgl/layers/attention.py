@@ -111,10 +111,11 @@ class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
-        self._eps, inner, self.cpu_block = eps, (spec.intermediate_size, 1), ("mlp", (spec.activation,))
+        self._eps, inner = eps, (spec.intermediate_size, 1)
         parts, what = {"gate_proj": inner, "up_proj": inner}, "features of gate_proj"
         self.gate_up_proj = ColumnLinear(env, hidden_size, parts, what, spec.bias, spec.activation)
         self.down_proj = RowLinear(env, inner[0], hidden_size, spec.bias, "intermediate features")
+        self.cpu_block = "mlp", (spec.activation,)
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
