@@ -41,9 +41,9 @@ class Attention(Layer):
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
         self._sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
         self._qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
-        kind = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
+        numbers = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
         if not (self._rope.query_beta or spec.value_norms or spec.source is not None):
-            self.cpu_block = "attention", (*kind, bool(spec.gated))
+            self.cpu_block = "attention", (*numbers, bool(spec.gated))
 
     def forward(
         self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext, given: Tensor | None = None
