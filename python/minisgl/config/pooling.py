@@ -15,6 +15,7 @@ from minisgl.errors import ConfigError
 from minisgl.utils.fields import MAX_INT, Fields
 
 TASKS = ("generate", "embed", "embed-mean", "score")
+_OURS = "sentence_transformers."  # what the modules of other packages do is not known
 TEXTS = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 
 
@@ -23,10 +24,9 @@ class Pooling:
     """What becomes of the hidden states of a prompt. kind: "last", "mean" or "score", as in `SamplingParams.pooling`.
 
     generates: there is a head for text, too. prompts: what comes before a text, or the instruction of a score, by name;
-    prompt: the one without a name. has_roles: texts are messages of a chat, whose template has roles for query and
-    document; begins: and an answer begins behind them. is_normalized: vectors have length 1. label_ids: tokens the
-    difference of whose logits is the score, or one whose logit is; (): there is a classifier. longest: tokens of a text
-    that count; 0: all.
+    prompt: the one without a name. has_roles: texts are messages of a chat with roles for query and document; begins:
+    and an answer begins behind them. is_normalized: vectors have length 1. label_ids: tokens the difference of whose
+    logits is the score, or one whose logit is; (): there is a classifier. longest: tokens of a text that count; 0: all.
     """
 
     kind: str
@@ -48,9 +48,10 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     config, told = read_fields(path / "config.json"), read_fields(path / "config_sentence_transformers.json")
     name, modules = (config.list_of(str, "architectures") or [""])[0], _modules(path / "modules.json")
     is_classifier, is_bare = name.endswith("ForSequenceClassification"), name.endswith("Model")
+    stored = TEXTS["stored"].get(str(config.data.get("pooling_type")), "generate")
     if task is None:
         scores, embeds = is_classifier or "LogitScore" in modules, is_bare or bool(modules)
-        task = "score" if scores else "embed" if embeds else "generate"
+        task = "score" if scores else "embed" if embeds else stored
     if task == "generate":
         return None
     inputs = read_fields(path / "sentence_bert_config.json")
@@ -69,7 +70,7 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
         labels, has_roles = () if is_classifier else _labels(path, modules), "'document'" in template.replace('"', "'")
         default = default if has_roles else default or TEXTS["instruction"]
         return Pooling(task, generates, default, prompts, has_roles, begins, label_ids=labels)
-    kind = "mean" if task == "embed-mean" else "last"
+    kind = "mean" if "embed-mean" in (task, stored) else "last"
     if task == "embed" and "Pooling" in modules:
         kind = _kind(read_fields(path / modules["Pooling"] / "config.json"))
     is_chat, is_normalized = "message" in inputs.child("modality_config").data, "Normalize" in modules or not modules
@@ -80,10 +81,11 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
 
 
 def _modules(file: Path) -> dict[str, str]:
-    """Folders of sentence-transformers' modules, by the names of their classes."""
+    """Folders of sentence-transformers' modules, by the names of their classes; those of other classes by all of it."""
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
-        modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
+        pairs = [(str(module["type"]), str(module["path"])) for module in listed]
+        modules = {(kind.rpartition(".")[2] if kind.startswith(_OURS) else kind): folder for kind, folder in pairs}
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {str(file)!r}: {error!r}") from None
     if others := ", ".join(name for name in modules if name not in TEXTS["modules"]):

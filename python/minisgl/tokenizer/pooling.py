@@ -50,9 +50,7 @@ def pair_prompt(pooling: Pooling, query: str, document: str, instruction: str) -
     """A query and a document that may answer it, in the words of the model's template."""
     given = {"instruction": instruction or pooling.prompt, "query": query, "document": document}
     said = {"system": TEXTS["judge"], "user": TEXTS["asked"].format(**given)}
-    if pooling.has_roles:
-        said = {"system": given.pop("instruction"), **given}
-    return _chat(pooling, said)
+    return _chat(pooling, {"system": given.pop("instruction"), **given} if pooling.has_roles else said)
 
 
 def _whole(data: bytes) -> bytes:
