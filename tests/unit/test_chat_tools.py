@@ -262,6 +262,16 @@ def test_a_message_that_is_cut_off_ends_with_length() -> None:
     assert answer(replies(HERMES[:-20]), TOOLS).message.tool_calls[0].function.arguments == '{"city": "P'
 
 
+def test_a_demanded_call_that_is_cut_off_is_no_text() -> None:
+    """Wherever it is, and also if there was one before; without a demand it may have been meant as text."""
+    demanded = ToolUse((WEATHER, TIME), required=True)
+    for size in range(len(HERMES)):
+        for before in ("", HERMES):
+            choice = answer(replies(before, HERMES[:size], finish=FinishReason.LENGTH), demanded)
+            assert (choice.finish_reason, choice.message.content or "") == ("length", "")
+            assert len(choice.message.tool_calls or ()) >= bool(before)
+
+
 def test_text_alone() -> None:
     for tools in (None, TOOLS):
         choice = answer(replies("Hello", " there. "), tools)
