@@ -15,7 +15,7 @@ from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.messages import ChatPrompt, UserReply
 from minisgl.parser.harmony import HarmonyParser
-from minisgl.parser.parts import Parser, Part, ThinkParser
+from minisgl.parser.parts import BracketReader, Parser, Part, ThinkParser
 from minisgl.parser.tools import TOOL_PARSERS, ToolParser
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.sampling import form_grammar
@@ -135,9 +135,10 @@ class Assembler:
         return events
 
     def finish_reason(self, reply: UserReply) -> FinishReason | None:
-        """Why the choice ended, if this reply is its last."""
-        is_done = reply.finish_reason is FinishReason.STOP and any(block.kind == "call" for block in self.blocks)
-        return FinishReason.TOOL_CALLS if is_done else reply.finish_reason
+        """Why the choice ended, if this reply is its last: with calls, unless a stop string cut off the last one."""
+        calls = [block.text for block in self.blocks if block.kind == "call"]
+        is_done = bool(calls) and (reply.stop is None or BracketReader().read(calls[-1])[2])
+        return FinishReason.TOOL_CALLS if is_done and reply.finish_reason is FinishReason.STOP else reply.finish_reason
 
     def _open(self, part: Part, renderer: "Renderer") -> Events:
         events = renderer.end(self.blocks[-1], None) if self.blocks else []
