@@ -83,6 +83,11 @@ def test_reranking_and_scores(tmp_path: Path) -> None:
             answer = httpx.post(f"{server.url}/v1/score", json={"text_1": text_1, "text_2": documents}, timeout=60)
             given = [one["score"] for one in answer.json()["data"]]
             np.testing.assert_allclose([given[i] for i in order], scores, atol=1e-5)
+        for first, second in (("data_1", "data_2"), ("queries", "documents"), ("queries", "items")):  # vLLM's, too
+            answer = httpx.post(f"{server.url}/v1/score", json={first: query, second: documents}, timeout=60)
+            np.testing.assert_allclose([one["score"] for one in answer.json()["data"]], given, atol=1e-5)
+        answer = httpx.post(f"{server.url}/v1/rerank", json={**body, "top_n": None, "top_k": 1}, timeout=60)  # Voyage's
+        assert len(answer.json()["results"]) == 1
         wrong = {"text_1": [query] * 3, "text_2": documents}, {"text_1": query, "text_2": []}
         for body in wrong:
             answer = httpx.post(f"{server.url}/v1/score", json=body)
