@@ -296,12 +296,13 @@ def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> N
         (path / "1" / "config.json").write_text(json.dumps(config))
         pooling = read_pooling(None, path, True, "")
         assert pooling is not None and (pooling.kind, pooling.is_normalized) == (kind, False)
-    for file, key in (
-        ("sentence_bert_config.json", "do_lower_case"),
-        ("config_sentence_transformers.json", "truncate_dim"),
+    for file, key, more in (
+        ("sentence_bert_config.json", "do_lower_case", {"do_lower_case": 8}),
+        ("sentence_bert_config.json", "text", {"processing_kwargs": {"text": 8}}),
+        ("config_sentence_transformers.json", "truncate_dim", {"truncate_dim": 8}),
     ):
-        (path / file).write_text(json.dumps({key: 8}))
-        with pytest.raises(ConfigError, match=f"{file}: {key} 8 is not supported"):
+        (path / file).write_text(json.dumps(more))
+        with pytest.raises(ConfigError, match=f"{file}.*{key} 8 is not supported"):
             read_pooling(None, path, True, "")
         (path / file).unlink()
     wrong = ({"type": 3}, {"type": ["Pooling"]}, {"type": None}, {"type": "x.Pooling", "path": 3})

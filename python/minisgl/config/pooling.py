@@ -15,7 +15,6 @@ from minisgl.errors import ConfigError
 from minisgl.utils.fields import MAX_INT, Fields
 
 TASKS = ("generate", "embed", "embed-mean", "score")
-_OURS = "sentence_transformers."  # what the modules of other packages do is not known
 TEXTS = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 
 
@@ -55,10 +54,11 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     if task == "generate":
         return None
     inputs = read_fields(path / "sentence_bert_config.json")
-    for f, key in ((inputs, "do_lower_case"), (told, "truncate_dim")):
+    kwargs = inputs.child("processing_kwargs")
+    for f, key in ((inputs, "do_lower_case"), (told, "truncate_dim"), (kwargs, "text"), (kwargs, "common")):
         if f.data.get(key):
             raise ConfigError(f"{f.source}: {key} {f.data[key]!r} is not supported")
-    begins = inputs.child("processing_kwargs").child("chat_template").boolean("add_generation_prompt", not modules)
+    begins = kwargs.child("chat_template").boolean("add_generation_prompt", not modules)
     texts, generates = told.child("prompts"), not is_classifier and ((is_tied and not is_bare) or _has_head(path))
     prompts = {key: texts.text(key, "") for key in texts.data}
     default = prompts.get(told.text("default_prompt_name", ""), "")
@@ -85,7 +85,7 @@ def _modules(file: Path) -> dict[str, str]:
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
         pairs = [(str(module["type"]), str(module["path"])) for module in listed]
-        modules = {(kind.rpartition(".")[2] if kind.startswith(_OURS) else kind): folder for kind, folder in pairs}
+        modules = {(kind.rpartition(".")[2] if kind.startswith(TEXTS["theirs"]) else kind): at for kind, at in pairs}
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {str(file)!r}: {error!r}") from None
     if others := ", ".join(name for name in modules if name not in TEXTS["modules"]):
