@@ -236,6 +236,29 @@ ROLES = (
 )
 
 
+THINKS = ROLES.replace(
+    "assistant\n",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n</think>{% endif %}{{ x }}",
+)
+
+
+@pytest.mark.parametrize("given", [{}, {"enable_thinking": False}, {"enable_thinking": True, "x": "y"}])
+def test_the_template_is_told_what_the_files_say(source: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    """And no more, as of a model that reasons unless it is told not to."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
+    path = with_tokenizer(source, tmp_path / "model", template=THINKS)
+    kwargs: Any = {"chat_template": {"add_generation_prompt": True, **given}}
+    body = Transformer(str(path), transformer_task="text-generation", processing_kwargs=kwargs)
+    model = CrossEncoder(modules=[body, LogitScore(300, 301)], device="cpu", activation_fn=torch.nn.Sigmoid())
+    model.save(str(tmp_path / "saved"), create_model_card=False)
+    with llm_of(tmp_path / "saved") as llm:
+        wanted = model.predict([(QUERY, document) for document in DOCUMENTS[1:]])
+        np.testing.assert_allclose(llm.score(QUERY, DOCUMENTS[1:]), wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["two tokens", "one token", "classifier"])
 def test_scores_equal_sentence_transformers(source: Path, tmp_path: Path, kind: str) -> None:
     from sentence_transformers import CrossEncoder
