@@ -74,10 +74,8 @@ def visible_devices(uuids: Sequence[str], chosen: str | None) -> list[int]:
         return list(range(len(uuids)))
     found: list[int] = []
     for word in (part.strip() for part in chosen.split(",")):
-        if word.isdecimal():
-            index = int(word)
-        else:
-            index = next((i for i, uuid in enumerate(uuids) if word and uuid.startswith(word)), -1)
+        fitting = (i for i, uuid in enumerate(uuids) if word and uuid.startswith(word))
+        index = int(word) if word.isdecimal() else next(fitting, -1)
         if not 0 <= index < len(uuids) or index in found:
             break
         found.append(index)
