@@ -82,14 +82,11 @@ def visible_devices(uuids: Sequence[str], chosen: str | None) -> list[int]:
     return found
 
 
-def torch_cuda(version_py: str = "") -> str | None:
-    """The CUDA version that the installed torch is built for; None for a CPU build, or no torch.
-
-    version_py: the text of torch/version.py, for tests."""
+def torch_cuda() -> str | None:
+    """The CUDA version that the installed torch is built for; None for a CPU build, or no torch."""
     spec = find_spec("torch")
-    if not version_py and spec and spec.origin:
-        version_py = Path(spec.origin).with_name("version.py").read_text()
-    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version_py, re.MULTILINE)
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match[1] if match else None
 
 
