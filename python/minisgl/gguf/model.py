@@ -116,10 +116,8 @@ class GgufFile:
         of, count = (self._number("<I"), self._number("<Q")) if kind == _LIST else (kind, 0)
         if of not in _SCALARS and of != _TEXT:
             raise self.wrong(f"{key[:100]!r} is of a type that is unknown, or a list of lists ({of})")
-        begin = self._at
         size = self._texts_size(count) if of == _TEXT else count * struct.calcsize(_SCALARS[of])
-        self._take(size)
-        return key, (of, count, begin)
+        return key, (of, count, self._take(size))
 
     def _texts_size(self, count: int) -> int:
         """Bytes of the texts ahead: there may be hundreds of thousands. Too many where they go beyond the file."""
