@@ -256,9 +256,8 @@ def _state(f: Fields, family: Family) -> State | None:
     heads = f.integer("linear_num_key_heads", 16), f.integer("linear_num_value_heads", 32)
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
-    dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    is_grouped = f.boolean("groups_state", family.groups_state)
-    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), is_grouped)
+    sizes = *heads, f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
+    return DeltaNet(*sizes, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", family.groups_state))
 
 
 def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
@@ -331,8 +330,9 @@ def _architecture(f: Fields) -> str:
         if name in FAMILIES:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
-    missing = [what for begin, what in TABLE["missing"].items() if names and names[0].startswith(begin)]
-    nearest = get_close_matches(names[0], FAMILIES, 1) if names and not missing else []
+    names = names or [f.text("model_type", "none given")]
+    missing = [what for begin, what in TABLE["missing"].items() if names[0].lower().startswith(begin.lower())]
+    nearest = [] if missing else get_close_matches(names[0], FAMILIES, 1)
     hints = [f"missing: {what}; " for what in missing] + [f"nearest: {name}; " for name in nearest]
     known = "".join(hints) + f"supported: {known}, each ForCausalLM"
-    raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80] or 'none given'} ({known})")
+    raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80]} ({known})")
