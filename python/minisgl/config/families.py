@@ -316,8 +316,7 @@ def _architecture(f: Fields) -> str:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
     names = names or [f.text("model_type", "none given")]
-    missing = [what for begin, what in TABLE["missing"].items() if names[0].lower().startswith(begin.lower())]
-    nearest = [] if missing else get_close_matches(names[0], FAMILIES, 1)
-    hints = [f"missing: {what}; " for what in missing] + [f"nearest: {name}; " for name in nearest]
+    hints = [f"missing: {it}; " for begin, it in TABLE["missing"].items() if names[0].lower().startswith(begin.lower())]
+    hints = hints or [f"nearest: {name}; " for name in get_close_matches(names[0], FAMILIES, 1)]
     known = "".join(hints) + f"supported: {known}, each ForCausalLM"
     raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80]} ({known})")
