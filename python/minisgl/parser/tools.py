@@ -88,15 +88,13 @@ class ToolParser(Parser):
     """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless the format
     says otherwise.
 
-    name: of the format; None when it is not known. functions: those that can be called, and the JSON schemas of their
-    arguments.
+    name: of the format; None when it is not known. functions: those that can be called, and schemas of their arguments.
     """
 
     def __init__(self, name: str | None, functions: Mapping[str, Any]) -> None:
         super().__init__()
         self._format = TOOL_PARSERS[name or UNKNOWN]
-        # Of calls without their names.
-        self._brackets = {"json": "{[", "python": "["}.get(self._format.language, "")
+        self._brackets = {"json": "{[", "python": "["}.get(self._format.language, "")  # of calls without their names
         self._functions = functions
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
@@ -196,7 +194,7 @@ class ToolParser(Parser):
             self._buffer, self._state = text[end:], self._read_text
             return True
         self._buffer = self._buffer[found.end :]
-        parts += [call._replace(call_index=i) for i, call in enumerate(found.calls, self._num_calls)]
+        parts += [call._replace(call_index=index) for index, call in enumerate(found.calls, self._num_calls)]
         self._num_calls += len(found.calls)
         self._arguments, self._closers, self._in_list = found.arguments, [*found.closers], found.in_list
         self._state = self._read_rest
@@ -274,7 +272,7 @@ def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = {key: value for key, value in (function.get("parameters") or {}).items() if value is not None}
     if not any(key in schema for key in ("properties", *_OTHER)):
         schema["properties"] = {}
-    return schema if "$ref" in schema else {"type": "object", **schema}
+    return schema if "$ref" in schema else {**schema, "type": "object"}
 
 
 def _arguments(language: str, function: Field) -> Form:
