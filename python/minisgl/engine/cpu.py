@@ -206,7 +206,7 @@ class CpuRunner:
                 steps.forward.begins = self._tell
             while (item := self._queue.get()) is not None:
                 self._tell(_execute(steps, *item))
-                if self._queue.empty():
+                if self._queue.empty() or not isinstance(steps.forward, WholeStep):
                     self._tell()
             self._tell()
         steps.shard.comm.close()

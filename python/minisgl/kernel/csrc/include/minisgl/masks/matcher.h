@@ -112,7 +112,7 @@ struct Matcher {
   bool mask(uint32_t* words, size_t num_bytes) {
     const auto key = library.is_stopped(own) ? std::nullopt : course.key();
     if (key && known_masks.find(*key, words, num_bytes)) return true;
-    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
+    const double start = key ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
     if (library.compute_mask_into(own, words, num_bytes) != 0) return false;
     if (key) known_masks.add(*key, words, num_bytes, seconds(CLOCK_THREAD_CPUTIME_ID) - start);
     return true;

@@ -4,6 +4,7 @@
 
 #include <minisgl/masks/matcher.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/prctl.h>
 
 #include <chrono>
@@ -120,9 +121,17 @@ class Worker {
       const Job job = std::move(jobs.front());
       jobs.pop_front();
       guard.unlock();
+      step_back();
       compute(job);
       guard.lock();
     }
+  }
+
+  // The thread that tells of tokens is the one that computes the next step: it goes on, and a core that has nothing to do, or
+  // will have, takes this one.
+  void step_back() {
+    const sched_param none{};
+    if (tokens.are_told && !is_behind) is_behind = sched_setscheduler(0, SCHED_BATCH, &none) == 0;
   }
 
   // Whether there is something to do, and it can be done at once. The lock is held.
@@ -173,6 +182,7 @@ class Worker {
   std::deque<Job> jobs;
   Job last;                // that was submitted
   bool is_asleep = false;  // until there is a job
+  bool is_behind = false;  // it does not interrupt who wakes it
   std::atomic<bool> is_closing = false;
   std::thread thread;  // last: it uses the others
 };
