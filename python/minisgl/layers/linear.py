@@ -26,7 +26,7 @@ class Linear(Layer):
         self, env: LayerEnv, shape: Shape, shards: dict[str, Shard], bias: bool = False, activation: str | None = None
     ) -> None:
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
-        self.shards, self._activation = shards, activation
+        self.shards, self._activation, self.apart = shards, activation, False  # apart: of `Around`
         self._tensors = env.format.create(shape, env.dtype, env.device)
         self._matrix: Matrix | None = None
         self.bias = env.vector(shape[0]) if bias else None
@@ -75,7 +75,7 @@ class Linear(Layer):
 
     def project(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """x: [num_tokens, in], which `norm` normalises first → y, or activation(gate) * up of its two halves."""
-        return self.matrix.apply(x, Around(self.bias, norm, eps, gated=self._activation is not None))
+        return self.matrix.apply(x, Around(self.bias, norm, eps, None, self._activation is not None, self.apart))
 
     def cpu_spec(self) -> CpuSpec | None:
         handle = self.matrix.cpu_handle
@@ -127,7 +127,7 @@ class RowLinear(Linear):
         if norm is not None:
             part = self.matrix.apply(x, Around(self.bias if self._comm.rank == 0 else None))
             return residual.add_(self._ops.rms_norm(self._comm.all_reduce(part), norm, eps))
-        around = ALONE if self._comm.rank > 0 else Around(self.bias, residual=residual)
+        around = ALONE if self._comm.rank > 0 else Around(self.bias, residual=residual, apart=self.apart)
         return self._comm.all_reduce(self.matrix.apply(x, around))
 
 
