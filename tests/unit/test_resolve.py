@@ -605,8 +605,9 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 1}))
     assert read_default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
-    file.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
-    assert read_default_sampling(tmp_path) == {"temperature": 0.0}
+    for greedy in ({"do_sample": False}, {"top_p": 0}, {"do_sample": True, "top_p": 0.0, "top_k": 1}):
+        file.write_text(json.dumps({"temperature": 0.6, **greedy}))
+        assert read_default_sampling(tmp_path) == {"temperature": 0.0}
     for wrong in ("{", "[]"):
         file.write_text(wrong)
         with pytest.raises(ConfigError, match=r"generation_config\.json"):
