@@ -45,6 +45,7 @@ class CpuTables:
     def __init__(self, config: EngineConfig) -> None:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests
         self.places: Tensor | None = None
+        self.fresh = torch.ones(1, dtype=torch.int32)  # nobody looks
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))

@@ -193,7 +193,7 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
-        num = sum(share.num_samples for share in plan.reqs)
+        num, most = sum(share.num_samples for share in plan.reqs), 1 + self.shard.config.draft_len
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
@@ -201,12 +201,15 @@ class CapturedSteps(StepRunner):
             return super()._launch(plan, masks)
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
-        if num < sum(share.num_new for share in plan.reqs):
+        if has_prompts := num < sum(share.num_new for share in plan.reqs):
             index = index.all_sampled(num, row)
+            self.tables.fresh.fill_(max(most, *(share.num_new for share in plan.reqs)))
         self.tables.send(plan, index, masks)
         if self._backend.plans_captured:
             self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
+        if has_prompts:
+            self.tables.fresh.fill_(most)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
         return launched if told is None or self.propose is None else launched._replace(drafts=told[: len(plan.reqs)])

@@ -69,13 +69,15 @@ def widened(kept: Tensor, dtype: torch.dtype) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class PagedSequences:
     """int32 on the device. page_table: [rows, max pages]; rows, seq_lens: [n]; cu_q: [n + 1], offsets of the sequences'
-    tokens in q. seq_lens counts this step's tokens too, which come last."""
+    tokens in q. seq_lens counts this step's tokens too, which come last. fresh: [1], at least so many of a sequence's
+    newest tokens are all that a captured step writes; None: there are no captured steps."""
 
     page_table: Tensor
     rows: Tensor
     seq_lens: Tensor
     cu_q: Tensor
     page_size: int  # tokens
+    fresh: Tensor | None = None
 
 
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
