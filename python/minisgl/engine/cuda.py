@@ -123,6 +123,7 @@ class CudaRunner:
         try:
             with self._on_device():
                 comm = self.steps.shard.comm
+                self.steps.propose = None  # who knows the steps, too
                 del self.steps  # first: NCCL waits for the end of all graphs that have captured it
                 comm.close()
                 torch.cuda.synchronize()
@@ -160,7 +161,10 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend,
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
-    return activation_bytes(shard.config, steps.launch)
+    try:
+        return activation_bytes(shard.config, steps.launch)
+    finally:
+        steps.propose = None  # or a drafter and its steps keep each other, and the cache
 
 
 class CapturedSteps(StepRunner):
@@ -193,23 +197,24 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
-        num, most = sum(share.num_samples for share in plan.reqs), 1 + self.shard.config.draft_len
+        num, size = (sum(x) for x in zip(*((one.num_samples, one.num_new) for one in plan.reqs), strict=True))
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks)
-        shape, padding = found
+        (shape, padding), few = found, 1 + self.shard.config.draft_len
         index = StepIndex.of((*reqs, *padding))
-        if has_prompts := num < sum(share.num_new for share in plan.reqs):
+        if num < size:
             index = index.all_sampled(num, row)
-            self.tables.fresh.fill_(max(most, *(share.num_new for share in plan.reqs)))
+        if are_new := num < size or bool(plan.admissions):  # what one writes others may read in the same step
+            self.tables.fresh.fill_(max(size, few))
         self.tables.send(plan, index, masks)
         if self._backend.plans_captured:
             self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
-        if has_prompts:
-            self.tables.fresh.fill_(most)
+        if are_new:
+            self.tables.fresh.fill_(few)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
         return launched if told is None or self.propose is None else launched._replace(drafts=told[: len(plan.reqs)])
