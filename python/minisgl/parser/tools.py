@@ -333,7 +333,7 @@ def _fields(function: Field) -> list[Field]:
         raise RequestError(message, param=function.param)
     shared, required = definitions(function.schema), [*map(str, listed(schema, "required"))]
     if schema.get("additionalProperties") is not False:  # what is required may be named there alone
-        fields = {name: {} for name in (*fields, *required)} | fields
+        fields = {name: fields.get(name, {}) for name in (*fields, *required)}
     return [
         Field(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
         for name, schema in fields.items()
