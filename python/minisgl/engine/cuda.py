@@ -197,7 +197,7 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
-        num, size = (sum(x) for x in zip(*((one.num_samples, one.num_new) for one in plan.reqs), strict=True))
+        num, size = sum(share.num_samples for share in plan.reqs), plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
