@@ -161,10 +161,9 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend,
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
-    try:
-        return activation_bytes(shard.config, steps.launch)
-    finally:
-        steps.propose = None  # or a drafter and its steps keep each other, and the cache
+    num_bytes = activation_bytes(shard.config, steps.launch)
+    steps.propose = None  # or a drafter and its steps keep each other, and the cache
+    return num_bytes
 
 
 class CapturedSteps(StepRunner):
@@ -196,8 +195,9 @@ class CapturedSteps(StepRunner):
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
-        reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
-        num, size = sum(share.num_samples for share in plan.reqs), plan.num_tokens
+        reqs, num = plan.reqs, len(plan.reqs)
+        if (size := num) > plan.num_decode:
+            reqs, num, size = self._as_captured(plan), sum(req.num_samples for req in plan.reqs), plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
