@@ -169,10 +169,11 @@ class SparseMLP(Layer):
         if turns:
             shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * rows[0], 2 * rows[1]))}
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
-        biases = self._biases or ([None] * self._spec.num_experts,) * 2
-        for i, (gate_up, down, first, second) in enumerate(zip(*stacks, *biases, strict=True)):
-            at, form = f"{prefix}experts.{i}.", self._format
-            found = [one for name, of in shards.items() for one in slots_of(form, f"{at}{name}", gate_up, of, first)]
+        for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
+            found, at, form = list[WeightSlot](), f"{prefix}experts.{i}.", self._format
+            first, second = (None, None) if self._biases is None else (self._biases[0][i], self._biases[1][i])
+            for name, shard in shards.items():
+                found += slots_of(form, f"{at}{name}", gate_up, shard, first)
             found = [reordered(slot, order) for slot in found] if turns else found
             found += slots_of(form, f"{at}down_proj.", down, Shard(shape[::-1], (0, self._hidden), rows), second)
             yield from (transposed(slot) if turns and slot.name.endswith(".weight") else slot for slot in found)

@@ -73,7 +73,7 @@ class Layer:
     """Tensors, or layers, and the method `forward` that computes with them."""
 
     stored_as: str | None = None  # what checkpoints call it; "": they have its parts in its place; None: as we do
-    slots: Sequence[WeightSlot] = ()  # of other vectors than public ones, which come as they are
+    slots: Sequence[WeightSlot] = ()  # of vectors that are not public: ranks share them, or change them on the way
     cpu_block: tuple[str, tuple[Tensor | float | str | None, ...]] | None = None  # kind and numbers of its `CpuSpec`
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -43,10 +43,10 @@ class GatedDeltaNet(Layer):
         a_log, dt_bias = (torch.empty(len(mine), dtype=torch.float32, device=env.device) for _ in range(2))
         conv, shape = env.vector(len(channels), spec.width), (spec.num_channels, 1, spec.width)
         self._weights = DeltaWeights(conv, a_log, dt_bias, env.vector(spec.v_dim), self._eps)
-        first = WeightSlot("conv1d.weight", shape, conv, (0, shape[0]), transform=lambda part: part[channels, 0])
+        convolution = WeightSlot("conv1d.weight", shape, conv, (0, shape[0]), transform=lambda part: part[channels, 0])
         rows = mine.start, mine.stop
         shared = [WeightSlot(n, values[:1], x, rows) for n, x in (("A_log", a_log), ("dt_bias", dt_bias))]
-        self.slots = [first, *shared, whole("norm.weight", self._weights.norm)]
+        self.slots = [convolution, *shared, whole("norm.weight", self._weights.norm)]
         self.cpu_block = "delta_net", self._weights
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:

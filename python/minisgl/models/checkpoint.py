@@ -33,7 +33,7 @@ EMBEDDING, HEAD, OF_HEAD = "model.embed_tokens.weight", "lm_head.weight", "head.
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 _OUTER, _INNER, _LEFT_OUT, _PACKED = ("|".join(TABLE[key]) for key in ("outer", "inner", "left_out", "packed"))
 _NAME = re.compile(rf"(?:(?:{_OUTER})\.)*(?:(lm_head\..*)|((?:{_INNER})\..*))")
-_STACK = re.compile(r"(.*\.experts)(\.(?:gate|up|down|gate_up)_proj)(|\.\w+|_bias|_scale(?:s|_inv)?|_blocks)$")
+_STACK = re.compile(r"^(.*\.experts)(\.(?:gate|up|down|gate_up)_proj)(|\.\w+|_bias|_scale(?:s|_inv)?|_blocks)$")
 # What these end with: in the names of one expert's.
 _ENDS = {"": ".weight", "_bias": ".bias", "_scale": ".weight_scale", "_scale_inv": ".weight_scale_inv"}
 _IGNORED = re.compile(rf"(^|\.)({_LEFT_OUT})$|^mtp\.")  # the latter where they are not used
