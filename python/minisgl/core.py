@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -264,11 +264,13 @@ class ScheduledReq(NamedTuple):
     num_samples: int
     num_drafts: int = 0
     num_held: int = 0  # tokens of its last draft, which states only keep, that these take in before all else
+    follows: int = 0  # 1 + its place in the step before: behind what that keeps of its draft; `start`: if it keeps none
 
 
 class Draft(NamedTuple):
     """What a row's next tokens may be, the last of its share: written to the token buffer from `position` on before
-    the step's tokens are computed. What the token before samples says whether one was right."""
+    the step's tokens are computed. What the token before samples says whether one was right. ids: `ID_PENDING` where
+    they are those that the engine tells in the step before (`ScheduledReq.follows`)."""
 
     row: int
     position: int
@@ -342,6 +344,11 @@ class StepResult(NamedTuple):
     prompt_logprobs: Mapping[int, Logprobs] = {}
     pooled: Mapping[int, bytes] = {}
     drafts: Mapping[int, list[int]] = {}
+
+
+def num_right(draft: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens of a draft hold, in whose places a step has sampled `ids`: each one before which it was right."""
+    return next((i for i in range(len(draft)) if draft[i] != ids[i] or ids[i + 1] < -1), len(draft))
 
 
 class StepHandle(Protocol):

@@ -26,7 +26,7 @@ from minisgl.engine.rules import StepRules
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit, one_by_one
 from minisgl.engine.shard import DTYPES, ModelShard
 from minisgl.engine.staging import DeviceTables
-from minisgl.engine.step import Launched, LayerByLayer, StepRunner
+from minisgl.engine.step import Launched, LayerByLayer, Left, StepRunner
 from minisgl.engine.tables import Batch, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
@@ -186,17 +186,29 @@ class CapturedSteps(StepRunner):
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
+        kept, self.left = torch.zeros_like(self._counting), None
+        if head is not None and shard.ops.draft is not None:
+            self.left = Left(kept, kept.new_zeros(max_batch + 1, longest, dtype=torch.int64))
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
-    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+    def _resolved(self, plan: StepPlan, before: Launched) -> StepPlan:
+        """It waits for the device."""
+        if any(share.follows for share in plan.reqs):
+            torch.cuda.current_stream().synchronize()
+        return super()._resolved(plan, before)
+
+    def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
+        if before.kept is None or self.tables.places is None:  # else a captured step finds itself where it goes on
+            plan = self._resolved(plan, before)
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._verifying(plan)
         # The narrow ones tell no drafts, and know of none that states are to take in.
-        shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
+        can_be_narrow, row = not any(share.num_held or share.follows for share in reqs), self.tables.padding_row
+        shapes = self._shapes if can_be_narrow else self._wide
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
-            return super()._launch(plan, masks)
+            return super()._launch(plan, masks, before)
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
         self.tables.send(plan, index, masks)
@@ -205,7 +217,10 @@ class CapturedSteps(StepRunner):
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
-        return launched if told is None or self.propose is None else launched._replace(drafts=told[: len(plan.reqs)])
+        if told is None or self.propose is None:
+            return launched._replace(plan=plan)
+        kept = self.left.kept[: len(plan.reqs)] if shape.is_wide and self.left is not None else None
+        return launched._replace(drafts=told[: len(plan.reqs)], plan=plan, kept=kept)
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
@@ -237,10 +252,16 @@ class CapturedSteps(StepRunner):
         batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
         metadata = self._backend.prepare_both(batch.attention, captured=True)
 
+        left = self.left if shape.is_wide else None
+
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+            if left is not None:
+                step = batch.tensors
+                numbers = step.follows, step.cu_q, step.rows, step.positions, step.ends, step.seq_lens, step.drafted
+                self.shard.ops.draft.follow(*left, *numbers, step.sampling.words, self.tables.token_ids)
             computed = self._layers(batch, metadata)
             logits = computed.logits(None)
             ids = self._sample(logits, batch.tensors)
-            return (ids, propose and propose(batch, computed, ids, most)), logits
+            return (ids, propose and propose(batch, computed, ids, most, left)), logits
 
         return run

@@ -9,7 +9,7 @@ from minisgl.attention.base import StepContext, to_device
 from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.step import LayerByLayer, StepRunner
+from minisgl.engine.step import LayerByLayer, Left, StepRunner
 from minisgl.engine.tables import Batch
 from minisgl.kernel.cpu import CpuOps
 from minisgl.models.heads import Head
@@ -41,14 +41,16 @@ class HeadDrafter:
         """layers: with the tables that the steps have, and the cache that the head reads."""
         self._head, self._steps, self._layers = head, steps, layers
 
-    def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
+    def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int, left: Left | None = None) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
-        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's."""
+        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's. left:
+        where that is to be for the next step."""
         head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
         asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
         reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
-        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most)
+        kept = None if left is None else left.kept[:num_reqs]
+        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most, kept)
         x = computed.hidden(None if computed.context else torch.arange(len(following)))
         x = head.forward(following if head.skips_last else context.input_ids, x, context, of_model=True)
         if not most:
@@ -58,10 +60,14 @@ class HeadDrafter:
         for of_pass in numbers.unbind(1):
             x = head.forward(told[-1], x, self._context(batch, *of_pass))
             told.append(head.choose(x))
-        drafts = torch.stack(told[not head.skips_last :], 1).view(-1, most)
+        told = told[not head.skips_last :]
+        out = None if left is None else left.told[:num_reqs].view(-1, len(told))
+        drafts = torch.stack(told, 1, out=out).view(-1, most)
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
-    def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
+    def _plan(
+        self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
         sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
@@ -71,7 +77,8 @@ class HeadDrafter:
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
             known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
-            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers)
+            kept = torch.empty_like(given.rows) if kept is None else kept
+            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers, kept)
             return *parts, numbers.flatten(2)
         following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]

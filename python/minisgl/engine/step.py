@@ -15,7 +15,7 @@ from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
 from minisgl.engine.pooling import Computed, pooled_bytes
 from minisgl.engine.rules import StepRules
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
+from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, resolved
 from minisgl.kernel.ops import PagedSequences, RopeAngles, Tensors
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kernel.state import StateSequences
@@ -38,6 +38,8 @@ class Launched(NamedTuple):
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
     drafts: Tensor | None = None  # [m, longest] int32: of all m requests, as far as they have `num_drafts`
+    plan: StepPlan = StepPlan(-1, (), (), ())  # as it was computed
+    kept: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
@@ -50,6 +52,14 @@ class Launched(NamedTuple):
         told = () if self.drafts is None else enumerate(self.drafts.tolist())
         drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].num_drafts)}
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
+
+
+class Left(NamedTuple):
+    """What a captured step leaves to the one that follows it, by request: how many tokens of its draft held, and of the
+    next one all. kept: [m] int32; told: [m, longest] int64."""
+
+    kept: Tensor
+    told: Tensor
 
 
 class Tables(Protocol):
@@ -105,19 +115,30 @@ class StepRunner:
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
-        self.propose: Callable[[Batch, Computed, Tensor, int], Tensor | None] | None = None
+        self.propose: Callable[..., Tensor | None] | None = None
+        self._before = Launched(tables.token_ids[0, :0])
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Its results are on their way to the host, from a GPU to pinned memory."""
         self.tables.host.apply(plan)
         self.kv.states.copy(plan.states)
-        launched = self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
+        nothing = Launched(self.tables.token_ids[0, :0])
+        before, self._before = self._before, nothing  # also after a failure
+        launched = self._launch(plan, masks, before) if plan.reqs else nothing
         drafts = None if launched.drafts is None else launched.drafts.to("cpu", non_blocking=True)
-        return launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=drafts)
+        self._before = launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=drafts)
+        return self._before
 
-    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+    def _resolved(self, plan: StepPlan, before: Launched) -> StepPlan:
+        """With what the step before has left, if it says no more than that it goes on behind it."""
+        if not any(share.follows for share in plan.reqs):
+            return plan
+        kept = None if before.kept is None else before.kept.tolist()
+        return resolved(plan, before.plan, before.result(before.plan), kept, bool(self.shard.config.model.states))
+
+    def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Launch a step that computes something, op by op."""
-        index = StepIndex.of(plan.reqs)
+        index = StepIndex.of((plan := self._resolved(plan, before)).reqs)
         self.tables.send(plan, index, masks)
         batch = self.batch(index, plan.num_decode)
         computed, prompts = self.forward(batch), None
@@ -129,7 +150,7 @@ class StepRunner:
         if len(logits):
             launched = self._finish(plan, masks, index, None, lambda: (logits, batch.tensors))
         drafts = self._drafts(batch, computed, launched.ids)
-        return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
+        return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts, plan=plan)
 
     def _drafts(self, batch: Batch, computed: Computed, ids: Tensor) -> Tensor | None:
         try:

@@ -49,7 +49,8 @@ def check_integrity(planner: Planner) -> None:
 def _check_req(planner: Planner, req: Req, num_inflight: int) -> None:
     """One that has a row: that its state, counts, pages and lock fit together."""
     runs, num_known, num_pages = req.state is ReqState.RUNNING, len(req.tokens), len(req.pages)
-    computed = 0 <= req.num_computed <= min(req.num_tokens, num_pages * planner.config.page_size)
+    most = num_pages * planner.config.page_size  # and where it ends within a draft, it has computed more than it keeps
+    computed = 0 <= req.num_computed <= (min(req.num_tokens, most) if runs else most)
     placed = runs == (planner.reqs.get(req.uid) is req) and req.state is not ReqState.WAITING
     counts = req.prompt_len <= num_known <= req.num_tokens <= min(req.max_len, num_known + num_inflight)
     cache = planner.pages.cache

@@ -25,13 +25,15 @@ class Planned(NamedTuple):
 
 @dataclass(slots=True)
 class Growing:
-    """What a step has so far. budget: tokens that it may still have."""
+    """What a step has so far. budget: tokens that it may still have. before: by row, where the step before is still to
+    tell how far it gets: 1 + its place there, how many tokens it verifies, and how many it tells."""
 
     budget: int
     decode: Shares = field(default_factory=lambda: ([], []))
     prefill: Shares = field(default_factory=lambda: ([], []))
     admissions: list[Admission] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
+    before: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def admit(self, req: Req, eos: tuple[int, ...]) -> None:
         ends = req.params.end_ids(eos) if req.params.min_tokens else ()

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples
+from minisgl.core import ID_PENDING, Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
 from minisgl.scheduler.plan import Growing, Ids
@@ -93,7 +93,7 @@ class Speculation:
         num_samples, config = sum(share.num_samples for _, share in shares), self._config
         # Where a request's tokens belong together, no captured step holds a draft of each of so many.
         are_many = 0 < config.cuda_graph_max_bs < num_samples * (1 + config.draft_len)
-        drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step.budget)
+        drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step)
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
         may_rest = not (drafts or wanted or self._makers or self._forced or any(self._drafters.values()))
         self._resting, self._num_steps = size * may_rest, 1
@@ -101,15 +101,16 @@ class Speculation:
             return
         step.decode, step.prefill = ([], []), ([], [])
         for req, share in shares:
-            row, start, num_new, num_samples, num_drafts, num_held = share
-            if (ids := drafts.get(row)) and (num := self._room(req, start + num_new, len(ids), pages)):
+            row, start, num_new, num_samples, num_drafts, num_held, follows = share
+            end = start + num_new + step.before.get(row, (0, 0))[1]  # at most
+            if (ids := drafts.get(row)) and (num := self._room(req, end, len(ids), pages)):
                 step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
-                num_new, num_samples = num_new + num, num_samples + num
-            if (most := min(wanted.get(row, 0), req.max_len - start - num_new - 1)) > 0:
-                num_drafts = max(0, self._room(req, start + num_new, most + 1, pages) - 1)  # behind one that is sampled
+                num_new, num_samples, end = num_new + num, num_samples + num, end + num
+            if (most := min(wanted.get(row, 0), req.max_len - end - 1)) > 0:
+                num_drafts = max(0, self._room(req, end, most + 1, pages) - 1)  # behind one that is sampled
             some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
             some_reqs.append(req)
-            some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held))
+            some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held, follows))
 
     def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
@@ -126,6 +127,13 @@ class Speculation:
         """Whether how far a step's requests get, or what may come next, is not known before its result is."""
         return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
 
+    def can_follow(self, plan: StepPlan, running: Sequence[Req]) -> bool:
+        """Whether a step may be planned behind one that the device is still to tell the end of: all drafts are its own,
+        and each request has but one token more."""
+        is_own = self._asks and not (self._makers or self._drafters or self._forced or plan.masked)
+        ready = (req.num_tokens <= req.num_computed + 1 and not req.held and not req.params.grammar for req in running)
+        return is_own and all(share.num_new == share.num_samples for share in plan.reqs) and all(ready)
+
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
         self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
@@ -136,20 +144,22 @@ class Speculation:
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
-        num, name = len(draft), self._names.get(req.uid, "")
-        num_right = next((i for i in range(num) if draft[i] != ids[i] or ids[i + 1] < -1), num)
+        if draft[0] == ID_PENDING:
+            draft = self._told.get(req.uid, ())[: len(draft)]
+        name, right = self._names.get(req.uid, ""), num_right(draft, ids)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
-        num_wrong = num - num_right if num_right < num and draft[num_right] != ids[num_right] else 0
-        self.num_drafted[name] += num_right + num_wrong
-        self.num_right[name] += num_right
-        req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
+        num_wrong = len(draft) - right if right < len(draft) and draft[right] != ids[right] else 0
+        self.num_drafted[name] += right + num_wrong
+        self.num_right[name] += right
+        req.drafted = req.drafted[0] + right, req.drafted[1] + num_wrong
         kind = req.params.temperature > 0 if self._asks and name == self._config.speculate else -1
         for rates, key, kept in (self._rates, req.uid, 1 - _LEARNING), (self._first_rates, kind, 1 - _LEARNING / 2):
             if (rate := rates.get(key, -1.0)) >= 0 and name != "grammar":
-                rates[key] = (1 - (1 - rate) * kept**num_right) * (kept if num_wrong else 1)
-        req.num_computed += num_right
-        pages.held[share.row] = num_right * self._config.has_states
-        return ids[: num_right + 1]
+                rates[key] = (1 - (1 - rate) * kept**right) * (kept if num_wrong else 1)
+        req.num_computed += right
+        if not req.num_inflight:  # else the step that follows takes them in
+            pages.held[share.row] = right * self._config.has_states
+        return ids[: right + 1]
 
     def forget(self, uids: Collection[int]) -> None:
         """These requests have ended, or begin anew."""
@@ -157,9 +167,9 @@ class Speculation:
             for uid in uids:
                 known.pop(uid, None)
 
-    def _drafts(self, shares: Shares, num_samples: int, budget: int) -> dict[int, Sequence[int]]:
+    def _drafts(self, shares: Shares, num_samples: int, step: Growing) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
-        num_rows, room = sum(share.num_new for _, share in shares), min(budget, self._most_samples - num_samples)
+        num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
         lengths, drafts = Lengths(*self._config.step_costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
@@ -175,6 +185,11 @@ class Speculation:
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
                 most = min(self._config.draft_len, req.max_len - req.num_tokens)
+                if share.follows:
+                    _, num_before, num_told = step.before[share.row]
+                    most = min(num_told, req.max_len - req.num_tokens - num_before)
+                    num_pending, forced = 0, [ID_PENDING] * num_told
+                    self._names[req.uid] = self._config.speculate
                 length = lengths.best(rate, num_pending, most, req.params.speculate)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
