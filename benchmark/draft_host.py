@@ -92,13 +92,13 @@ class Ops(TorchOps):
 
 
 class Steps(cuda.CapturedSteps):
-    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+    def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Prompts are not computed."""
         if any(share.num_new != share.num_samples for share in plan.reqs):
             num = sum(share.num_samples for share in plan.reqs)
             told = torch.full((len(plan.reqs), DRAFT_LEN), TOKEN, dtype=torch.int32)
             return Launched(torch.full((num,), TOKEN, dtype=torch.int32), drafts=told)
-        return super()._launch(plan, masks)
+        return super()._launch(plan, masks, before)
 
 
 class Engine:

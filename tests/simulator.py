@@ -71,7 +71,7 @@ class SimulatedEngine:
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.num_steps += 1
         self.num_following += any(share.follows for share in plan.reqs)
-        plan = resolved(plan, *self._before, None, self.config.has_states)
+        plan = resolved(plan, *self._before, [], self.config.has_states)
         self._before = StepPlan(-1, (), (), ()), StepResult(-1, [])
         self.max_step_tokens = max(self.max_step_tokens, plan.num_tokens)
         assert plan.reqs

@@ -147,7 +147,8 @@ class Coin:
 
     def __init__(self, engine: LLM, rate: float) -> None:
         self._coin, self._rate, self._tossed = random.Random(1), rate, dict[ScheduledReq, int]()
-        self._steps: Any = engine.rank.engine.steps
+        executor: Any = engine.rank.engine
+        self._steps = executor.steps
         speculation = engine.scheduler.planner.speculation
         self._settle, self._launch, self._last = speculation.settle, self._steps.launch, tuple[ScheduledReq, ...]()
         speculation.settle, self._steps.launch = self.settle, self.launch  # type: ignore[method-assign]
@@ -161,9 +162,9 @@ class Coin:
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         last, self._last = self._last, plan.reqs
-        if any(share.follows for share in plan.reqs) and getattr(self._steps, "left", None) is not None:
+        if any(share.follows for share in plan.reqs) and hasattr(self._steps, "left"):
             kept = torch.tensor([self.toss(share) for share in last], dtype=torch.int32, pin_memory=True)
-            self._steps.left.kept[: len(kept)].copy_(kept, non_blocking=True)
+            self._steps.left[0][: len(kept)].copy_(kept, non_blocking=True)
         return self._launch(plan, masks)
 
     def settle(

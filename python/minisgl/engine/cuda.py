@@ -26,7 +26,7 @@ from minisgl.engine.rules import StepRules
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit, one_by_one
 from minisgl.engine.shard import DTYPES, ModelShard
 from minisgl.engine.staging import DeviceTables
-from minisgl.engine.step import Launched, LayerByLayer, Left, StepRunner
+from minisgl.engine.step import Launched, LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
@@ -186,16 +186,9 @@ class CapturedSteps(StepRunner):
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
-        kept, self.left = torch.zeros_like(self._counting), None
-        if head is not None and shard.ops.draft is not None:
-            self.left = Left(kept, kept.new_zeros(max_batch + 1, longest, dtype=torch.int64))
+        # What a captured step leaves to the next: of each request's draft so many tokens are right, and the next one.
+        self.left = torch.zeros_like(self._counting), self._counting.new_zeros(max_batch + 1, longest).long()
         self._graphs = DecodeGraphs(self._capture, self._shapes)
-
-    def _resolved(self, plan: StepPlan, before: Launched) -> StepPlan:
-        """It waits for the device."""
-        if any(share.follows for share in plan.reqs):
-            torch.cuda.current_stream().synchronize()
-        return super()._resolved(plan, before)
 
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
@@ -219,8 +212,12 @@ class CapturedSteps(StepRunner):
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
         if told is None or self.propose is None:
             return launched._replace(plan=plan)
-        kept = self.left.kept[: len(plan.reqs)] if shape.is_wide and self.left is not None else None
+        kept = self.left[0][: len(plan.reqs)] if self._tells(shape) else None
         return launched._replace(drafts=told[: len(plan.reqs)], plan=plan, kept=kept)
+
+    def _tells(self, shape: GraphShape) -> bool:
+        """Whether a captured step leaves drafts to the next one, and follows another."""
+        return shape.is_wide and self.propose is not None and self.shard.ops.draft is not None
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
@@ -252,11 +249,10 @@ class CapturedSteps(StepRunner):
         batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
         metadata = self._backend.prepare_both(batch.attention, captured=True)
 
-        left = self.left if shape.is_wide else None
+        step, left = batch.tensors, self.left if self._tells(shape) else None
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
             if left is not None:
-                step = batch.tensors
                 numbers = step.follows, step.cu_q, step.rows, step.positions, step.ends, step.seq_lens, step.drafted
                 self.shard.ops.draft.follow(*left, *numbers, step.sampling.words, self.tables.token_ids)
             computed = self._layers(batch, metadata)

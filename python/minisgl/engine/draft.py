@@ -9,7 +9,7 @@ from minisgl.attention.base import StepContext, to_device
 from minisgl.config.model import ModelConfig
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.step import LayerByLayer, Left, StepRunner
+from minisgl.engine.step import LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch
 from minisgl.kernel.cpu import CpuOps
 from minisgl.models.heads import Head
@@ -41,15 +41,17 @@ class HeadDrafter:
         """layers: with the tables that the steps have, and the cache that the head reads."""
         self._head, self._steps, self._layers = head, steps, layers
 
-    def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int, left: Left | None = None) -> Tensor:
+    def propose(
+        self, batch: Batch, computed: Computed, ids: Tensor, most: int, left: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
         request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's. left:
-        where that is to be for the next step."""
+        where the next step looks for how many tokens of a draft held, [m] int32, and the result, [m, most] int64."""
         head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
         asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
         reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
-        kept = None if left is None else left.kept[:num_reqs]
+        kept, out = (None, None) if left is None else (part[:num_reqs] for part in left)
         following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most, kept)
         x = computed.hidden(None if computed.context else torch.arange(len(following)))
         x = head.forward(following if head.skips_last else context.input_ids, x, context, of_model=True)
@@ -61,8 +63,7 @@ class HeadDrafter:
             x = head.forward(told[-1], x, self._context(batch, *of_pass))
             told.append(head.choose(x))
         told = told[not head.skips_last :]
-        out = None if left is None else left.told[:num_reqs].view(-1, len(told))
-        drafts = torch.stack(told, 1, out=out).view(-1, most)
+        drafts = torch.stack(told, 1, out=None if out is None else out.view(-1, len(told))).view(-1, most)
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
     def _plan(

@@ -54,14 +54,6 @@ class Launched(NamedTuple):
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
 
-class Left(NamedTuple):
-    """What a captured step leaves to the one that follows it, by request: how many tokens of its draft held, and of the
-    next one all. kept: [m] int32; told: [m, longest] int64."""
-
-    kept: Tensor
-    told: Tensor
-
-
 class Tables(Protocol):
     """What the device remembers of running requests, by row."""
 
@@ -130,10 +122,11 @@ class StepRunner:
         return self._before
 
     def _resolved(self, plan: StepPlan, before: Launched) -> StepPlan:
-        """With what the step before has left, if it says no more than that it goes on behind it."""
+        """With what the step before has left; it waits for that."""
         if not any(share.follows for share in plan.reqs):
             return plan
-        kept = None if before.kept is None else before.kept.tolist()
+        self.tables.token_ids[0, 0].item()  # what is on its way from a device is there then
+        kept = [] if before.kept is None else before.kept.tolist()
         return resolved(plan, before.plan, before.result(before.plan), kept, bool(self.shard.config.model.states))
 
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:

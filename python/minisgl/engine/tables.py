@@ -125,19 +125,16 @@ class RowTables:
         return words
 
 
-def resolved(
-    plan: StepPlan, before: StepPlan, result: StepResult, kept: Sequence[int] | None, has_states: bool
-) -> StepPlan:
-    """A plan with what was not known when it was made: how far the step before has got, and what it tells. before: its
-    plan; kept: so many tokens of its requests' drafts; None: it says which these were."""
+def resolved(plan: StepPlan, before: StepPlan, result: StepResult, kept: list[int], has_states: bool) -> StepPlan:
+    """A plan with what was not known when it was made: how far the step before has got, and what it tells. kept: tokens
+    of that one's drafts, by request; empty: its own plan says which these were."""
     guesses, ids = {draft.row: draft.ids for draft in before.drafts}, iter(result.token_ids)
-    sampled = [next(ids, ()) if share.num_samples else () for share in before.reqs]  # none if it has failed
+    kept = kept or [num_right(guesses.get(one.row, ()), next(ids)) if one.num_samples else 0 for one in before.reqs]
     drafts, reqs = {draft.row: draft for draft in plan.drafts}, list[ScheduledReq]()
     for share in plan.reqs:
         if share.follows:
-            row, i, num = share.row, share.follows - 1, 0
-            if i < len(sampled):
-                num = num_right(guesses.get(row, ()), sampled[i]) if kept is None else kept[i]
+            row, i = share.row, share.follows - 1
+            num = sum(kept[i : i + 1])  # there is none if that step has failed
             share = share._replace(start=share.start + num, num_held=num * has_states, follows=0)
             if row in drafts:
                 told = result.drafts.get(i) or [0] * share.num_samples

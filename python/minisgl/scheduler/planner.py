@@ -16,17 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import (
-    NOT_READY,
-    FinishReason,
-    Req,
-    ReqOutput,
-    ReqState,
-    SamplingParams,
-    ScheduledReq,
-    StepPlan,
-    StepResult,
-)
+from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, ReqState, SamplingParams, ScheduledReq, StepResult
 from minisgl.kvcache.pages import SOON, Pages
 from minisgl.scheduler.drafters import Drafter
 from minisgl.scheduler.plan import Growing, Planned
@@ -127,10 +117,9 @@ class Planner:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
         step = Growing(self.config.max_prefill_length)
         if any(self.speculation.awaits(planned.plan) for planned in self.inflight):
-            if not self._may_follow(last := self.inflight[-1].plan):
+            step.before = {} if self.waiting else self.speculation.before(self.inflight, self.running, self.pages)
+            if not step.before:
                 return None
-            shares = [(i, share) for i, share in enumerate(last.reqs, 1) if share.num_samples > 1 or share.num_drafts]
-            step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
         if self.waiting.is_shared and self.waiting and self.running:
@@ -148,13 +137,6 @@ class Planner:
         self.inflight.append(planned)
         self._step_id += 1
         return planned
-
-    def _may_follow(self, last: StepPlan) -> bool:
-        """Whether a step is planned behind one of which it is not known how far it gets: the same requests go on, and
-        there are pages for all that it may keep."""
-        num = len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
-        can = len(self.inflight) == 1 and not self.waiting and self.speculation.can_follow(last, self.running)
-        return can and self.pages.missing(num, num) <= 0
 
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
@@ -216,7 +198,7 @@ class Planner:
         req.held = req.paced and num_samples > 0
         reqs, shares = step.decode if num_new == num_samples else step.prefill
         reqs.append(req)
-        follows, *_ = step.before.get(req.row, (0,))
+        follows = step.before.get(req.row, (0,))[0]
         shares.append(ScheduledReq(req.row, start, num_new, num_samples, 0, pages.held.pop(req.row, 0), follows))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:

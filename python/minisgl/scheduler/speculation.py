@@ -8,7 +8,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ID_PENDING, Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
-from minisgl.scheduler.plan import Growing, Ids
+from minisgl.scheduler.plan import Growing, Ids, Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -127,12 +127,19 @@ class Speculation:
         """Whether how far a step's requests get, or what may come next, is not known before its result is."""
         return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
 
-    def can_follow(self, plan: StepPlan, running: Sequence[Req]) -> bool:
-        """Whether a step may be planned behind one that the device is still to tell the end of: all drafts are its own,
-        and each request has but one token more."""
+    def before(
+        self, inflight: Sequence[Planned], running: Sequence[Req], pages: Pages
+    ) -> dict[int, tuple[int, int, int]]:
+        """`Growing.before`, if a step may follow one that verifies: all drafts are the engine's, the same requests go
+        on, and there are pages for all that it may keep. Empty: it must wait."""
+        (plan, _), needed = inflight[-1], len(running) * div_ceil(1 + self._config.draft_len, pages.page_size)
         is_own = self._asks and not (self._makers or self._drafters or self._forced or plan.masked)
         ready = (req.num_tokens <= req.num_computed + 1 and not req.held and not req.params.grammar for req in running)
-        return is_own and all(share.num_new == share.num_samples for share in plan.reqs) and all(ready)
+        verify = (share.num_new == share.num_samples for share in plan.reqs)
+        if len(inflight) > 1 or not is_own or not all(ready) or not all(verify) or pages.missing(needed, needed) > 0:
+            return {}
+        shares = [(i, share) for i, share in enumerate(plan.reqs, 1) if share.num_samples > 1 or share.num_drafts]
+        return {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
