@@ -162,7 +162,7 @@ class Coin:
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         last, self._last = self._last, plan.reqs
-        if any(share.follows for share in plan.reqs) and hasattr(self._steps, "left"):
+        if any(share.follows for share in plan.reqs) and getattr(self._steps, "left", None):
             kept = torch.tensor([self.toss(share) for share in last], dtype=torch.int32, pin_memory=True)
             self._steps.left[0][: len(kept)].copy_(kept, non_blocking=True)
         return self._launch(plan, masks)

@@ -44,9 +44,10 @@ def planned(ops: Any, reqs: list[ScheduledReq], head: Any, most: int, seed: int)
     ids = table[tensors.token_rows.long(), tensors.positions.long() + 1][tensors.logit_tokens.long()].clone()
     ids[torch.rand(len(ids), generator=generator).cuda() < 0.3] += 1
     tables = SimpleNamespace(token_ids=table, padding_row=PADDING_ROW)
-    drafter = HeadDrafter(head, SimpleNamespace(tables=tables, shard=SimpleNamespace(ops=ops)), None)  # type: ignore[arg-type]
-    batch, kept = SimpleNamespace(tensors=tensors, index=index), torch.full_like(tensors.rows, -1)
-    return *drafter._plan(batch, input_ids, ids, slice(None), most, kept), kept  # type: ignore[arg-type]
+    shard = SimpleNamespace(ops=ops, config=SimpleNamespace(draft_len=most), device=table.device)
+    drafter = HeadDrafter(head, SimpleNamespace(tables=tables, shard=shard), None)  # type: ignore[arg-type]
+    batch = SimpleNamespace(tensors=tensors, index=index)
+    return *drafter._plan(batch, input_ids, ids, slice(None), most), drafter.left[0][: len(reqs)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 7])

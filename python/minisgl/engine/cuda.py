@@ -175,19 +175,19 @@ class CapturedSteps(StepRunner):
         kv = shard.create_kv(*num_pages)
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
+        self.left: tuple[Tensor, Tensor] | None = None  # of `HeadDrafter`
         config, head, layers = shard.config, second or shard.head, self._layers
         if second is not None:
             layers = layers.of(second, second.create_kv(*num_pages), second.create_attention())
         if head is not None:
-            self.propose = HeadDrafter(head, self, layers).propose
+            drafter = HeadDrafter(head, self, layers)
+            self.propose, self.left = drafter.propose, drafter.left if shard.ops.draft is not None else None
         longest, kinds = config.draft_len, config.model.states
         self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
-        # What a captured step leaves to the next: of each request's draft so many tokens are right, and the next one.
-        self.left = torch.zeros_like(self._counting), self._counting.new_zeros(max_batch + 1, longest).long()
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
@@ -212,12 +212,8 @@ class CapturedSteps(StepRunner):
         launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
         if told is None or self.propose is None:
             return launched._replace(plan=plan)
-        kept = self.left[0][: len(plan.reqs)] if self._tells(shape) else None
+        kept = self.left[0][: len(plan.reqs)] if shape.is_wide and self.left is not None else None
         return launched._replace(drafts=told[: len(plan.reqs)], plan=plan, kept=kept)
-
-    def _tells(self, shape: GraphShape) -> bool:
-        """Whether a captured step leaves drafts to the next one, and follows another."""
-        return shape.is_wide and self.propose is not None and self.shard.ops.draft is not None
 
     def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
@@ -249,7 +245,7 @@ class CapturedSteps(StepRunner):
         batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
         metadata = self._backend.prepare_both(batch.attention, captured=True)
 
-        step, left = batch.tensors, self.left if self._tells(shape) else None
+        step, left = batch.tensors, self.left if shape.is_wide else None
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
             if left is not None:
@@ -258,6 +254,6 @@ class CapturedSteps(StepRunner):
             computed = self._layers(batch, metadata)
             logits = computed.logits(None)
             ids = self._sample(logits, batch.tensors)
-            return (ids, propose and propose(batch, computed, ids, most, left)), logits
+            return (ids, propose and propose(batch, computed, ids, most)), logits
 
         return run

@@ -7,6 +7,7 @@ import torch
 
 from minisgl.attention.base import StepContext, to_device
 from minisgl.config.model import ModelConfig
+from minisgl.core import most_samples
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -40,19 +41,19 @@ class HeadDrafter:
     def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer) -> None:
         """layers: with the tables that the steps have, and the cache that the head reads."""
         self._head, self._steps, self._layers = head, steps, layers
+        # What a captured step leaves to the next: of each request's draft so many tokens held, and what it tells.
+        num_reqs, told = most_samples(steps.tables.padding_row) + 1, steps.shard.config.draft_len
+        kept = torch.zeros(num_reqs, dtype=torch.int32, device=steps.shard.device)
+        self.left = kept, kept.new_zeros(num_reqs, told, dtype=torch.int64)
 
-    def propose(
-        self, batch: Batch, computed: Computed, ids: Tensor, most: int, left: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
-        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's. left:
-        where the next step looks for how many tokens of a draft held, [m] int32, and the result, [m, most] int64."""
+        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's."""
         head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
         asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
         reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
-        kept, out = (None, None) if left is None else (part[:num_reqs] for part in left)
-        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most, kept)
+        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most)
         x = computed.hidden(None if computed.context else torch.arange(len(following)))
         x = head.forward(following if head.skips_last else context.input_ids, x, context, of_model=True)
         if not most:
@@ -62,13 +63,12 @@ class HeadDrafter:
         for of_pass in numbers.unbind(1):
             x = head.forward(told[-1], x, self._context(batch, *of_pass))
             told.append(head.choose(x))
-        told = told[not head.skips_last :]
-        drafts = torch.stack(told, 1, out=None if out is None else out.view(-1, len(told))).view(-1, most)
+        told, places = told[not head.skips_last :], self.left[1][:num_reqs]
+        out = places.view(-1, len(told)) if isinstance(reqs, slice) and places.shape[1] == most else None
+        drafts = torch.stack(told, 1, out=out).view(-1, most)
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
-    def _plan(
-        self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int, kept: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
+    def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
         """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
         sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
@@ -78,8 +78,7 @@ class HeadDrafter:
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
             known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
-            kept = torch.empty_like(given.rows) if kept is None else kept
-            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers, kept)
+            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers, self.left[0][:num])
             return *parts, numbers.flatten(2)
         following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]

@@ -107,7 +107,7 @@ class StepRunner:
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
-        self.propose: Callable[..., Tensor | None] | None = None
+        self.propose: Callable[[Batch, Computed, Tensor, int], Tensor | None] | None = None
         self._before = Launched(tables.token_ids[0, :0])
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:

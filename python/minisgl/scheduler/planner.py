@@ -116,10 +116,8 @@ class Planner:
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
         step = Growing(self.config.max_prefill_length)
-        if any(self.speculation.awaits(planned.plan) for planned in self.inflight):
-            step.before = {} if self.waiting else self.speculation.before(self.inflight, self.running, self.pages)
-            if not step.before:
-                return None
+        if not self.speculation.follow(step, self.inflight, self.running, self.pages, bool(self.waiting)):
+            return None
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
         if self.waiting.is_shared and self.waiting and self.running:

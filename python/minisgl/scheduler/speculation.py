@@ -123,23 +123,22 @@ class Speculation:
                 lengths.add(rate, 0, length)
         return wanted if lengths.pays else {}
 
-    def awaits(self, plan: StepPlan) -> bool:
-        """Whether how far a step's requests get, or what may come next, is not known before its result is."""
-        return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
-
-    def before(
-        self, inflight: Sequence[Planned], running: Sequence[Req], pages: Pages
-    ) -> dict[int, tuple[int, int, int]]:
-        """`Growing.before`, if a step may follow one that verifies: all drafts are the engine's, the same requests go
-        on, and there are pages for all that it may keep. Empty: it must wait."""
+    def follow(
+        self, step: Growing, inflight: Sequence[Planned], running: Sequence[Req], pages: Pages, others_wait: bool
+    ) -> bool:
+        """Whether a step may be planned now. If it is not known how far one in flight gets, or what comes next, it may
+        be the next one of the same requests (`Growing.before`), if all drafts are the engine's, and there are pages."""
+        if not any(plan.drafts or (self._asks and any(x.num_drafts for x in plan.reqs)) for plan, _ in inflight):
+            return True
         (plan, _), needed = inflight[-1], len(running) * div_ceil(1 + self._config.draft_len, pages.page_size)
         is_own = self._asks and not (self._makers or self._drafters or self._forced or plan.masked)
         ready = (req.num_tokens <= req.num_computed + 1 and not req.held and not req.params.grammar for req in running)
         verify = (share.num_new == share.num_samples for share in plan.reqs)
-        if len(inflight) > 1 or not is_own or not all(ready) or not all(verify) or pages.missing(needed, needed) > 0:
-            return {}
+        if others_wait or len(inflight) > 1 or not (is_own and all(ready) and all(verify)):
+            return False
         shares = [(i, share) for i, share in enumerate(plan.reqs, 1) if share.num_samples > 1 or share.num_drafts]
-        return {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
+        step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
+        return pages.missing(needed, needed) <= 0
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
