@@ -141,8 +141,7 @@ def load_tokenizer(model_path: str) -> Any:
     """A tokenizer of transformers, never from the network, and never by running code of the repo. `tokenizer.json` is
     complete by itself, so it is loaded with the plain class: `AutoTokenizer` first imports all models' configurations.
 
-    Raises: ConfigError naming the directory when there is no usable tokenizer in it, or the package that it needs.
-    """
+    Raises: ConfigError naming the directory when there is no usable tokenizer in it, or the package that it needs."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     path = Path(model_path)

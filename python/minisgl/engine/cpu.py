@@ -113,8 +113,7 @@ class WholeStep:
 def rank_cores(rank: int, tp_size: int) -> list[int]:
     """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all.
 
-    Few cores are left to the scheduler of the system, which knows what else has to run on them.
-    """
+    Few cores are left to the scheduler of the system, which knows what else has to run on them."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if tp_size == 1 or len(cores) < 4 * tp_size:
         return []

@@ -1,8 +1,7 @@
 """The runner of a GPU: steps are launched and not waited for; sampled ids stay on the device for the next step.
 
 A decode step is one host-to-device copy, one graph replay and one copy of the ids back. Everything else of a step
-that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op.
-"""
+that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op."""
 
 import ctypes
 import logging
@@ -83,8 +82,7 @@ class CudaHandle:
 class CudaRunner:
     """steps: what it computes with, for tests.
 
-    Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory.
-    """
+    Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._device = open_gpu(rank)

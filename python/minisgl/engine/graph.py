@@ -22,8 +22,7 @@ class DecodeGraphs:
     """prepare(shape): makes a function that computes a step of this shape from static tensors, and returns its
     results and its logits. shapes: by size.
 
-    Largest first, so that the smaller ones find room in the pool that it leaves.
-    """
+    Largest first, so that the smaller ones find room in the pool that it leaves."""
 
     def __init__(self, prepare: Callable[[GraphShape], RunStep], shapes: Sequence[GraphShape]) -> None:
         self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Results, Callable[[], Tensor]]] = {}

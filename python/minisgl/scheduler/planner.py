@@ -5,8 +5,7 @@ tensor-parallel rank runs its own copy and reaches the same plans.
 
 A request has `num_tokens` and `num_computed`; a step grants it `min(num_tokens - num_computed, budget left)`. Prefill,
 chunked prefill, cache hits and decode are that one subtraction. `plan` advances the counts as if the step had run
-already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids.
-"""
+already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids."""
 
 from collections import Counter, deque
 from collections.abc import KeysView
@@ -40,8 +39,7 @@ _SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
 class Planner:
     """Owns the queues, every `Req`, and `pages`. Others only look at them: the integrity walk, dumps, and tests.
 
-    The configuration must satisfy max_seq_len <= num_pages * page_size, so that any single request can run alone.
-    """
+    The configuration must satisfy max_seq_len <= num_pages * page_size, so that any single request can run alone."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         assert config.max_seq_len <= config.num_pages * config.page_size
