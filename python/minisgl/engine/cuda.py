@@ -192,11 +192,10 @@ class CapturedSteps(StepRunner):
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         if before.kept is None or self.tables.places is None:  # else a captured step finds itself where it goes on
             plan = self._resolved(plan, before)
-        asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
+        asks, row = self.propose is not None and any(share.num_drafts for share in plan.reqs), self.tables.padding_row
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._verifying(plan)
         # The narrow ones tell no drafts, and know of none that states are to take in.
-        can_be_narrow, row = not any(share.num_held or share.follows for share in reqs), self.tables.padding_row
-        shapes = self._shapes if can_be_narrow else self._wide
+        shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks, before)

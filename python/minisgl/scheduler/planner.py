@@ -114,7 +114,7 @@ class Planner:
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
         step = Growing(self.config.max_prefill_length)
-        if not self.speculation.follow(step, self.inflight, self.running, self.pages, bool(self.waiting)):
+        if any(self.speculation.awaits(plan) for plan, _ in self.inflight) and not self._may_follow(step):
             return None
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
@@ -133,6 +133,18 @@ class Planner:
         self.inflight.append(planned)
         self._step_id += 1
         return planned
+
+    def _may_follow(self, step: Growing) -> bool:
+        """Whether a step may be planned though it is not known how far the one before gets: the same requests go on, and
+        there are pages for all that they may keep."""
+        last, num = self.inflight[-1].plan, len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
+        shares = [(i, share) for i, share in enumerate(last.reqs, 1) if share.num_samples > 1 or share.num_drafts]
+        step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
+        ready = (
+            req.num_tokens <= req.num_computed + 1 and not (req.held or req.params.grammar) for req in self.running
+        )
+        can = len(self.inflight) == 1 and not self.waiting and self.speculation.can_follow(last)
+        return can and all(ready) and self.pages.missing(num, num) <= 0
 
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""

@@ -8,7 +8,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ID_PENDING, Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
-from minisgl.scheduler.plan import Growing, Ids, Planned
+from minisgl.scheduler.plan import Growing, Ids
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -123,22 +123,14 @@ class Speculation:
                 lengths.add(rate, 0, length)
         return wanted if lengths.pays else {}
 
-    def follow(
-        self, step: Growing, inflight: Sequence[Planned], running: Sequence[Req], pages: Pages, others_wait: bool
-    ) -> bool:
-        """Whether a step may be planned now. If it is not known how far one in flight gets, or what comes next, it may
-        be the next one of the same requests (`Growing.before`), if all drafts are the engine's, and there are pages."""
-        if not any(plan.drafts or (self._asks and any(x.num_drafts for x in plan.reqs)) for plan, _ in inflight):
-            return True
-        (plan, _), needed = inflight[-1], len(running) * div_ceil(1 + self._config.draft_len, pages.page_size)
+    def awaits(self, plan: StepPlan) -> bool:
+        """Whether how far a step's requests get, or what may come next, is not known before its result is."""
+        return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
+
+    def can_follow(self, plan: StepPlan) -> bool:
+        """Whether the next one may follow all the same: all drafts are the engine's, and nobody has more than these."""
         is_own = self._asks and not (self._makers or self._drafters or self._forced or plan.masked)
-        ready = (req.num_tokens <= req.num_computed + 1 and not req.held and not req.params.grammar for req in running)
-        verify = (share.num_new == share.num_samples for share in plan.reqs)
-        if others_wait or len(inflight) > 1 or not (is_own and all(ready) and all(verify)):
-            return False
-        shares = [(i, share) for i, share in enumerate(plan.reqs, 1) if share.num_samples > 1 or share.num_drafts]
-        step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
-        return pages.missing(needed, needed) <= 0
+        return is_own and all(share.num_new == share.num_samples for share in plan.reqs)
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
@@ -150,8 +142,7 @@ class Speculation:
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
-        if draft[0] == ID_PENDING:
-            draft = self._told.get(req.uid, ())[: len(draft)]
+        draft = self._told.get(req.uid, ())[: len(draft)] if draft[0] == ID_PENDING else draft
         name, right = self._names.get(req.uid, ""), num_right(draft, ids)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
         num_wrong = len(draft) - right if right < len(draft) and draft[right] != ids[right] else 0
@@ -163,8 +154,7 @@ class Speculation:
             if (rate := rates.get(key, -1.0)) >= 0 and name != "grammar":
                 rates[key] = (1 - (1 - rate) * kept**right) * (kept if num_wrong else 1)
         req.num_computed += right
-        if not req.num_inflight:  # else the step that follows takes them in
-            pages.held[share.row] = right * self._config.has_states
+        pages.held[share.row] = right * (self._config.has_states and not req.num_inflight)  # else those who follow know
         return ids[: right + 1]
 
     def forget(self, uids: Collection[int]) -> None:
@@ -193,9 +183,8 @@ class Speculation:
                 most = min(self._config.draft_len, req.max_len - req.num_tokens)
                 if share.follows:
                     _, num_before, num_told = step.before[share.row]
-                    most = min(num_told, req.max_len - req.num_tokens - num_before)
-                    num_pending, forced = 0, [ID_PENDING] * num_told
-                    self._names[req.uid] = self._config.speculate
+                    forced = [ID_PENDING] * min(num_told, req.max_len - req.num_tokens - num_before)
+                    most, num_pending, self._names[req.uid] = len(forced), 0, self._config.speculate
                 length = lengths.best(rate, num_pending, most, req.params.speculate)
                 if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
