@@ -135,16 +135,14 @@ class Planner:
         return planned
 
     def _may_follow(self, step: Growing) -> bool:
-        """Whether a step may be planned though it is not known how far the one before gets: the same requests go on, and
-        there are pages for all that they may keep."""
+        """Whether a step may be planned though it is not known how far the one before gets: the same requests go on,
+        and there are pages for all that they may keep."""
         last, num = self.inflight[-1].plan, len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
         shares = [(i, share) for i, share in enumerate(last.reqs, 1) if share.num_samples > 1 or share.num_drafts]
         step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
-        ready = (
-            req.num_tokens <= req.num_computed + 1 and not (req.held or req.params.grammar) for req in self.running
-        )
-        can = len(self.inflight) == 1 and not self.waiting and self.speculation.can_follow(last)
-        return can and all(ready) and self.pages.missing(num, num) <= 0
+        others = [r for r in self.running if r.held or r.params.grammar or r.num_tokens > r.num_computed + 1]
+        can = len(self.inflight) == 1 and not (self.waiting or others) and self.speculation.can_follow(last)
+        return can and self.pages.missing(num, num) <= 0
 
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
