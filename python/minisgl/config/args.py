@@ -26,7 +26,6 @@ from minisgl.env import PREFIX, VARIABLES, boolean
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
 Parser = Callable[[Any], Any]
 
 

@@ -13,7 +13,6 @@ from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
 logger = logging.getLogger(__name__)
-
 _FORMATS = msgspec.yaml.decode(Path(__file__).with_name("formats.yaml").read_bytes())
 HARMONY = "harmony"  # of gpt-oss: the format of calls and of reasoning in one
 TOOL_PARSERS = tuple(_FORMATS["tools"])

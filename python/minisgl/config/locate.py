@@ -19,7 +19,6 @@ from minisgl.utils.fields import Fields
 from minisgl.utils.log import told
 
 logger = logging.getLogger(__name__)
-
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _FILES = msgspec.yaml.decode(Path(__file__).with_name("files.yaml").read_bytes())
 _LFS_POINTER, _TIKTOKEN_LINE = b"version https://git-lfs", re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")

@@ -33,9 +33,7 @@ from minisgl.layers.base import CpuSpec
 from minisgl.layers.rope import AngleTables
 
 Tensor = torch.Tensor
-
 logger = logging.getLogger(__name__)
-
 _MASK_SECONDS = 1.0  # a step waits for masks, when its layers are computed
 
 

@@ -32,7 +32,6 @@ from minisgl.kernel.cuda import create_cuda_ops
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
-
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS, _NO_STEP = 2e-5, StepPlan(0, (), (), ())

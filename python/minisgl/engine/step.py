@@ -22,9 +22,7 @@ from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
 
 Tensor = torch.Tensor
-
 logger = logging.getLogger(__name__)
-
 Sequences = tuple[IntArray, IntArray, IntArray, IntArray]  # rows, starts, num_new and offsets of `AttentionStep`
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
 Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]

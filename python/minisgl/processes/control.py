@@ -25,7 +25,6 @@ from minisgl.utils.log import setup_logging
 from minisgl.utils.process import handled
 
 logger = logging.getLogger(__name__)
-
 HEARTBEAT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 STOP_SIGNAL = signal.SIGUSR1  # from the supervisor

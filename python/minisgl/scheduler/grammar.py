@@ -26,7 +26,6 @@ from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
-
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been

@@ -17,7 +17,6 @@ from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.transport import Transport
 
 logger = logging.getLogger(__name__)
-
 PUMP_SECONDS = 0.1
 _LATE_SECONDS = 10.0  # beyond its estimate: a step that takes longer makes us unhealthy
 _CHECK_EVERY = 16  # spells of work: after so many of them there is a walk

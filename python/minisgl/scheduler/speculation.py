@@ -12,7 +12,6 @@ from minisgl.scheduler.plan import Growing, Ids
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
-
 Shares = Sequence[tuple[Req, ScheduledReq]]
 # The share of drafted tokens that is right: at first, and if the engine guesses; how much of it one changes, or a step
 # without, where none would pay, and where some might. If nobody wanted any, so many steps are not looked at.
