@@ -46,6 +46,7 @@ from minisgl.engine.rules import apply_bitmask
 from minisgl.engine.shapes import GraphShape, captured_shapes, fit
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.staging import DeviceTables
+from minisgl.engine.step import StepRunner
 from minisgl.engine.tables import StepIndex
 from minisgl.kernel.ops import PagedSequences, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
@@ -269,6 +270,31 @@ def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, ops: O
     if family == "qwen3_5_text" and kind in lengths:
         assert any(shape.num_tokens > shape.num_reqs for shape in replayed)
     assert kind != "right" or num_steps < NUM_TOKENS // 2
+
+
+@pytest.mark.parametrize("reads", [0, 300, 1 << 16])
+@pytest.mark.parametrize("speculate", ["off", "mtp"])
+def test_short_prompts_are_captured_too(
+    speculate: str, reads: int, made: tuple[Path, Any, Head], graphs: list[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in parts, and beside what decodes; those whose tokens would read too much before them are not."""
+    by_hand = list[StepPlan]()
+    launch = StepRunner._launch
+
+    def counted(runner: StepRunner, plan: StepPlan, masks: Masks | None) -> Any:
+        by_hand.append(plan)
+        return launch(runner, plan, masks)
+
+    monkeypatch.setattr(StepRunner, "_launch", counted)
+    monkeypatch.setattr(cuda, "_PROMPT_READS", reads)
+    config = {"draft_len": NUM_DRAFTS * (speculate == "mtp"), "cuda_graph_max_bs": 128, "max_running_requests": 128}
+    outputs, drafts = generate(made[0], speculate, create=Engine, **config)
+    num_by_hand = len(by_hand)
+    assert (outputs, drafts) == generate(made[0], speculate)
+    assert (num_by_hand == 0) == (reads > 300) and graphs[-1].replayed
+    for plan in by_hand[:num_by_hand]:
+        prompts = [req for req in plan.reqs if req.num_new > req.num_samples]
+        assert sum(req.num_new * (req.start + req.num_new) for req in prompts) > reads
 
 
 @pytest.mark.parametrize("max_batch", [0, 64])

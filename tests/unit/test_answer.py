@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Sequence
 from io import StringIO
 
@@ -143,3 +144,28 @@ def test_unfinished_and_odd_markdown_does_no_harm() -> None:
     ):
         assert shown([text]) is not None
         assert shown(list(text * 3)) is not None
+
+
+@pytest.mark.parametrize("place", ["set_live", "show_cursor", "push_render_hook", "pop_render_hook"])
+def test_ctrl_c_while_the_terminal_is_changed_waits_until_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Rich's Live takes several steps to start and to stop, and cannot be stopped between two of them."""
+    out, presses = StringIO(), [True]
+    console = Console(file=out, force_terminal=True, width=40, height=12, legacy_windows=False)
+    screen, step = Screen(console, is_drawn=True), getattr(console, place)
+
+    def pressed(*args: object) -> object:
+        if presses:
+            presses.clear()
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(console, place, pressed)
+    with pytest.raises(KeyboardInterrupt):
+        screen.add("Some *words*")
+        screen.end()
+    screen.end()
+    terminal = pyte.Screen(40, 12)
+    pyte.Stream(terminal).feed(out.getvalue().replace("\n", "\r\n"))
+    assert terminal.display[0].rstrip() == "Some words" and not terminal.cursor.hidden

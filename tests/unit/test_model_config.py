@@ -490,7 +490,7 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
         return  # such a model computes nothing
     assert num_kv_heads(ours) == hf.num_key_value_heads, config
     assert ours.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads), config
-    eps = getattr(hf, FAMILIES[ours.architecture].eps)
+    eps = getattr(hf, FAMILIES[ours.architecture].keys.get("rms_norm_eps", "rms_norm_eps"))
     assert ours.rms_norm_eps == eps / getattr(hf, "residual_multiplier", 1) ** 2, config
     assert ours.tie_word_embeddings == hf.tie_word_embeddings, config
     assert (ours.ropes[0].type, ours.ropes[0].theta) == (theirs["rope_type"], theirs["rope_theta"]), config

@@ -234,9 +234,29 @@ def test_ctrl_c_on_a_pipe_ends_the_program() -> None:
         play(FakeLLM(["partial", KeyboardInterrupt()]), "q1", is_watched=False)
 
 
+def test_ctrl_c_on_a_pipe_that_says_nothing_ends_the_program() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(FakeLLM(), KeyboardInterrupt, "hi", is_watched=False)
+
+
 def test_ctrl_c_at_the_prompt_is_a_hint() -> None:
     _, out = play(FakeLLM(), KeyboardInterrupt, "hi")
     assert out == "(Ctrl-D or /exit leaves)\nok\n"
+
+
+def test_ctrl_c_pressed_twice_does_not_end_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, presses = Screen.end, [True]
+
+    def pressed(screen: Screen) -> None:
+        end(screen)
+        if presses:
+            presses.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "end", pressed)
+    llm = FakeLLM(["partial", KeyboardInterrupt()], ["next"])
+    play(llm, "q1", "q2")
+    assert [turn["content"] for turn in llm.seen[1][0]] == ["q1", "partial", "q2"]
 
 
 def test_a_broken_engine_ends_the_shell() -> None:

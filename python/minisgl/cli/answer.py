@@ -5,6 +5,7 @@ begins. Output of a model is text: HTML in it is shown as it is written, and not
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import ClassVar
 
@@ -34,15 +35,18 @@ class Screen:
         self._growing, self._next_draw = "", 0.0  # the block that is not complete
         bottom = lambda: _Answer(self._growing, is_whole=False)  # noqa: E731
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=bottom)
+        self._drawer = ThreadPoolExecutor(1)  # a thread that Ctrl-C does not stop halfway, and the terminal with it
 
     def add(self, text: str) -> None:
         """More of an answer."""
         text = text.translate(_CONTROL)
-        if not self._is_drawn:
+        if self._is_drawn:
+            self._drawer.submit(self._draw, self._growing + text.replace("\t", "    ")).result()
+        else:
             self._console.file.write(text)
             self._console.file.flush()
-            return
-        text = self._growing + text.replace("\t", "    ")
+
+    def _draw(self, text: str) -> None:
         lines = text.split("\n")
         begins = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map]
         for begin, end in pairwise(begins):
@@ -55,7 +59,7 @@ class Screen:
 
     def end(self) -> None:
         """The answer is complete, or was stopped."""
-        self._live.stop()
+        self._drawer.submit(self._live.stop).result()
         self._console.print(_Answer(self._growing) if self._is_drawn else "")
         self._growing = ""
 

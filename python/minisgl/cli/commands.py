@@ -26,12 +26,8 @@ def main(argv: Sequence[str]) -> int:
         hint = f"; minisgl serve {name} serves a model" if "/" in name else suggestion(name, COMMANDS)
         raise ConfigError(f"unknown command {name}{hint}; see minisgl help")
     parser = ArgumentParser(prog=f"minisgl {name}", description=COMMANDS[name]["about"])
-    if name == "pull":
-        parser.add_argument("model", metavar="MODEL", help="repo id, as in Qwen/Qwen3-0.6B or org/name:Q4_K_M")
-        parser.add_argument("--model-source", metavar="HUB", help="huggingface or modelscope (default: huggingface)")
-        parser.add_argument("--revision", help="branch, tag or commit (default: the newest)")
-    elif name == "completion":
-        parser.add_argument("shell", choices=COMMANDS[name]["words"])
+    for argument, options in COMMANDS[name].get("arguments", {}).items():
+        parser.add_argument(argument, **options)
     {"pull": _pull, "ls": _ls, "help": _help, "completion": _completion}[name](parser.parse_args(words))
     return 0
 

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -88,10 +87,12 @@ class Shell:
         """Read and answer lines until the user leaves or `read` has no more. Raises: EngineError, WorkerDied."""
         line = ""
         while line not in LEAVE:
-            self.handle(line)
             try:
+                self.handle(line)
                 line = read().strip()
             except KeyboardInterrupt:
+                if not self._screen.is_watched:
+                    raise
                 self._screen.say("(Ctrl-D or /exit leaves)")
                 line = ""
             except (EOFError, StopIteration):
@@ -120,8 +121,8 @@ class Shell:
                 raise
             end = "(stopped)" if answer else "(stopped before the first word: the question is forgotten)"
         if answer:
-            self._screen.end()
             self.turns.append({"role": "assistant", "content": "".join(answer)})
+            self._screen.end()
         else:
             self.turns = before
         if end:
@@ -223,7 +224,7 @@ def line_reader(commands: list[str], history: Path | None, before: Callable[[], 
         key_bindings=keys,
         prompt_continuation="  ",
     )
-    return partial(session.prompt, pre_run=before)
+    return lambda: session.prompt(pre_run=before)
 
 
 def history_file(environ: Mapping[str, str]) -> Path | None:

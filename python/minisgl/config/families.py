@@ -8,12 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, listing, no_model, read_fields, read_json
-from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
+from minisgl.config.model import AttentionSpec, DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE, PagedKV, RopeConfig
 from minisgl.config.quantization import read_quantization
-from minisgl.config.rope import TABLE, Rotary, read_rope
+from minisgl.config.rope import TABLE, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
 from minisgl.errors import ConfigError
 from minisgl.gguf.model import is_gguf
@@ -31,28 +30,18 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
-    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
-    head_norms: str = ""
-    norm_offset: float = 0.0
+    norms: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
     scales_embedding: bool = False
-    qkv_bias: str | bool = False
-    o_bias: str | bool = False
-    mlp_bias: str | bool = False
     is_interleaved: bool = False
     rope_names: Mapping[str, str] = field(default_factory=dict)
     ropes_by_layer: bool = False
     kind: str = "sliding_attention"
-    interval: str = ""
     still: str = ""
-    eps: str = "rms_norm_eps"
-    activation: str = "hidden_act"
-    groups_state: bool = False
-    gates_attention: str = ""
-    value_norms: bool = False
+    attention: Mapping[str, Any] = field(default_factory=dict)
     layer_scalars: bool = False
-    sinks: bool = False
     experts: Sequence[str] = ()
-    clamped_experts: bool = False
+    moe: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     inner: str = ""
 
@@ -65,19 +54,16 @@ class FamilyFields(Fields):
 
     def __init__(self, data: Mapping[str, Any], source: str, path: str, family: Family) -> None:
         super().__init__(data, source, path)
-        self._defaults = family.defaults
+        self._defaults, self._keys = family.defaults, family.keys
 
     def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-        if key in TABLE["read_by_some"] and key not in self._defaults:
+        key = self._keys.get(key, "" if key in TABLE["read_by_some"] and key not in self._defaults else key)
+        if not key:
             return default
         value = super()._read(key, None, fits, expected)
         if value is None and not (key in self.data and key in TABLE["nullable"]):
             value = self._defaults.get(key)
         return default if value is None else value
-
-    def has(self, bias: str | bool) -> bool:
-        """Whether there is a bias, which a key may say."""
-        return self.boolean(bias, False) if isinstance(bias, str) else bias
 
 
 def read_model_config(path: str | Path, override: Mapping[str, Any] | None = None, mtp: bool = False) -> ModelConfig:
@@ -142,17 +128,17 @@ def parse_model_config(f: Fields) -> ModelConfig:
         hidden_size=hidden,
         num_qo_heads=f.integer("num_attention_heads", 0),
         head_dim=_heads(f).k_dim,
-        rms_norm_eps=f.number(family.eps, 1e-6, above=0) / residual**2,
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0) / residual**2,
         ropes=ropes,
         max_position=max_position,
         tie_word_embeddings=f.boolean("tie_embedding", tied),
-        qkv_bias=f.has(family.qkv_bias),
-        o_bias=f.has(family.o_bias),
+        qkv_bias=f.boolean("qkv_bias", False),
+        o_bias=f.boolean("o_bias", False),
         dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch."),
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
         mtp=_mtp(f, layers),
-        norm_offset=f.number("norm_offset", family.norm_offset),
+        norm_offset=f.number("norm_offset", 0.0),
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
         logit_softcap=f.number("final_logit_softcapping", None, above=0),
@@ -171,16 +157,15 @@ def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:
     return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", own), own
 
 
-def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[specs.RopeConfig, ...], int]:
+def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[RopeConfig, ...], int]:
     """With the tables that rotate them, and the longest sequence."""
     kinds = _kinds(f, family)
     window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
     ropes, rope_of_layer, longest = _ropes(f, family, kinds)
     cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
-    alike = cap, family.sinks, family.gates_attention, None, family.value_norms
-    full = specs.AttentionSpec(_heads(f, kinds), None, 0, *alike, values_are_keys=is_same)
-    near = specs.AttentionSpec(_heads(f), window, 0, *alike)
-    other = specs.AttentionSpec(state) if (state := _state(f, family)) is not None else near
+    near = AttentionSpec(_heads(f), window, softcap=cap, **family.attention)
+    full = replace(near, cache=_heads(f, kinds), window=None, values_are_keys=is_same)
+    other = AttentionSpec(state) if (state := _state(f, family)) is not None else near
     of_kind = {"sliding_attention": near, family.kind: other, "full_attention": full}
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
     owners = {kind: i for i, kind in enumerate(kinds[:num_own])}
@@ -189,7 +174,7 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
     chosen = zip(kinds, rope_of_layer, sources, strict=True)
     attentions = [replace(of_kind[kind], rope_index=rope, source=source) for kind, rope, source in chosen]
-    norms = [LayerNorms(*family.norms, family.head_norms)] * len(kinds)
+    norms = [LayerNorms(**family.norms)] * len(kinds)
     return tuple(map(LayerSpec, attentions, _mlps(f, family, sources), norms)), ropes, longest
 
 
@@ -197,12 +182,12 @@ def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """Of the head for multi-token prediction, if there is one: as the last of the model that has keys and values."""
     if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
         return ()
-    spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
+    spec = [layer for layer in layers if isinstance(layer.attention.cache, PagedKV)][-1]
     size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
     return (replace(spec, mlp=replace(spec.mlp, intermediate_size=size)) if isinstance(spec.mlp, DenseMLP) else spec,)
 
 
-def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
+def _heads(f: Fields, kinds: Sequence[str] = ()) -> PagedKV:
     """Of attention. kinds: of layers, where those are meant that see all, which Gemma 4 has of another size."""
     num_heads, told = f.integer("num_attention_heads", 0), f.child("per_layer_config")
     num_kv = f.integer("num_key_value_heads", num_heads)
@@ -221,7 +206,7 @@ def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
         raise ConfigError(f"{f.source}: {num_kv} key-value heads do not divide {num_heads} attention heads")
     if dim < 2 or dim % 2:
         raise ConfigError(f"{f.source}: head_dim is {dim}, but rotary embeddings need an even one")
-    return specs.PagedKV(num_kv, dim, dim)
+    return PagedKV(num_kv, dim, dim)
 
 
 def _kinds(f: Fields, family: Family) -> list[str]:
@@ -236,7 +221,7 @@ def _kinds(f: Fields, family: Family) -> list[str]:
     if not kinds or "layer_types" not in family.defaults:
         num_full = num_layers if family.kind == "conv" else f.integer("max_window_layers", 0, 0, MAX_LAYERS)
         full = f.list_of(int, "full_attn_idxs") or range(num_full)
-        if step := f.integer(family.interval, 0):
+        if step := f.integer("interval", 0):
             full = [i for i in range(num_layers) if not (i + 1) % step or i >= f.integer("max_window_layers", i + 1, 0)]
         kinds = ["full_attention" if i in full else family.kind for i in range(num_layers)]
     kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]  # which is an older name
@@ -257,24 +242,24 @@ def _state(f: Fields, family: Family) -> State | None:
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
     dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    is_grouped = f.boolean("groups_state", family.groups_state)
-    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), is_grouped)
+    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", False))
 
 
-def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
+def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[RopeConfig, ...], list[int], int]:
     """The tables, which of them each layer has, and the longest sequence."""
     longest, is_partial = f.integer("max_position_embeddings", 0), "partial_rotary_factor" in family.defaults
 
-    def rotary(dim: int) -> Rotary:
+    def table(dim: int, layer: str = "") -> tuple[RopeConfig, int]:
         score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
         scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
-        return Rotary(dim, scale, is_partial, family.is_interleaved, family.rope_names)
+        rope, reached = read_rope(f, dim, longest, layer, family.rope_names, is_partial)
+        return replace(rope, scale=scale, is_interleaved=family.is_interleaved), reached
 
     if family.ropes_by_layer:
-        near, _ = read_rope(f, rotary(_heads(f).k_dim), longest, "sliding_attention")
-        far, longest = read_rope(f, rotary(_heads(f, kinds).k_dim), longest, "full_attention")
+        near, _ = table(_heads(f).k_dim, "sliding_attention")
+        far, longest = table(_heads(f, kinds).k_dim, "full_attention")
         return (far, near), [int(kind == "sliding_attention") for kind in kinds], longest
-    rope, longest = read_rope(f, rotary(_heads(f).k_dim), longest)
+    rope, longest = table(_heads(f).k_dim)
     every, window = f.integer("no_rope_layer_interval", 1), f.integer("sliding_window", 0) if family.still else 0
     moved = [not (window and kind == family.still) and (every == 1 or (i + 1) % every) for i, kind in enumerate(kinds)]
     rotated = f.list_of(int, "no_rope_layers") or moved
@@ -295,10 +280,10 @@ def _inner_size(f: Fields) -> int:
 
 def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    if (name := f.text(key := family.activation, "silu")) not in _ACTIVATIONS:
+    if (name := f.text(key := family.keys.get("hidden_act", "hidden_act"), "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: {key} {name!r} not supported (supported: {', '.join(_ACTIVATIONS)})")
     size, num_experts, activation = _inner_size(f), 0, _ACTIVATIONS[name]
-    dense = DenseMLP(size, f.has(family.mlp_bias), activation)
+    dense = DenseMLP(size, f.boolean("mlp_bias", False), activation)
     for key in family.experts:
         num_experts = f.integer(key, num_experts, 0)
     moe = MoE(
@@ -306,10 +291,9 @@ def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> lis
         num_experts_per_tok=f.integer("num_experts_per_tok", 0, min(num_experts, 1)),
         intermediate_size=f.integer("moe_intermediate_size", size),
         sums_to_1=f.boolean("norm_topk_prob", True),
-        activation="clamped_swiglu" if family.clamped_experts else activation,
         shared_size=f.integer("shared_expert_intermediate_size", 0),
-        bias=family.clamped_experts,
-        turns=family.clamped_experts and not f.boolean("splits_experts", False),
+        turns=f.boolean("turns_experts", False),
+        **{"activation": activation, **family.moe},
     )
     only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     sparse = [i not in only and num_experts > 0 and (i + 1) % step == 0 for i in range(len(sources))]

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,15 @@ TABLE = msgspec.yaml.decode(Path(__file__).with_name("families.yaml").read_bytes
 ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = TABLE["rope_types"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """Heads that are rotated, and scaled. is_partial: a part of their features may be; otherwise a file that says so is
-    refused. is_interleaved: the two features of a pair stand side by side. other_names: of types."""
-
-    head_dim: int
-    scale: float = 1.0
-    is_partial: bool = False
-    is_interleaved: bool = False
-    other_names: Mapping[str, str] = field(default_factory=dict)
-
-
-def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tuple[RopeConfig, int]:
+def read_rope(
+    f: Fields, head_dim: int, max_position: int, layer: str, names: Mapping[str, str], is_partial: bool
+) -> tuple[RopeConfig, int]:
     """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
     where both are given), and the longest sequence.
 
     layer: of `layer_types`, each of which has its own object, or what there is, where it is not "". Those that slide
-    have `rope_local_base_freq` in the older form, and no scaling.
+    have `rope_local_base_freq` in the older form, and no scaling. names: other ones of types. is_partial: a part of a
+    head's features may be rotated; otherwise a file that says so is refused.
     """
     parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
     differ = any(isinstance(part, dict) for part in parameters.data.values()) or f.number("rope_local_base_freq", False)
@@ -49,12 +39,12 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
     if lost is not None and not is_told and f.data.get("rope_parameters"):
         logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
     name = rope.text("rope_type", rope.text("type", "default"))
-    if (name := kind.other_names.get(name, name)) not in ROPE_TYPES:
+    if (name := names.get(name, name)) not in ROPE_TYPES:
         raise ConfigError(f"{f.source}: rope type {name!r} not supported (supported: {', '.join(ROPE_TYPES)})")
     # Dynamic scaling starts at max_position_embeddings, whatever a file says; a layer's own, at what it says itself.
     told, outer = "original_max_position_embeddings", rope if layer else f
     original = max_position if name == "dynamic" else outer.integer(told, rope.integer(told, max_position))
-    rotary_dim = _rotary_dim(f, rope, kind, name == "proportional")
+    rotary_dim = _rotary_dim(f, rope, head_dim, is_partial or name == "proportional")
     keys = ("short_factor", "long_factor") if name == "longrope" else ()
     divisors = [_factors(rope, key, rotary_dim // 2) for key in keys] or [tuple(rope.list_of(float, "factors")), ()]
     config = RopeConfig(
@@ -64,19 +54,17 @@ def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tu
         scaling=_numbers(f, rope, name, max_position, original),
         factors=divisors[0],
         long_factors=divisors[1],
-        rotary_dim=0 if name == "proportional" else rotary_dim % kind.head_dim,
-        is_interleaved=kind.is_interleaved,
-        scale=kind.scale,
+        rotary_dim=0 if name == "proportional" else rotary_dim % head_dim,
         query_beta=rope.number("llama_4_scaling_beta", 0.0, above=-1e-9),
     )
     return config, max_position if layer and name == "linear" else _longest(config, max_position)  # Gemma 3: scaled
 
 
-def _rotary_dim(f: Fields, rope: Fields, kind: Rotary, may_be_less: bool) -> int:
+def _rotary_dim(f: Fields, rope: Fields, head_dim: int, may_be_less: bool) -> int:
     share = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0, above=0), above=0)
-    rotary_dim, may_be_less = int(kind.head_dim * share), may_be_less or kind.is_partial
+    rotary_dim = int(head_dim * share)
     if (share != 1 and not may_be_less) or share > 1 or rotary_dim < 2 or rotary_dim % 2:
-        supported = f"up to 1, for an even part of {kind.head_dim} features" if may_be_less else "1"
+        supported = f"up to 1, for an even part of {head_dim} features" if may_be_less else "1"
         raise ConfigError(f"{f.source}: partial_rotary_factor {share:g} not supported (supported: {supported})")
     return rotary_dim
 

@@ -35,6 +35,7 @@ Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS, _NO_STEP = 2e-5, StepPlan(0, (), (), ())
+_PROMPT_READS = 1 << 16  # tokens before tokens of prompts that are computed as if they were decoded
 _LIBC, _PR_SET_TIMERSLACK = ctypes.CDLL(None), 29
 
 
@@ -180,7 +181,7 @@ class CapturedSteps(StepRunner):
             drafter = HeadDrafter(head, self, layers)
             self.propose, self.left = drafter.propose, drafter.left if shard.ops.draft is not None else None
         longest, kinds = config.draft_len, config.model.states
-        self._belong = bool(kinds) or head is not None  # tokens of a request, in layers
+        self._has_states, self._belong = bool(kinds), bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
@@ -189,10 +190,11 @@ class CapturedSteps(StepRunner):
 
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
-        if before.kept is None or self.tables.places is None:  # else a captured step finds itself where it goes on
-            plan = self._resolved(plan, before)
-        asks, row = self.propose is not None and any(share.num_drafts for share in plan.reqs), self.tables.padding_row
-        reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._verifying(plan)
+        num, row = sum(share.num_samples for share in plan.reqs), self.tables.padding_row
+        if before.kept is None or self.tables.places is None or num < plan.num_tokens:
+            plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
+        asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
+        reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
@@ -200,21 +202,31 @@ class CapturedSteps(StepRunner):
             return super()._launch(plan, masks, before)
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
+        if num < plan.num_tokens:
+            index = index.all_sampled(num, row)
         self.tables.send(plan, index, masks)
         if self._backend.plans_captured:
             self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
-        launched = self._finish(plan, masks, index, ids[: sum(share.num_samples for share in plan.reqs)], source)
+        launched = self._finish(plan, masks, index, ids[:num], source)
         if told is None or self.propose is None:
             return launched._replace(plan=plan)
         kept = self.left[0][: len(plan.reqs)] if shape.is_wide and self.left is not None else None
         return launched._replace(drafts=told[: len(plan.reqs)], plan=plan, kept=kept)
 
-    def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
-        """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
-        prompts = self.tables.host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
-        return (plan.reqs if self._belong else one_by_one(plan.reqs)) if prompts is None else ()
+    def _as_captured(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
+        """The requests of a step with drafts, or with prompts for which it would take longer to launch op by op than it
+        takes to read what is before each of their tokens; none where it cannot be captured."""
+        host, row = self.tables.host, self.tables.padding_row
+        prompts = [req for req in plan.reqs if req.num_new > req.num_samples]
+        num_read = sum(req.num_new * (req.start + req.num_new) for req in prompts)
+        can = not self._has_states and not any(req.row in host.pooled.wanted for req in prompts)
+        logprobs = host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
+        if logprobs is not None or num_read > _PROMPT_READS * can:
+            return ()
+        nobody = [ScheduledReq(row, 0, 1, 1)] * bool(prompts)
+        return (*plan.reqs, *nobody) if self._belong else one_by_one(plan.reqs)
 
     def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
         """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the

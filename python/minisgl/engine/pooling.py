@@ -30,16 +30,16 @@ class PooledRows:
     """Which running requests want a vector, by row of the engine's tables, and the sums of hidden states so far."""
 
     def __init__(self) -> None:
-        self._wanted: dict[int, tuple[str, int]] = {}  # of which kind, and tokens of the prompt
+        self.wanted: dict[int, tuple[str, int]] = {}  # of which kind, and tokens of the prompt
         self._sums: dict[int, Tensor] = {}  # float32
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests want, and forget who had their rows before."""
         for row, _, params, prompt_len, _ in admissions:
             self._sums.pop(row, None)
-            self._wanted.pop(row, None)
+            self.wanted.pop(row, None)
             if params.pooling:
-                self._wanted[row] = params.pooling, prompt_len
+                self.wanted[row] = params.pooling, prompt_len
 
     def take(
         self, reqs: Sequence[ScheduledReq], offsets: IntArray, computed: Computed, shard: ModelShard
@@ -47,8 +47,8 @@ class PooledRows:
         """The vectors of prompts that end in this step, on their way to the host: float32, by index into `reqs`. The
         tokens of reqs[i] begin at offsets[i]. Of a mean, each chunk of a prompt has a part."""
         found = dict[int, Tensor]()
-        for i, req in enumerate(reqs) if self._wanted else ():
-            kind, prompt_len = self._wanted.get(req.row, ("", 0))
+        for i, req in enumerate(reqs) if self.wanted else ():
+            kind, prompt_len = self.wanted.get(req.row, ("", 0))
             is_last, end = req.start + req.num_new == prompt_len, int(offsets[i + 1])
             begin = int(offsets[i]) if kind == "mean" else end - 1
             if not kind or not (is_last or kind == "mean"):

@@ -41,13 +41,13 @@ def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[Gr
 
 def fit(shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int) -> tuple[GraphShape, Reqs] | None:
     """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it. shapes: by size."""
-    if not reqs or any(req.num_new != req.num_samples for req in reqs):
-        return None
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
-    return next(((shape, more) for shape in shapes[begin:] if (more := shape.padding(reqs, row)) is not None), None)
+    padded = ((shape, shape.padding(reqs, row)) for shape in shapes[begin:] if reqs)
+    return next(((shape, more) for shape, more in padded if more is not None), None)
 
 
 def one_by_one(reqs: Sequence[ScheduledReq]) -> Reqs:
-    """A request for each token, where all of them sample; else none."""
-    can = all(req.num_new == req.num_samples for req in reqs)
-    return tuple(ScheduledReq(req.row, req.start + i, 1, 1) for req in reqs for i in range(req.num_new * can))
+    """A request for each token, first of those that sample."""
+    parts = [(req, req.num_new - req.num_samples, req.num_new) for req in reqs]
+    parts += [(req, 0, first) for req, first, _ in parts if first]
+    return tuple(ScheduledReq(req.row, req.start + i, 1, 1) for req, first, end in parts for i in range(first, end))

@@ -63,6 +63,14 @@ class StepIndex(NamedTuple):
         sampled = of_tokens[2][logit_tokens], token_rows[logit_tokens], logit_tokens
         return StepIndex(starts, num_new, *sampled, rows, *counts, seq_lens, offsets, *of_tokens)
 
+    def all_sampled(self, num: int, row: int) -> "StepIndex":
+        """With as many samples as tokens, as captured steps do. Those behind the first `num` are written to `row`,
+        nobody's, whose token is the last one where there are more tokens than samples."""
+        few, names = self[2:5], ("sample_positions", "sample_rows", "logit_tokens")
+        padded = {name: np.pad(x, (0, len(self.ends) - len(x)), "edge") for name, x in zip(names, few, strict=True)}
+        padded["sample_rows"] = np.where(np.arange(len(self.ends)) < num, padded["sample_rows"], row)
+        return self._replace(**padded)
+
 
 class StepTensors(NamedTuple):
     """The numbers of a step on the device: int32 on a GPU, int64 on a CPU. As in `StepIndex`, behind the parameters."""

@@ -67,11 +67,9 @@ class StateOps:
 
         Where each sequence has one token, and none is a draft, nothing is asked of the device: it can be captured.
         """
-        sizes = qkvz.shape[1], ba.shape[1]
 
         def compute(x: Tensor, slots: Tensor, *state: Tensor) -> Tensor:
-            chunks = (chunk.split(sizes, -1) for chunk in x.split(_CHUNK, 1))
-            return torch.cat([_delta_net(one, two, weights, DeltaState(*state), slots) for one, two in chunks], 1)
+            return torch.cat([_delta_net(part, weights, DeltaState(*state), slots) for part in x.split(_CHUNK, 1)], 1)
 
         return _by_sequence(torch.cat((qkvz, ba), -1), state, seqs, compute)
 
@@ -124,10 +122,10 @@ def _by_sequence(x: Tensor, state: Sequence[Tensor], seqs: StateSequences, compu
     return torch.cat(out, 1)[0]
 
 
-def _delta_net(qkvz: Tensor, ba: Tensor, weights: DeltaWeights, state: DeltaState, slots: Tensor) -> Tensor:
-    """A chunk of n sequences: qkvz, ba: [n, num_tokens, features]; slots: [n] → [n, num_tokens, Hv * Dv]."""
+def _delta_net(x: Tensor, weights: DeltaWeights, state: DeltaState, slots: Tensor) -> Tensor:
+    """x: a chunk of n sequences, qkvz and ba, [n, num_tokens, features]; slots: [n] → [n, num_tokens, Hv * Dv]."""
     _, num_v, k_dim, v_dim = state.memory.shape
-    num_channels = len(weights.conv)
+    num_channels, qkvz, ba = len(weights.conv), x[..., : -2 * num_v], x[..., -2 * num_v :]
     num_k = (num_channels - num_v * v_dim) // (2 * k_dim)
     mixed = F.silu(causal_conv(qkvz[..., :num_channels], weights.conv, state.conv, slots))
     parts = zip(mixed.split((num_k * k_dim, num_k * k_dim, num_v * v_dim), -1), (k_dim, k_dim, v_dim), strict=True)

@@ -9,15 +9,13 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.ops import Experts, KVSlots
-from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined, whole
+from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, reordered
 from minisgl.layers.rope import head_order
 
 
 class Attention(Layer):
     """The attention block of decoder layer `layer`: projections, norm, rotation, cache, attention, output."""
-
-    name = "self_attn"
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
@@ -41,8 +39,11 @@ class Attention(Layer):
         heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
         self.qkv_proj = ColumnLinear(env, width, heads, "attention heads", config.qkv_bias, orders=orders)
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
-        self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
-        self.qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
+        self._sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
+        self._qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
+        numbers = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
+        if not (self._rope.query_beta or spec.value_norms or spec.source is not None):
+            self.cpu_block = "attention", (*numbers, bool(spec.gated))
 
     def forward(
         self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext, given: Tensor | None = None
@@ -51,7 +52,7 @@ class Attention(Layer):
         given: what is projected, in place of the stream (twice as wide in EAGLE's heads) → the new stream."""
         q, gate = self.store(x if given is None else given, norm, step)
         cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
-        out = step.backend.forward(q, cache, self._spec, step.metadata[self._spec.window is not None], self.sinks)
+        out = step.backend.forward(q, cache, self._spec, step.metadata[self._spec.window is not None], self._sinks)
         out = out if gate is None else out * gate.sigmoid()
         return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
 
@@ -65,7 +66,7 @@ class Attention(Layer):
             values.copy_(self._ops.rms_norm(values, values.new_ones(self._head_dim), self._eps))
         if self._is_wide:
             self._norm_of_all(qkv)
-        rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self.qk_norm
+        rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self._qk_norm
         if self._spec.source is None:
             slots = KVSlots(*step.kv.layer(self._layer), step.slots[self._spec.window is not None])
             q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, slots)
@@ -79,24 +80,23 @@ class Attention(Layer):
     def _norm_of_all(self, qkv: Tensor) -> None:
         """Root-mean-square norm, in place, of all queries' features at once, and of all keys', those of other ranks
         included. qkv: [num_tokens, heads, head_dim]."""
-        assert self.qk_norm is not None
+        assert self._qk_norm is not None
         counts = self._num_q, self._num_kv
         parts = qkv[:, : counts[0]], qkv[:, counts[0] : sum(counts)]
         sums = self._comm.all_reduce(torch.stack([part.float().square().sum((1, 2)) for part in parts], -1))
-        for i, (part, weight) in enumerate(zip(parts, self.qk_norm.split_with_sizes(counts), strict=True)):
+        for i, (part, weight) in enumerate(zip(parts, self._qk_norm.split_with_sizes(counts), strict=True)):
             size = counts[i] * self._head_dim * self._comm.size
             scale = torch.rsqrt(sums[:, i, None, None] / size + self._eps)
             part.copy_((part.float() * scale).to(part.dtype) * weight)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.qkv_proj.weights(prefix)
-        yield from self.o_proj.weights(f"{prefix}o_proj.")
-        if self.sinks is not None:
+        yield from super().weights(prefix)
+        if self._sinks is not None:
             rows = self._heads.start, self._heads.stop
-            yield WeightSlot(f"{prefix}sinks", (self.o_proj.shards[""].shape[1] // self._head_dim,), self.sinks, rows)
-        if self.qk_norm is None:
+            yield WeightSlot(f"{prefix}sinks", (self.o_proj.shards[""].shape[1] // self._head_dim,), self._sinks, rows)
+        if self._qk_norm is None:
             return
-        targets = self.qk_norm.split_with_sizes((self._num_q, self._num_kv))
+        targets = self._qk_norm.split_with_sizes((self._num_q, self._num_kv))
         for kind, target in zip("qk" if self._num_kv else "q", targets, strict=False):
             name = f"{prefix}{kind}_norm.weight"
             if self._is_wide:
@@ -106,21 +106,16 @@ class Attention(Layer):
                 slot = whole(name, target, self._offset)
                 yield slot if self._order is None else reordered(slot, self._order)
 
-    def cpu_spec(self) -> CpuSpec | None:
-        spec = self._spec
-        kind = self.qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self.sinks
-        block = joined((self.qkv_proj, self.o_proj), "attention", (*kind, bool(spec.gated)))
-        return None if self._rope.query_beta or spec.value_norms or spec.source is not None else block
-
 
 class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
-        self._eps, self._activation, inner = eps, spec.activation, (spec.intermediate_size, 1)
+        self._eps, inner = eps, (spec.intermediate_size, 1)
         parts, what = {"gate_proj": inner, "up_proj": inner}, "features of gate_proj"
         self.gate_up_proj = ColumnLinear(env, hidden_size, parts, what, spec.bias, spec.activation)
         self.down_proj = RowLinear(env, inner[0], hidden_size, spec.bias, "intermediate features")
+        self.cpu_block = "mlp", (spec.activation,)
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
@@ -131,13 +126,6 @@ class GatedMLP(Layer):
         """hidden: [num_tokens, hidden], without residual → this rank's part of the sum."""
         return self.down_proj.matrix.apply(self.gate_up_proj.project(hidden))
 
-    def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.gate_up_proj.weights(prefix)
-        yield from self.down_proj.weights(f"{prefix}down_proj.")
-
-    def cpu_spec(self) -> CpuSpec | None:
-        return joined((self.gate_up_proj, self.down_proj), "mlp", (self._activation,))
-
 
 class SparseMLP(Layer):
     """Mixture of experts: each token goes through its `num_experts_per_tok` most probable experts.
@@ -145,24 +133,23 @@ class SparseMLP(Layer):
     Every rank holds a share of every expert's features, so that ranks stay balanced whatever the router does.
     """
 
+    _experts: Experts  # once they are packed
+
     def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
         self._ops, self._comm, self._format, self._eps, self._hidden = env.ops, env.comm, env.format, eps, hidden_size
         self._spec, self._mine = spec, env.share(spec.intermediate_size, "features of an expert")
-        share, router, one = len(self._mine), (spec.num_experts, hidden_size), (1, hidden_size)
+        share = len(self._mine)
         exact = replace(env, format=DENSE)  # what small errors would change much; on every rank
-        self.gate = Linear(exact, router, {"": Shard(router, (0, spec.num_experts))}, spec.bias)
+        self.gate = Linear(exact, (spec.num_experts, hidden_size), bias=spec.bias)
         shapes = (spec.num_experts, 2 * share, hidden_size), (spec.num_experts, hidden_size, share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
-        self._experts: Experts | None = None
-        sizes = (2 * share, hidden_size) if spec.bias else ()
-        self.biases = [env.vector(spec.num_experts, size) for size in sizes]  # of gate and up, and of down
+        self._biases = (env.vector(*shapes[0][:2]), env.vector(*shapes[1][:2])) if spec.bias else None
         shared = DenseMLP(spec.shared_size, False, spec.activation)
         self.shared_expert = GatedMLP(env, hidden_size, shared, eps) if spec.shared_size else None
-        self.shared_expert_gate = Linear(exact, one, {"": Shard(one, (0, 1))}) if spec.shared_size else None
+        self.shared_expert_gate = Linear(exact, (1, hidden_size)) if spec.shared_size else None
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
-        assert self._experts is not None
         assert norm is not None
         assert after is None, "no family has such a norm"
         hidden, logits = self.gate.matrix.norm_and_apply(x, norm, self._eps, self.gate.bias)
@@ -174,46 +161,34 @@ class SparseMLP(Layer):
 
     def pack(self) -> None:
         super().pack()
-        if self.biases and self._comm.rank:
-            self.biases[1].zero_()  # rank 0 adds it
-        stacks, biases = (self._gate_up, self._down), (self.biases[0], self.biases[1]) if self.biases else None
-        self._experts = self._format.experts(self._ops, *stacks, self._spec, biases)
+        if self._biases and self._comm.rank:
+            self._biases[1].zero_()  # rank 0 adds it
+        self._experts = self._format.experts(self._ops, self._gate_up, self._down, self._spec, self._biases)
         self._gate_up = self._down = {}
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.gate.weights(f"{prefix}gate.")
-        slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
-        mine = self._mine.start, self._mine.stop
+        yield from super().weights(prefix)
+        slots, shape, turns = self._format.slots, (self._spec.intermediate_size, self._hidden), self._spec.turns
+        mine, order = (self._mine.start, self._mine.stop), torch.arange(2 * len(self._mine)).view(-1, 2).t().flatten()
         shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=len(self._mine))}
-        if self._spec.turns:
+        if turns:
             shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * mine[0], 2 * mine[1]))}
-        if self.biases:
-            rows, end = (0, self._spec.num_experts), "_bias" if self._spec.turns else ".bias"
+        if self._biases:
+            rows, end = (0, self._spec.num_experts), "_bias" if turns else ".bias"
             for name, shard in shards.items():
-                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self.biases[0].t()).t()
-                yield WeightSlot(*slot, rows, shard.rows, (lambda x: apart(x.t()).t()) if self._spec.turns else None)
-            yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self.biases[1], rows)
+                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self._biases[0].t()).t()
+                yield WeightSlot(*slot, rows, shard.rows, (lambda part: part[:, order]) if turns else None)
+            yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self._biases[1], rows)
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
             expert = f"{prefix}experts.{i}."
             found = [slot for name, shard in shards.items() for slot in slots(f"{expert}{name}", gate_up, shard)]
+            found = [reordered(slot, order) for slot in found] if turns else found
             found += slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
-            yield from map(turned, found) if self._spec.turns else found
-        if self.shared_expert is not None and self.shared_expert_gate is not None:
-            yield from self.shared_expert.weights(f"{prefix}shared_expert.")
-            yield from self.shared_expert_gate.weights(f"{prefix}shared_expert_gate.")
+            yield from (transposed(slot) if turns and slot.name.endswith(".weight") else slot for slot in found)
 
 
-def apart(x: Tensor) -> Tensor:
-    """Rows of gate and up, which take turns, one below the other."""
-    return torch.cat((x[::2], x[1::2]))
-
-
-def turned(slot: WeightSlot) -> WeightSlot:
-    """A slot of an expert's weight, of a checkpoint where rows of gate and up take turns, and that has it as [in, out]
-    unless it is packed."""
-    arrange, change = apart if ".gate_up_proj" in slot.name else Tensor.contiguous, slot.transform
-    if not slot.name.endswith(".weight"):
-        return replace(slot, transform=lambda x: arrange(x if change is None else change(x)))
-    rows, shape = slot.cols or (0, slot.shape[1]), slot.shape[::-1]
-    return replace(slot, shape=shape, rows=rows, cols=slot.rows, transform=lambda x: arrange(x.t()))
+def transposed(slot: WeightSlot) -> WeightSlot:
+    """The slot of a weight that the checkpoint has as [in, out]."""
+    rows, change = slot.cols or (0, slot.shape[1]), slot.transform or (lambda part: part)
+    return replace(slot, shape=slot.shape[::-1], rows=rows, cols=slot.rows, transform=lambda part: change(part.t()))

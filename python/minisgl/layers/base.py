@@ -1,6 +1,5 @@
 """What every layer is built from and how its parameters are filled."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,18 +69,27 @@ class CpuSpec:
             module[f"add_{block.kind}"](model, *matrices, *block.norms, *block.numbers, *cache)
 
 
-class Layer(ABC):
+class Layer:
     """Tensors, or layers, and the method `forward` that computes with them."""
+
+    stored_as: str | None = None  # what checkpoints call it; "": they have its parts in its place; None: as we do
+    cpu_block: tuple[str, tuple[Tensor | float | str | None, ...]] | None = None  # kind and numbers of its `CpuSpec`
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Who overrides a `forward` says anew how the CPU engine computes it: what is inherited describes another."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "cpu_spec" not in vars(cls) and hasattr(super(cls, cls), "forward"):
-            cls.cpu_spec = Layer.cpu_spec  # type: ignore[method-assign]
+            cls.cpu_spec = lambda _: None  # type: ignore[assignment, method-assign]
 
-    @abstractmethod
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        """The slots of this layer, whose checkpoint names start with `prefix`."""
+        """The slots of this layer, whose checkpoint names start with `prefix`: of the layers in it, and of its public
+        vectors, which every rank holds entirely."""
+        for name, child in vars(self).items():
+            if isinstance(child, Layer):
+                at = name if child.stored_as is None else child.stored_as
+                yield from child.weights(f"{prefix}{at}." if at else prefix)
+            elif isinstance(child, Tensor) and not name.startswith("_"):
+                yield whole(f"{prefix}{name}.weight", child)
 
     def pack(self) -> None:
         """Called once all slots are filled: bring weights into the layout that the kernels like best."""
@@ -91,14 +99,9 @@ class Layer(ABC):
 
     def cpu_spec(self) -> CpuSpec | None:
         """What computes the same as `forward` in the CPU engine; None: it cannot. Called after `pack`."""
-        return None
-
-
-def joined(layers: Iterable[Layer], kind: str, numbers: tuple[Tensor | float | str | None, ...]) -> CpuSpec | None:
-    """A block of those layers' matrices; None: one of them has none that the CPU engine can use."""
-    specs = [layer.cpu_spec() for layer in layers]
-    matrices = [matrix for spec in specs if spec is not None for matrix in spec.matrices]
-    return CpuSpec(tuple(matrices), kind, numbers) if None not in specs else None
+        specs = [child.cpu_spec() for child in vars(self).values() if isinstance(child, Layer)]
+        matrices = [matrix for spec in specs if spec is not None for matrix in spec.matrices]
+        return None if self.cpu_block is None or None in specs else CpuSpec(tuple(matrices), *self.cpu_block)
 
 
 def whole(name: str, target: Tensor, offset: float = 0.0, scale: float = 1.0) -> WeightSlot:

@@ -19,23 +19,20 @@ _SHARED = 8  # rows of e4m3 that have one scale in kernels, for each block of co
 class Linear(Layer):
     """y = x Wᵀ + b, where W [out, in] holds this rank's shards of one or several linear layers of the checkpoint.
 
-    shape: of W. shards: by what the names of those layers' tensors begin with. activation: of `Matrix.gate_up`.
+    shape: of W. shards: by what the names of those layers' tensors begin with; None: all of one layer, on every rank.
+    activation: of `Matrix.gate_up`.
     """
 
-    def __init__(
-        self, env: LayerEnv, shape: Shape, shards: dict[str, Shard], bias: bool = False, activation: str | None = None
-    ) -> None:
-        self._ops, self._comm, self._format = env.ops, env.comm, env.format
-        self.shards, self._activation = shards, activation
-        self._tensors = env.format.create(shape, env.dtype, env.device)
-        self._matrix: Matrix | None = None
-        self.bias = env.vector(shape[0]) if bias else None
+    matrix: Matrix  # once it is packed
 
-    @property
-    def matrix(self) -> Matrix:
-        """Once it is packed."""
-        assert self._matrix is not None
-        return self._matrix
+    def __init__(
+        self, env: LayerEnv, shape: Shape, shards: Mapping[str, Shard] | None = None, bias: bool = False,
+        activation: str | None = None,
+    ) -> None:  # fmt: skip
+        self._ops, self._comm, self._format = env.ops, env.comm, env.format
+        self.shards, self._activation = shards or {"": Shard(shape, (0, shape[0]))}, activation
+        self._tensors = env.format.create(shape, env.dtype, env.device)
+        self.bias = env.vector(shape[0]) if bias else None
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self.shards.items():
@@ -70,7 +67,7 @@ class Linear(Layer):
         return replace(slot, target=target, transform=lambda part: part.repeat_interleave(BLOCK, 0)[:num_rows])
 
     def pack(self) -> None:
-        self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
+        self.matrix = self._format.matrix(self._ops, self._tensors, self._activation)
         self._tensors = {}
 
     def project(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -88,6 +85,8 @@ class ColumnLinear(Linear):
     heads: by the layers' names, how many units of outputs they have, which stay together, and the size of one. Those of
     `k_proj` and `v_proj` may be fewer than ranks: each is on all that hold its query heads. orders: of shards.
     """
+
+    stored_as = ""
 
     def __init__(
         self, env: LayerEnv, in_features: int, heads: Mapping[str, tuple[int, int]], what: str, bias: bool = False,

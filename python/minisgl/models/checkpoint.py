@@ -31,19 +31,12 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING, HEAD, OF_HEAD = "model.embed_tokens.weight", "lm_head.weight", "head."
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
-# A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
-_OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
-_NAME = re.compile(
-    _OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|(?:embedding_)?norm|\w+_per_layer|per_layer_\w+)\..*))"
-)
+_OUTER, _INNER, _LEFT_OUT, _PACKED = ("|".join(TABLE[key]) for key in ("outer", "inner", "left_out", "packed"))
+_NAME = re.compile(rf"(?:(?:{_OUTER})\.)*(?:(lm_head\..*)|((?:{_INNER})\..*))")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.(\w+))?")
 _STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(_scale(?:_inv)?)|)")
-# Buffers that follow from the configuration, and state of training; scales of activations.
-_IGNORED = re.compile(
-    r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
-    r"weight_shape|input_scale|input_zero_point|[dt]2[dt])$|^mtp\."  # the latter where they are not used
-)
-_QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
+_IGNORED = re.compile(rf"(^|\.)({_LEFT_OUT})$|^mtp\.")  # the latter where they are not used
+_QUANTIZED = re.compile(rf"\.({_PACKED})$")
 _RENAMED: dict[str, str] = TABLE["tensors"]
 _RENAMED_PARTS = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, _RENAMED))})(?=\.|$)")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
@@ -62,11 +55,10 @@ class Shard:
     def stored(self) -> Iterator["Stored"]:
         """All tensors of the file. Raises: ConfigError when the file is not what its name says."""
         for name, tensor in self._opened().items():
-            if isinstance(tensor, torch.Tensor):
-                yield Stored(self, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            else:
-                dtype = tensor.get_dtype()
-                yield Stored(self, name, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
+            of_torch = isinstance(tensor, torch.Tensor)
+            dtype = str(tensor.dtype).removeprefix("torch.") if of_torch else tensor.get_dtype()
+            shape = tuple(tensor.shape if of_torch else tensor.get_shape())
+            yield Stored(self, name, shape, _DTYPES.get(dtype, dtype))
 
     def _opened(self) -> dict[str, Any]:
         if self._tensors is None:
@@ -147,13 +139,12 @@ class Checkpoint:
     def untied(self, model: ModelConfig) -> ModelConfig:
         """`model`, whose head is its own where the file has one that differs from the embedding, whatever the
         configuration says; as in transformers. Where a tied model's file has the head alone, it is both."""
-        head, table = self._stored.get(HEAD), self._stored.get(EMBEDDING)
+        head = self._stored.get(HEAD)
         if head is None and model.pooling is not None:  # nobody asks for logits, unless they are the embedding's
             return replace(model, tie_word_embeddings=True)
         if not model.tie_word_embeddings or head is None:
             return model
-        table = self._stored.setdefault(EMBEDDING, head)
-        if _equal(head, table):
+        if _equal(head, self._stored.setdefault(EMBEDDING, head)):
             return model
         logger.warning("%s: tie_word_embeddings is not true of these weights, whose lm_head differs", self._source)
         return replace(model, tie_word_embeddings=False)

@@ -9,10 +9,9 @@ from minisgl.config.states import DeltaNet, ShortConv
 from minisgl.formats.base import WeightSlot
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
-from minisgl.layers.conv import GatedShortConv
-from minisgl.layers.delta import GatedDeltaNet
 from minisgl.layers.inputs import LayerInput, LayerInputs
 from minisgl.layers.linear import VocabTable
+from minisgl.layers.states import GatedDeltaNet, GatedShortConv
 
 Block = Attention | GatedDeltaNet | GatedShortConv
 _BLOCKS: dict[type, type[Block]] = {PagedKV: Attention, DeltaNet: GatedDeltaNet, ShortConv: GatedShortConv}
@@ -29,7 +28,7 @@ class DecoderLayer(Layer):
         self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
         self.norms = tuple(env.vector(hidden) if name else None for name in self._names)
         self.input = LayerInput(env, config, layer) if config.layer_inputs else None
-        self.scalar = env.vector(1) if config.layer_scalars else None
+        self._scalar = env.vector(1) if config.layer_scalars else None
 
     def forward(self, x: Tensor, step: StepContext, inputs: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden]; inputs: [num_tokens, layers, features], of `LayerInputs` → the new stream."""
@@ -37,22 +36,19 @@ class DecoderLayer(Layer):
         x = self.mlp.forward(x, self.norms[2], self.norms[3])
         if self.input is not None and inputs is not None:
             x = self.input.forward(x, inputs)
-        return x if self.scalar is None else x.mul_(self.scalar)
+        return x if self._scalar is None else x.mul_(self._scalar)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.self_attn.weights(f"{prefix}{self.self_attn.name}.")
-        yield from self.mlp.weights(f"{prefix}mlp.")
+        yield from super().weights(prefix)
         for name, norm in zip(self._names, self.norms, strict=True):
             if norm is not None:
                 yield whole(f"{prefix}{name}.weight", norm, self._offset)
-        if self.input is not None:
-            yield from self.input.weights(prefix)
-        if self.scalar is not None:
-            yield whole(f"{prefix}layer_scalar", self.scalar)
+        if self._scalar is not None:
+            yield whole(f"{prefix}layer_scalar", self._scalar)
 
     def cpu_spec(self) -> CpuSpec | None:
         attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
-        if attention is None or mlp is None or self.input is not None or self.scalar is not None:
+        if attention is None or mlp is None or self.input is not None or self._scalar is not None:
             return None
         return CpuSpec(blocks=(replace(attention, norms=self.norms[:2]), replace(mlp, norms=self.norms[2:])))
 
@@ -89,12 +85,8 @@ class DecoderModel:
         labels = self.config.pooling.label_ids if self.config.pooling is not None else ()
         if kind == "score" and labels:
             return self.logits(x, None)[:, list(labels)].float()
-        states = self.normed(x).float() / self.config.logit_scale
+        states = self._ops.rms_norm(x, self.norm, self._eps).float() / self.config.logit_scale
         return states if self.score is None else states @ self.score.float().T
-
-    def normed(self, x: Tensor) -> Tensor:
-        """x: rows of `hidden`'s result → behind the last norm."""
-        return self._ops.rms_norm(x, self.norm, self._eps)
 
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
         """x: `hidden`'s result; logit_tokens: [n] int64, of those whose logits are wanted (None: all) → [n, vocab_size]

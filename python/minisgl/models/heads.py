@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from minisgl.attention.base import StepContext
-from minisgl.formats.base import DENSE, Header, Shard
+from minisgl.formats.base import DENSE, Header
 from minisgl.kernel.cpu import PanelMatrix
 from minisgl.kernel.ops import Matrix, TorchMatrix
 from minisgl.kernel.packed import Grouped
@@ -42,8 +42,7 @@ class Head:
         self._eps, size, env = config.rms_norm_eps, config.hidden_size, replace(env, format=DENSE)
         self.block, self.skips_last, self._aux = config.block, not config.block, config.aux_layers
         self._names = _DFLASH if self.block else _EAGLE if self._aux else _MTP
-        shape = size, (len(self._aux) or 2) * size
-        self.fc = Linear(env, shape, {"": Shard(shape, (0, size))})
+        self.fc = Linear(env, (size, (len(self._aux) or 2) * size))
         self.layers = [DecoderLayer(env, config, i) for i in range(own.num_layers, len(own.cached_layers))]
         self._attention = [block for layer in self.layers if isinstance(block := layer.self_attn, Attention)]
         self._norms = tuple(env.vector(size) for _ in self._names[2:])

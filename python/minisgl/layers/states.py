@@ -1,4 +1,4 @@
-"""Gated delta nets, which stand in the place of attention in most layers of hybrid models."""
+"""Blocks that have a state, and stand in the place of attention in most layers of hybrid models."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,25 +6,26 @@ import torch
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
-from minisgl.config.states import DeltaNet
+from minisgl.config.states import DeltaNet, ShortConv
 from minisgl.formats.base import DENSE, WeightSlot
 from minisgl.kernel.state import DeltaState, DeltaWeights
-from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined, whole
+from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import ColumnLinear, RowLinear
 
-_WHAT = "heads of a delta net"
+_HEADS, _CHANNELS = "heads of a delta net", "channels of a convolution"
 
 
 class GatedDeltaNet(Layer):
-    """The block of decoder layer `layer`: projections, the net with its state, output. Ranks share the heads."""
+    """A gated delta net, as the block of decoder layer `layer`: projections, the net with its state, output. Ranks
+    share the heads."""
 
-    name = "linear_attn"
+    stored_as = "linear_attn"
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden = config.layers[layer].attention.cache, config.hidden_size
         assert isinstance(spec, DeltaNet)
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
-        num_k, mine = (env.share(num, _WHAT) for num in (spec.num_k_heads, spec.num_v_heads))
+        num_k, mine = (env.share(num, _HEADS) for num in (spec.num_k_heads, spec.num_v_heads))
         keys, values, each = (spec.num_k_heads, spec.k_dim), (spec.num_v_heads, spec.v_dim), len(mine) // len(num_k)
         parts, orders = {"in_proj_q": keys, "in_proj_k": keys, "in_proj_v": values, "in_proj_z": values}, {}
         gates = dict.fromkeys(("in_proj_b", "in_proj_a"), (spec.num_v_heads, 1))
@@ -34,15 +35,16 @@ class GatedDeltaNet(Layer):
             parts, gates = ({name: (keys[0], sum(sizes))} for name, sizes in groups.items())
             orders = {name: _ungrouped(len(num_k), sizes) for name, sizes in groups.items()}
         is_joint = env.format is DENSE and env.device.type == "cuda" and len(mine) % 8 == 0  # one norm, one product
-        self.in_proj = ColumnLinear(env, hidden, parts | gates if is_joint else parts, _WHAT, orders=orders)
-        self.gates_proj = None if is_joint else ColumnLinear(env, hidden, gates, _WHAT, orders=orders)
-        self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _WHAT)
+        self.in_proj = ColumnLinear(env, hidden, parts | gates if is_joint else parts, _HEADS, orders=orders)
+        self.gates_proj = None if is_joint else ColumnLinear(env, hidden, gates, _HEADS, orders=orders)
+        self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _HEADS)
         channels = torch.arange(spec.num_channels).split_with_sizes([num * size for num, size in (keys, keys, values)])
         self._channels = torch.cat([part.chunk(env.comm.size)[env.comm.rank] for part in channels])
         self._heads = mine.start, mine.stop
         a_log, dt_bias = (torch.empty(len(mine), dtype=torch.float32, device=env.device) for _ in range(2))
         conv = env.vector(len(self._channels), spec.width)
         self._weights = DeltaWeights(conv, a_log, dt_bias, env.vector(spec.v_dim), self._eps)
+        self.cpu_block = "delta_net", self._weights
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
@@ -53,9 +55,7 @@ class GatedDeltaNet(Layer):
         return self.out_proj.forward(out, x, after, self._eps)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.in_proj.weights(prefix)
-        yield from self.gates_proj.weights(prefix) if self.gates_proj else ()
-        yield from self.out_proj.weights(f"{prefix}out_proj.")
+        yield from super().weights(prefix)
         mine, channels, shape = self._weights, self._channels, (self._spec.num_channels, 1, self._spec.width)
         name, rows = f"{prefix}conv1d.weight", (0, shape[0])
         yield WeightSlot(name, shape, mine.conv, rows, transform=lambda part: part[channels, 0])
@@ -63,11 +63,40 @@ class GatedDeltaNet(Layer):
             yield WeightSlot(f"{prefix}{name}", (self._spec.num_v_heads,), target, self._heads)
         yield whole(f"{prefix}norm.weight", mine.norm)
 
-    def cpu_spec(self) -> CpuSpec | None:
-        return joined(filter(None, (self.in_proj, self.gates_proj, self.out_proj)), "delta_net", self._weights)
-
 
 def _ungrouped(num_groups: int, sizes: Sequence[int]) -> Tensor:
     """The order of rows that brings together those of a kind, where each group has so many of every kind."""
     rows = torch.arange(num_groups * sum(sizes)).view(num_groups, -1)
     return torch.cat([part.flatten() for part in rows.split_with_sizes(sizes, 1)])
+
+
+class GatedShortConv(Layer):
+    """A short convolution between gates, as the block of decoder layer `layer` (LFM2): projection, convolution, output.
+    Ranks share the channels."""
+
+    stored_as = "conv"
+
+    def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
+        spec, hidden = config.layers[layer].attention.cache, config.hidden_size
+        assert isinstance(spec, ShortConv)
+        self._ops, self._layer, self._eps = env.ops, layer, config.rms_norm_eps
+        mine, self._shape = env.share(spec.num_channels, _CHANNELS), (spec.num_channels, 1, spec.width)
+        self._channels = mine.start, mine.stop
+        parts = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), (spec.num_channels, 1))
+        self.in_proj = ColumnLinear(env, hidden, parts, _CHANNELS, spec.bias)
+        self.out_proj = RowLinear(env, spec.num_channels, hidden, spec.bias, _CHANNELS)
+        self._weight, self._bias = env.vector(len(mine), spec.width), env.vector(len(mine)) if spec.bias else None
+        self.cpu_block = "short_conv", (self._weight, self._bias)
+
+    def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
+        """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
+        gated, state = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
+        out = self._ops.short_conv(gated, self._weight, self._bias, state, step.seqs)
+        return self.out_proj.forward(out, x, after, self._eps)
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from super().weights(prefix)
+        name, shape, rows = f"{prefix}conv.weight", self._shape, self._channels
+        yield WeightSlot(name, shape, self._weight, rows, transform=lambda part: part.flatten(1))
+        if self._bias is not None:
+            yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, rows)
