@@ -24,7 +24,7 @@ class DraftKernels:
         for req, (row, begin, end) in enumerate(zip(rows.tolist(), cu_q.tolist(), cu_q[1:].tolist(), strict=False)):
             following[begin:end] = token_ids[row, positions[begin:end].long() + 1]
             own = [i for i, at in enumerate(samples) if begin <= at < end]
-            wrong = [i for i in own[:-1] if int(ids[i]) != int(input_ids[samples[i] + 1])]
+            wrong = [i for i in own[:-1] if int(ids[i]) != int(input_ids[min(samples[i] + 1, len(input_ids) - 1)])]
             first_wrong = [*wrong, *own[-1:], 0][0]
             kept[req], last[req] = first_wrong - own[0] if own else 0, samples[first_wrong]
             position = int(positions[last[req]])

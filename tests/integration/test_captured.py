@@ -281,9 +281,9 @@ def test_short_prompts_are_captured_too(
     by_hand = list[StepPlan]()
     launch = StepRunner._launch
 
-    def counted(runner: StepRunner, plan: StepPlan, masks: Masks | None) -> Any:
+    def counted(runner: StepRunner, plan: StepPlan, *known: Any) -> Any:
         by_hand.append(plan)
-        return launch(runner, plan, masks)
+        return launch(runner, plan, *known)
 
     monkeypatch.setattr(StepRunner, "_launch", counted)
     monkeypatch.setattr(cuda, "_PROMPT_READS", reads)

@@ -47,7 +47,7 @@ def planned(ops: Any, reqs: list[ScheduledReq], head: Any, most: int, seed: int)
     shard = SimpleNamespace(ops=ops, config=SimpleNamespace(draft_len=most), device=table.device)
     drafter = HeadDrafter(head, SimpleNamespace(tables=tables, shard=shard), None)  # type: ignore[arg-type]
     batch = SimpleNamespace(tensors=tensors, index=index)
-    return *drafter._plan(batch, input_ids, ids, most), drafter.left[0][: len(reqs)]  # type: ignore[arg-type]
+    return *drafter._plan(batch, input_ids, ids, slice(None), most), drafter.left[0][: len(reqs)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 7])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from minisgl.attention.base import StepContext
+from minisgl.attention.base import StepContext, to_device
 from minisgl.config.model import ModelConfig
 from minisgl.core import most_samples
 from minisgl.engine.pooling import Computed
@@ -50,27 +50,30 @@ class HeadDrafter:
         request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's."""
         head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
-        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, most)
+        asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
+        reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
+        following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most)
         x = computed.hidden(None if computed.context else torch.arange(len(following)))
         x = head.forward(following if head.skips_last else context.input_ids, x, context, of_model=True)
         if not most:
-            return ids.new_zeros(len(batch.tensors.rows), 0)
+            return ids.new_zeros(num_reqs, 0)
         x = x.index_select(0, last)  # no kernel that is behind this one starts before `numbers` are written
         told = [head.choose(x) if head.skips_last else token]
         for of_pass in numbers.unbind(1):
             x = head.forward(told[-1], x, self._context(batch, *of_pass))
             told.append(head.choose(x))
-        told = told[not head.skips_last :]
-        places = self.left[1].view(-1)[: len(told) * len(told[0])].view(-1, len(told))
-        return torch.stack(told, 1, out=places).view(-1, most)
+        told, places = told[not head.skips_last :], self.left[1][:num_reqs]
+        out = places.view(-1, len(told)) if isinstance(reqs, slice) and places.shape[1] == most else None
+        drafts = torch.stack(told, 1, out=out).view(-1, most)
+        return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
-    def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, most: int) -> tuple[Tensor, ...]:
-        """→ int64: the token after each of the step; of each request from which the last token is sampled that is kept,
-        and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
+    def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
+        """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
+        sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
         skips, places, num = int(self._head.skips_last), 1 + most * bool(self._head.block), len(given.rows)
         passes, tokens, ends = (skips, max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]
-        if kernels is not None and len(ids):
+        if kernels is not None and isinstance(reqs, slice) and len(ids):
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
             known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
@@ -80,11 +83,11 @@ class HeadDrafter:
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]
         wrong = torch.arange(len(ids), device=ids.device).where(ids != next_ids, len(ids))
         owner, last = torch.searchsorted(ends, tokens, right=True), (torch.searchsorted(tokens, ends) - 1).clamp(min=0)
-        last = tokens[last.scatter_reduce(0, owner, wrong, "amin")].long() if most else last
+        last = tokens[last.scatter_reduce(0, owner, wrong, "amin")].long()[reqs] if most else last
         told, place = (torch.arange(*some, dtype=ends.dtype, device=ids.device) for some in (passes, (0, places)))
-        first, wanted = given.positions[last, None] + (not skips) + told[:, None, None], given.num_drafts[:, None]
+        first, wanted = given.positions[last, None] + (not skips) + told[:, None, None], given.num_drafts[reqs, None]
         is_wanted = wanted >= torch.maximum(told[:, None, None] + 1, place)  # [passes, requests, places]
-        found = given.rows[:, None], first + place, first + wanted.clamp(max=places - 1) + 1
+        found = given.rows[reqs, None], first + place, first + wanted.clamp(max=places - 1) + 1
         told = torch.stack([x.where(is_wanted, no) for x, no in zip(found, (tables.padding_row, 0, 1), strict=True)])
         return following, last, following[last], told.flatten(2)
 
