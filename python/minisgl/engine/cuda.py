@@ -252,7 +252,6 @@ class CapturedSteps(StepRunner):
         self.tables.send(_NO_STEP, index)
         batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
         metadata = self._backend.prepare_both(batch.attention, captured=True)
-
         step, left = batch.tensors, self.left if shape.is_wide else None
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:

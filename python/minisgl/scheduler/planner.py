@@ -31,8 +31,7 @@ _TELLING_COST = 8
 _READING = 3  # new tokens: their attention takes as long as it takes to read and widen what lies before them
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
-_LPM_WINDOW = 128
-_LPM_OLDEST_EVERY = 8
+_LPM_WINDOW, _LPM_OLDEST_EVERY = 128, 8
 _SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
 
 
