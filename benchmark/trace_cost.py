@@ -23,7 +23,7 @@ from minisgl.benchmark import run_script
 from minisgl.benchmark.offline import engine_options, model_options
 from minisgl.config.args import parse_args
 from minisgl.core import ReqOutput, StepPlan
-from minisgl.llm.llm import Pending
+from minisgl.llm import Pending
 from minisgl.message.messages import IdsPrompt, TokenizeMsg, TraceMsg, UserMsg, pack_ids
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.plan import Planned

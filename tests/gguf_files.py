@@ -44,6 +44,8 @@ SCALES = {
     "Q6_K": (208,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    "IQ1_M": (),
 }
 
 
@@ -57,6 +59,12 @@ def file_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[inner]}.{end}"
 
 
+def put_scales(data: np.ndarray[Any, Any], scales: Any) -> None:
+    """Of blocks of IQ1_M, [..., bytes]: the bits of a float16 scale are the upper halves of four of the last bytes."""
+    for i in range(4):
+        data[..., 49 + 2 * i] = data[..., 49 + 2 * i] & 15 | scales.view(np.uint16) >> 4 * i << 4 & 240
+
+
 def blocks(weight: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
     """The weight's rows in a type: [..., bytes of a row] uint8; random ones of its spread where nothing quantizes."""
     if kind not in SCALES:
@@ -68,6 +76,8 @@ def blocks(weight: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
     for _ in range(2):
         for offset in SCALES[kind]:
             data[..., offset : offset + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+        if kind == "IQ1_M":
+            put_scales(data, scale)
         rows = data.reshape(*weight.shape[:-1], -1)
         scale = np.float16(float(weight.std()) / gguf.quants.dequantize(rows, Type[kind]).std())
     return rows

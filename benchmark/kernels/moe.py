@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.kernel.triton.common import Tile
-from minisgl.kernel.triton.grouped_gemm import MoeConfig, Stack, fused_moe, moe_config
+from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe, moe_config
 
 Tensor = torch.Tensor
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 SIZES = (1, 16, 64, 256, 1024, 8192)
 # Beside the default: what else may be best at some sizes.
-VARIANTS: dict[int, list[MoeConfig]] = {
+VARIANTS: dict[int, list[tuple[Tile, Tile]]] = {
     1: [(Tile(16, 32, 4, 3, 256), Tile(16, 32, 4, 3, 256))],
     64: [(Tile(16, 64, 4, 5, 64), Tile(16, 128, 4, 5, 64))],
     8192: [
@@ -65,7 +65,7 @@ def seconds(call: Callable[[int], Any], num: int, repeats: int = 7) -> float:
     return statistics.median(times[1:])
 
 
-def bench(config: MoeConfig, num_tokens: int, gate_up: Tensor, down: Tensor) -> list[str]:
+def bench(config: tuple[Tile, Tile], num_tokens: int, gate_up: Tensor, down: Tensor) -> list[str]:
     inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE, dtype=DTYPE) for _ in range(4)]
     logits = [torch.randn(num_tokens, EXPERTS, device=DEVICE) for _ in range(4)]  # so that experts differ too
     kind = TOP_K, True, config, False, torch.cuda.get_device_capability()

@@ -1,6 +1,7 @@
 """`MINISGL_*` environment variables that are not command-line flags. Read when asked for, never at import."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from minisgl.errors import ConfigError
@@ -45,10 +46,7 @@ def env_number(name: str, default: float, *, low: float, high: float) -> float:
     """The variable as a number in [low, high]. Raises: ConfigError naming the variable otherwise."""
     if not (value := os.environ.get(name)):
         return default
-    try:
-        number = float(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value!r}: expected a number") from None
-    if not low <= number <= high:
-        raise ConfigError(f"{name}={value!r}: expected a number from {low:g} to {high:g}")
-    return number
+    with suppress(ValueError):
+        if low <= (number := float(value)) <= high:
+            return number
+    raise ConfigError(f"{name}={value!r}: expected a number from {low:g} to {high:g}")

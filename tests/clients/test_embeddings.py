@@ -73,19 +73,29 @@ def test_reranking_and_scores(tmp_path: Path) -> None:
         assert scores == sorted(scores, reverse=True) and 0 <= min(scores) < max(scores) <= 1
         order = [result["index"] for result in ranked["results"]]
         assert [result["document"]["text"] for result in ranked["results"]] == [documents[i] for i in order]
-        body = {"query": query, "documents": [{"text": text} for text in documents], "top_n": 2}
-        for path in ("/rerank", "/v2/rerank"):
-            best = httpx.post(server.url + path, json={**body, "return_documents": False}, timeout=60).json()["results"]
+        objects = [{"text": text} for text in documents]
+        body = {"query": query, "documents": objects, "top_n": 2}
+        for path, given in (("/rerank", objects), ("/v2/rerank", [*documents[:2], *objects[2:]])):
+            body |= {"documents": given, "return_documents": False}
+            best = httpx.post(server.url + path, json=body, timeout=60).json()["results"]
             assert [(one["index"], "document" in one) for one in best] == [(i, False) for i in order[:2]]
         for text_1 in (query, [query] * 4):
             answer = httpx.post(f"{server.url}/v1/score", json={"text_1": text_1, "text_2": documents}, timeout=60)
             given = [one["score"] for one in answer.json()["data"]]
             np.testing.assert_allclose([given[i] for i in order], scores, atol=1e-5)
+        for first, second in (("data_1", "data_2"), ("queries", "documents"), ("queries", "items")):  # vLLM's, too
+            answer = httpx.post(f"{server.url}/v1/score", json={first: query, second: documents}, timeout=60)
+            np.testing.assert_allclose([one["score"] for one in answer.json()["data"]], given, atol=1e-5)
+        answer = httpx.post(f"{server.url}/v1/rerank", json={**body, "top_n": None, "top_k": 1}, timeout=60)  # Voyage's
+        assert len(answer.json()["results"]) == 1
         wrong = {"text_1": [query] * 3, "text_2": documents}, {"text_1": query, "text_2": []}
         for body in wrong:
             answer = httpx.post(f"{server.url}/v1/score", json=body)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == ("text_1" if body["text_2"] else "text_2")
+        for path, body in (("rerank", {"query": "a", "documents": ["b"]}), ("score", {"text_1": "a", "text_2": "b"})):
+            answer = httpx.post(f"{server.url}/v1/{path}", json={**body, "use_activation": False})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "use_activation")
         many = {"query": "a" * 5000, "documents": ["b"] * 2000}  # a body of 15 KB
         answer = httpx.post(f"{server.url}/rerank", json=many, timeout=60)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "documents"

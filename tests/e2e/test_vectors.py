@@ -106,6 +106,8 @@ def test_salts_and_times_are_a_requests_own(client: openai.OpenAI) -> None:
         ({"input": "a", "encoding_format": "ubinary"}, "encoding_format"),
         ({"input": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"input": "a", "prompt_name": "query"}, "prompt_name"),
+        ({"input": "a", "normalize": False}, "normalize"),
+        ({"input": "a", "embedding_types": ["int8"]}, "embedding_types"),
         ({"input": "a", "cache_salt": ""}, "cache_salt"),
         ({"input": "a", "timeout": 0}, "timeout"),
         ({"input": "a", "model": "other"}, "model"),

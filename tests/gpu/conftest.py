@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from minisgl import llm as llm_module
 from minisgl.config.args import ServerArgs, args_from_options
-from minisgl.llm import llm as llm_module
 
 DEVICE = os.environ.get("MINISGL_TEST_DEVICE", "cuda")
 NUM_DEVICES = torch.cuda.device_count() if DEVICE == "cuda" else 4

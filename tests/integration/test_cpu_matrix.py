@@ -16,7 +16,7 @@ import torch
 
 from minisgl import LLM, SamplingParams
 from minisgl.errors import ConfigError
-from minisgl.llm.llm import RequestOutput
+from minisgl.llm import RequestOutput
 from tests.integration.test_llm import with_tokenizer
 from tests.models import hf_logits, random_prompt, tiny_model
 

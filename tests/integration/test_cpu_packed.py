@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from minisgl.kernel.cpu import CpuOps, PanelMatrix
 from minisgl.kernel.ops import Around, TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
+from tests.gguf_files import put_scales
 from tests.integration.test_cpu_kernels import TARGET, close, cpu_ops, narrower, random
 
 Tensor = torch.Tensor
@@ -39,6 +40,8 @@ HALVES = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
     "MXFP4": (),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    "IQ1_M": (),
 }
 # Integers: bits, inputs for each scale (0: all), whether there are zeros, type of scales.
 GROUPED = {
@@ -60,6 +63,8 @@ def blocks(kind: str, num_out: int, num_in: int, seed: int = 0) -> Blocks:
     for at in HALVES[kind]:
         scales = generator.uniform(0.005, 0.05, data.shape[:2]) * generator.choice((-1, 1), data.shape[:2])
         data[..., at : at + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
+    if kind == "IQ1_M":
+        put_scales(data, generator.uniform(0.005, 0.05, data.shape[:2]).astype(np.float16))
     if kind == "MXFP4":
         data[..., 0] = generator.integers(117, 124, data.shape[:2])
         data[0, 0, 0] = 1  # a power of two that 32-bit floats hardly have
@@ -109,7 +114,8 @@ TARGETS = [(1, TARGET), (2, TARGET), *((2, target) for target in narrower())]
 def test_products(num_threads: int, target: str, kind: str) -> None:
     """Widths of one block and of several; heights that fill no panel; more rows than are multiplied at a time."""
     ops = cpu_ops(num_threads, target)
-    sizes = [(7, 256), (97, 768), (64, 1280)] if "K" in kind or kind == "IQ4_XS" else [(7, 128), (97, 384), (33, 640)]
+    is_wide = kind in HALVES and GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 256
+    sizes = [(7, 256), (97, 768), (64, 1280)] if is_wide else [(7, 128), (97, 384), (33, 640)]
     for num_out, num_in in sizes:
         part, bias = packed(kind, num_out, num_in, seed=1), random(num_out, seed=2)
         matrix, expected = kept(ops, [part]), values([part])
@@ -147,6 +153,8 @@ def test_the_largest_sums(target: str, kind: str, code: int) -> None:
         data[..., kind == "MXFP4" :] = signed[code] if kind == "Q8_0" else code
         for at, half in zip(HALVES[kind], halves, strict=True):
             data[..., at : at + 2] = half
+        if kind == "IQ1_M":
+            put_scales(data.numpy(), np.float16(0.01))
     x = exact_inputs(5, 512)
     x = (x.view(5, -1, 32).amax(-1, keepdim=True) * torch.tensor([1, -1, 1, 1, -1]).view(5, 1, 1)).expand(-1, -1, 32)
     x = x.flatten(1).contiguous()

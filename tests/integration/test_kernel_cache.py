@@ -96,7 +96,7 @@ def small_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 def forget() -> None:
     """What a process remembers."""
     jit.load_cpu_kernels.cache_clear()
-    jit.tell_that_we_wait.cache_clear()
+    jit.warn_once.cache_clear()
 
 
 def load(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -235,4 +235,4 @@ def test_a_record_has_all_parameters_of_a_request() -> None:
     assert values == pytest.approx({"seed": MAX_SEED} | filters | penalties | lengths)
     assert RECORD.itemsize % 8 == 0
     neutral = SamplingColumns.of(2)
-    assert all(neutral[name].tolist() == [column.neutral] * 2 for name, column in COLUMNS.items())
+    assert all(neutral[name].tolist() == [value] * 2 for name, (_, value) in COLUMNS.items())

@@ -19,6 +19,7 @@ from minisgl.config.pooling import read_pooling
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.messages import ChatPrompt, TextPrompt
 from minisgl.scheduler.integrity import check_integrity
+from tests.gguf_files import write_gguf
 from tests.models import randomize, tiny_model
 from tests.tokenizers_fixture import CHATML, add_labels, make_byte_level
 
@@ -97,17 +98,22 @@ def test_vectors_equal_sentence_transformers(reference: Any, engine: str) -> Non
         assert np.abs(got[0] - got[2]).max() > 0.01
 
 
-LONGEST = [("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")]
+LONGEST = [
+    ("sentence_bert_config.json", "max_seq_length", "right"),
+    ("sentence_bert_config.json", "max_seq_length", "left"),
+    ("tokenizer_config.json", "model_max_length", "right"),
+]
 
 
-@pytest.mark.parametrize(("file", "key"), LONGEST)
-def test_of_a_long_text_its_beginning_counts(source: Path, tmp_path: Path, file: str, key: str) -> None:
-    """So many tokens, prompt and the one at the end included, as the model's files say."""
+@pytest.mark.parametrize(("file", "key", "side"), LONGEST)
+def test_of_a_long_text_its_beginning_counts(source: Path, tmp_path: Path, file: str, key: str, side: str) -> None:
+    """Or its end: so many tokens, prompt and the one at the end included, as the model's files say."""
     from sentence_transformers import SentenceTransformer
 
     path = tmp_path / "saved"
     whole = saved(source, path, "mean").encode(TEXTS)
-    (path / file).write_text(json.dumps({**json.loads((path / file).read_text()), key: 12}))
+    for name, changes in (("tokenizer_config.json", {"truncation_side": side}), (file, {key: 12})):
+        (path / name).write_text(json.dumps({**json.loads((path / name).read_text()), **changes}))
     model = SentenceTransformer(str(path), device="cpu")
     with llm_of(path) as llm:
         np.testing.assert_allclose(llm.embed(TEXTS), model.encode(TEXTS), atol=1e-4)
@@ -230,6 +236,29 @@ ROLES = (
 )
 
 
+THINKS = ROLES.replace(
+    "assistant\n",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n</think>{% endif %}{{ x }}",
+)
+
+
+@pytest.mark.parametrize("given", [{}, {"enable_thinking": False}, {"enable_thinking": True, "x": "y"}])
+def test_the_template_is_told_what_the_files_say(source: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    """And no more, as of a model that reasons unless it is told not to."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
+    path = with_tokenizer(source, tmp_path / "model", template=THINKS)
+    kwargs: Any = {"chat_template": {"add_generation_prompt": True, **given}}
+    body = Transformer(str(path), transformer_task="text-generation", processing_kwargs=kwargs)
+    model = CrossEncoder(modules=[body, LogitScore(300, 301)], device="cpu", activation_fn=torch.nn.Sigmoid())
+    model.save(str(tmp_path / "saved"), create_model_card=False)
+    with llm_of(tmp_path / "saved") as llm:
+        wanted = model.predict([(QUERY, document) for document in DOCUMENTS[1:]])
+        np.testing.assert_allclose(llm.score(QUERY, DOCUMENTS[1:]), wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["two tokens", "one token", "classifier"])
 def test_scores_equal_sentence_transformers(source: Path, tmp_path: Path, kind: str) -> None:
     from sentence_transformers import CrossEncoder
@@ -258,15 +287,27 @@ def test_scores_equal_sentence_transformers(source: Path, tmp_path: Path, kind: 
                 llm.generate("Hello")
 
 
+def test_gguf_files_say_how_they_are_pooled(tmp_path: Path) -> None:
+    """By llama.cpp's numbers: 1 is the mean, 3 the last token. Others say nothing."""
+    for number, kind in ((1, "mean"), (3, "last"), (0, None)):
+        path, _ = write_gguf(tiny_model("qwen3"), tmp_path / str(number), "F32", qwen3__pooling_type=number)
+        for task in (None, "embed"):
+            pooling = read_pooling(task, path, False, "")
+            assert (pooling and pooling.kind) == (kind or (task and "last"))
+            assert pooling is None or (pooling.is_normalized and pooling.generates)
+        assert read_pooling("generate", path, False, "") is None
+
+
 def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(lm, path)
     with pytest.raises(RequestError, match="--task embed"), llm_of(path) as llm:
         llm.embed("Hello")
     modules_file = path / "modules.json"
-    modules_file.write_text(json.dumps([{"idx": 0, "path": "", "type": "sentence_transformers.models.Dense"}]))
-    with pytest.raises(ConfigError, match=r"modules.json: modules not supported: Dense"):
-        read_pooling(None, path, True, "")
+    for kind, named in (("sentence_transformers.models.Dense", "Dense"), ("custom_st.Transformer", "custom_st.T")):
+        modules_file.write_text(json.dumps([{"idx": 0, "path": "", "type": kind}]))
+        with pytest.raises(ConfigError, match=f"modules.json: modules not supported: {named}"):
+            read_pooling(None, path, True, "")
     modules_file.write_text(json.dumps([{"idx": 0, "path": "1", "type": "sentence_transformers.models.Pooling"}]))
     (path / "1").mkdir()
     for config in ({"pooling_mode_cls_token": True}, {"pooling_mode": ["mean", "max"]}):
@@ -278,12 +319,13 @@ def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> N
         (path / "1" / "config.json").write_text(json.dumps(config))
         pooling = read_pooling(None, path, True, "")
         assert pooling is not None and (pooling.kind, pooling.is_normalized) == (kind, False)
-    for file, key in (
-        ("sentence_bert_config.json", "do_lower_case"),
-        ("config_sentence_transformers.json", "truncate_dim"),
+    for file, key, more in (
+        ("sentence_bert_config.json", "do_lower_case", {"do_lower_case": 8}),
+        ("sentence_bert_config.json", "text", {"processing_kwargs": {"text": 8}}),
+        ("config_sentence_transformers.json", "truncate_dim", {"truncate_dim": 8}),
     ):
-        (path / file).write_text(json.dumps({key: 8}))
-        with pytest.raises(ConfigError, match=f"{file}: {key} 8 is not supported"):
+        (path / file).write_text(json.dumps(more))
+        with pytest.raises(ConfigError, match=f"{file}.*{key} 8 is not supported"):
             read_pooling(None, path, True, "")
         (path / file).unlink()
     wrong = ({"type": 3}, {"type": ["Pooling"]}, {"type": None}, {"type": "x.Pooling", "path": 3})

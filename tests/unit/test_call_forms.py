@@ -209,6 +209,31 @@ def test_a_schema_that_cannot_be_followed(store: GrammarStore, name: str | None)
                 compiled(store, bad)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_names_that_are_none_in_the_language_of_calls(store: GrammarStore, name: str | None) -> None:
+    """As tools of MCP servers have them; Python would take them for operators, keywords or numbers."""
+    rng = random.Random(1)
+    for function, argument in (("get-weather", "from"), ("a.b:c/d", "user-id"), ("1st", "größe"), ("class", "1x")):
+        schema = {"type": "object", "properties": {argument: {"enum": ["a-b(c=1, ", "x=1"]}}, "required": [argument]}
+        text = walk(compiled(store, form(name, function, tools=[tool(function, schema)], parallel=False)), rng)
+        assert text is not None
+        content, ((called, arguments),) = parse(parser_of(name, {function: schema}), text)
+        assert (content, called) == ("", function)
+        jsonschema.validate(arguments, closed(schema))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_arguments_are_an_object_whatever_the_schema_says(store: GrammarStore, name: str | None) -> None:
+    """Else what is let through is no call."""
+    for kind in ("array", "string", ["object", "null"]):
+        compiled_form = compiled(store, form(name, "f", tools=[tool("f", {"type": kind})]))
+        assert accepts(compiled_form, written(name, "f", {}))
+        if name in (None, "hermes", "mistral"):
+            assert not any(
+                accepts(compiled_form, written(name, "f", {}).replace("{}", other)) for other in ("[]", '"x"', "null")
+            )
+
+
 @pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
 def test_arguments_that_have_no_list(name: str) -> None:
     tools = [tool("f", {"anyOf": [POINT, {"type": "object", "properties": {"y": {}}}]})]

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,6 +261,29 @@ def test_a_message_that_is_cut_off_ends_with_length() -> None:
         assert (choice.finish_reason, choice.message.content) == ("length", content)
         assert len(choice.message.tool_calls) == num_calls
     assert answer(replies(HERMES[:-20]), TOOLS).message.tool_calls[0].function.arguments == '{"city": "P'
+
+
+def test_a_call_that_a_stop_string_cuts_off_is_not_to_be_answered() -> None:
+    """One that it only follows is."""
+    for said, stop, reason in (
+        ('<tool_call>{"name": "get_weather", "arguments": {"city": "', "Paris", "stop"),
+        (HERMES + '<tool_call>{"name": "get_time", "arguments": {"', "zone", "stop"),
+        (HERMES.removesuffix("</tool_call>"), "</tool_call>", "tool_calls"),
+        (HERMES + "Well, ", "then", "tool_calls"),
+        ("Well, ", "then", "stop"),
+    ):
+        ended = [msgspec.structs.replace(reply, stop=stop) for reply in replies(said)]
+        assert answer(ended, TOOLS).finish_reason == reason
+
+
+def test_a_demanded_call_that_is_cut_off_is_no_text() -> None:
+    """Wherever it is, and also if there was one before; without a demand it may have been meant as text."""
+    demanded = ToolUse((WEATHER, TIME), required=True)
+    for size in range(len(HERMES)):
+        for before in ("", HERMES):
+            choice = answer(replies(before, HERMES[:size], finish=FinishReason.LENGTH), demanded)
+            assert (choice.finish_reason, choice.message.content or "") == ("length", "")
+            assert len(choice.message.tool_calls or ()) >= bool(before)
 
 
 def test_text_alone() -> None:

@@ -164,6 +164,16 @@ def test_a_stop_string_in_the_last_token_needs_no_abort(byte_level: HFTextCodec)
     assert (reply.text, reply.finish_reason, abort) == ("one ", FinishReason.STOP, None)
 
 
+@pytest.mark.parametrize(("stop", "num_right"), [("b", 4), ("c", 5), ("d", 6), ("e", 6), ("x", 6)])
+def test_guesses_behind_a_stop_string_are_in_no_count(byte_level: HFTextCodec, stop: str, num_right: int) -> None:
+    """Of the five tokens of a step, all but the last were guessed; of those before, two."""
+    detokenizer = Detokenizer(byte_level)
+    detokenizer.detokenize(message([], stop=[stop]))
+    ids = [token for letter in "abcde" for token in byte_level.encode(letter, special=False)]
+    reply, _ = detokenizer.detokenize(DetokenizeMsg(7, pack_ids(ids), drafted=(6, 3)))
+    assert reply is not None and reply.drafted == (num_right, 3)
+
+
 @fixtures_stay
 @given(
     text=st.text("abc 🙂", max_size=30),

@@ -115,7 +115,7 @@ def test_the_planner_decides_what_memory_tuning_says(tmp_path: Path) -> None:
 def test_troubles_are_told_as_they_are_documented() -> None:
     """What docs/troubleshooting.md quotes of the program's words stands in the package."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    sources = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
+    sources = "\n".join(file.read_text() for kind in ("py", "yaml") for file in PACKAGE.rglob(f"*.{kind}"))
     for words in ("; choose another", "is taken", "cannot be fetched", "without a network, give a local directory"):
         assert words in text and words in sources
     for words in ("torch computes", "has run this script again", "ended unexpectedly", "killed by", "set HF_ENDPOINT"):

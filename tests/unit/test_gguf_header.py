@@ -173,7 +173,7 @@ def test_types_and_architectures_that_are_not_known(tmp_path: Path) -> None:
         read_model_config(path)
     data = write(path).read_bytes()
     at = data.index(b"blk.0.ffn_down.weight") + len("blk.0.ffn_down.weight") + 4 + 16
-    for number, name in ((16, "IQ2_XXS"), (24, "I8"), (999, "999")):
+    for number, name in ((34, "TQ1_0"), (24, "I8"), (999, "999")):
         path.write_bytes(data[:at] + struct.pack("<I", number) + data[at + 4 :])
         with pytest.raises(ConfigError, match=f"tensor blk.0.ffn_down.weight is of type {name}, not supported .*Q4_K"):
             read_model_config(path)

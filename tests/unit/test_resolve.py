@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -573,9 +574,20 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "driver does not run (Driver Not Loaded)" in probe_nvidia(None).gpu_problem
 
 
-def test_which_cuda_torch_is_built_for() -> None:
-    assert torch_cuda("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip = None\n") == "13.0"
-    assert torch_cuda("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: str = '6.1'\n") is None
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip = None\n", "13.0"),
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: str = '6.1'\n", None),
+    ],
+)
+def test_which_cuda_torch_is_built_for(
+    text: str, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.py").write_text(text)
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("minisgl.config.probe.find_spec", {"torch": spec}.get)
+    assert torch_cuda() == version
 
 
 def test_the_rest_is_passed_on() -> None:
@@ -593,8 +605,9 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 1}))
     assert read_default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
-    file.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
-    assert read_default_sampling(tmp_path) == {"temperature": 0.0}
+    for greedy in ({"do_sample": False}, {"top_p": 0}, {"do_sample": True, "top_p": 0.0, "top_k": 1}):
+        file.write_text(json.dumps({"temperature": 0.6, **greedy}))
+        assert read_default_sampling(tmp_path) == {"temperature": 0.0}
     for wrong in ("{", "[]"):
         file.write_text(wrong)
         with pytest.raises(ConfigError, match=r"generation_config\.json"):

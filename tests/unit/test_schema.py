@@ -51,6 +51,9 @@ CLOSED: list[tuple[Any, list[Any], list[Any]]] = [
     ({**REF_A, **DEFS, "description": "x", "default": None}, [A1], [AC]),
     ({"type": "object", "properties": {"x": REF_A}, **DEFS}, [{"x": A1}], [{"x": AC}]),
     ({"allOf": [REF_A], **DEFS}, [A1], [AC]),
+    # What is required and not described is any value, behind the others.
+    ({**B, "required": ["a", "b"]}, [{"b": 2, "a": "x"}, {"b": 2, "a": [A1]}], [{"b": 2}, {"b": 2, "a": 1, "c": 3}]),
+    ({"properties": {"x": {**B, "required": ["a"]}}}, [{"x": {"b": 2, "a": 1}}, {"x": A1}], [{"x": {"b": 1}}]),
     # Open on purpose.
     ({"type": "object"}, [{}, AC], [1]),
     ({**A, "additionalProperties": True}, [A1, AC], [{}]),

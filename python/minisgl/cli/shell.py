@@ -27,7 +27,7 @@ from minisgl.cli.answer import Screen
 from minisgl.config.args import ServerArgs
 from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.llm.llm import LLM, Pending
+from minisgl.llm import LLM, Pending
 from minisgl.message.messages import ChatPrompt
 from minisgl.processes.workers import import_fast_tokenizer
 

@@ -66,8 +66,7 @@ def choose_device(args: ServerArgs, machine: Capabilities) -> str:
     """ "cuda" or "cpu". Raises: ConfigError when GPUs were asked for and cannot be used."""
     if args.device == "cpu":
         return "cpu"
-    problem = _cuda_problem(machine, args.tensor_parallel_size)
-    if not problem:
+    if not (problem := _cuda_problem(machine, args.tensor_parallel_size)):
         return "cuda"
     if args.device == "cuda":
         raise ConfigError(f"--device cuda: {problem}")
@@ -83,16 +82,12 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
         return "the installed torch is a CPU build; install one that is built for CUDA"
     if machine.driver_cuda[0] < int(machine.torch_cuda.split(".")[0]):
         newest = dotted(machine.driver_cuda)
-        return (
-            f"driver {machine.driver} runs CUDA {newest} at most, and torch is built for CUDA {machine.torch_cuda}; "
-            f"update the driver, or install a torch for CUDA {newest} or older"
-        )
+        why = f"driver {machine.driver} runs CUDA {newest} at most, and torch is built for CUDA {machine.torch_cuda}"
+        return f"{why}; update the driver, or install a torch for CUDA {newest} or older"
     for gpu in machine.gpus[:tp_size]:
         if gpu.arch < MIN_ARCH:
-            return (
-                f"{gpu} has compute capability {dotted(gpu.arch)}, and {dotted(MIN_ARCH)} is needed; "
-                "choose others with CUDA_VISIBLE_DEVICES, or compute with --device cpu"
-            )
+            why = f"{gpu} has compute capability {dotted(gpu.arch)}, and {dotted(MIN_ARCH)} is needed"
+            return f"{why}; choose others with CUDA_VISIBLE_DEVICES, or compute with --device cpu"
     return ""
 
 
@@ -254,14 +249,12 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
 def _gpus(tp_size: int, visible: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     """Rank i's GPU is the i-th visible one; they must be alike, for ranks run the same kernels."""
     gpus = visible[:tp_size]
-    problem, hint = "", "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
+    flag, hint = f"--tensor-parallel-size {tp_size}", "look at CUDA_VISIBLE_DEVICES, or compute with --device cpu"
     if len(gpus) < tp_size:
-        problem = f"{len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} visible"
-        hint = "lower it, look at CUDA_VISIBLE_DEVICES, or compute with --device cpu"
-    elif other := next((gpu for gpu in gpus if gpu.arch != gpus[0].arch), None):
-        problem = f"{gpus[0]} and {other} differ in compute capability"
-    if problem:
-        raise ConfigError(f"--tensor-parallel-size {tp_size}: {problem}; {hint}")
+        raise ConfigError(f"{flag}: {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} visible; lower it, {hint}")
+    if other := next((gpu for gpu in gpus if gpu.arch != gpus[0].arch), None):
+        hint = "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
+        raise ConfigError(f"{flag}: {gpus[0]} and {other} differ in compute capability; {hint}")
     return gpus
 
 
@@ -371,15 +364,14 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     # One rank may take this share of the whole, less what other programs hold.
     budgets = [gpu.free_memory - int(gpu.total_memory * (1 - ratio)) for gpu in gpus]
     gpu = gpus[budgets.index(min(budgets))]
-    room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
     weights = model.weight_bytes(kept_as(config), tp_size)
+    room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
+    room = f"{room}, the weights take {weights / GIB:.1f} GiB"
     budget = min(budgets) - weights - config.state_bytes
     if config.num_pages:
         if (kv := config.kv_bytes(*config.pages_for(0))) > budget:
-            raise ConfigError(
-                f"--num-pages {config.num_pages}: {room}, the weights take {weights / GIB:.1f} GiB and the KV cache "
-                f"{kv / GIB:.1f}; lower it, or raise --memory-ratio {ratio} or --tensor-parallel-size {tp_size}"
-            )
+            hint = f"lower it, or raise --memory-ratio {ratio} or --tensor-parallel-size {tp_size}"
+            raise ConfigError(f"--num-pages {config.num_pages}: {room} and the KV cache {kv / GIB:.1f}; {hint}")
         return config.num_pages * config.page_size
     # About what the activations of the largest step take: the widest of a layer, and logits with a float32 copy.
     size, inner = DTYPE_BYTES[config.dtype], max(layer.mlp.active_features for layer in model.layers)
@@ -387,11 +379,9 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     step = config.max_prefill_length * per_token * size + config.max_running_requests * model.vocab_size * (size + 4)
     num_pages, _ = config.pages_for(int((budget - step - _GPU_RESERVE) * _ESTIMATE))
     if num_pages < 1:
-        raise ConfigError(
-            f"--memory-ratio {ratio}: {room}, the weights take {weights / GIB:.1f} GiB, a step {step / GIB:.1f}, and "
-            f"no room is left for the KV cache; raise --tensor-parallel-size {tp_size}, free the GPU, or lower "
-            f"--max-prefill-length {config.max_prefill_length}"
-        )
+        why = f"{room}, a step {step / GIB:.1f}, and no room is left for the KV cache"
+        hint = f"raise --tensor-parallel-size {tp_size}, free the GPU, or lower --max-prefill-length"
+        raise ConfigError(f"--memory-ratio {ratio}: {why}; {hint} {config.max_prefill_length}")
     return num_pages * config.page_size
 
 

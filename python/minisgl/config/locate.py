@@ -85,10 +85,7 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
             there = [name for name in list_repo_files(repo_id, revision=revision) if name.endswith(".gguf")]
     except Exception as error:  # the hubs' clients raise their own, requests', httpx' and OS errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        other, mirror = "modelscope", ", set HF_ENDPOINT to a mirror"
-        if source == "modelscope":
-            other, mirror = "huggingface", ""
-        hint = f"without a network, give a local directory{mirror}, or try --model-source {other}"
+        hint = f"without a network, give a local directory, {_FILES['elsewhere'][source]}"
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
             hint = "check its name; private and gated repos need the hub's token (HF_TOKEN, MODELSCOPE_API_TOKEN)"
         raise ConfigError(f"--model {at}: cannot be fetched: {reason}; {hint}") from None

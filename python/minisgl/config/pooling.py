@@ -23,10 +23,9 @@ class Pooling:
     """What becomes of the hidden states of a prompt. kind: "last", "mean" or "score", as in `SamplingParams.pooling`.
 
     generates: there is a head for text, too. prompts: what comes before a text, or the instruction of a score, by name;
-    prompt: the one without a name. has_roles: texts are messages of a chat, whose template has roles for query and
-    document; begins: and an answer begins behind them. is_normalized: vectors have length 1. label_ids: tokens the
-    difference of whose logits is the score, or one whose logit is; (): there is a classifier. longest: tokens of a text
-    that count; 0: all.
+    prompt: the one without a name. has_roles: texts are messages of a chat with roles for query and document; kwargs:
+    what else its template is told. is_normalized: vectors have length 1. label_ids: tokens the difference of whose
+    logits is the score, or one whose logit is; (): there is a classifier. longest: tokens of a text that count; 0: all.
     """
 
     kind: str
@@ -34,7 +33,7 @@ class Pooling:
     prompt: str
     prompts: Mapping[str, str] = field(default_factory=dict)
     has_roles: bool = False
-    begins: bool = True
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     is_normalized: bool = False
     label_ids: tuple[int, ...] = ()
     longest: int = 0
@@ -48,16 +47,18 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     config, told = read_fields(path / "config.json"), read_fields(path / "config_sentence_transformers.json")
     name, modules = (config.list_of(str, "architectures") or [""])[0], _modules(path / "modules.json")
     is_classifier, is_bare = name.endswith("ForSequenceClassification"), name.endswith("Model")
+    stored = TEXTS["stored"].get(str(config.data.get("pooling_type")), "generate")
     if task is None:
         scores, embeds = is_classifier or "LogitScore" in modules, is_bare or bool(modules)
-        task = "score" if scores else "embed" if embeds else "generate"
+        task = "score" if scores else "embed" if embeds else stored
     if task == "generate":
         return None
     inputs = read_fields(path / "sentence_bert_config.json")
-    for f, key in ((inputs, "do_lower_case"), (told, "truncate_dim")):
+    kwargs = inputs.child("processing_kwargs")
+    for f, key in ((inputs, "do_lower_case"), (told, "truncate_dim"), (kwargs, "text"), (kwargs, "common")):
         if f.data.get(key):
             raise ConfigError(f"{f.source}: {key} {f.data[key]!r} is not supported")
-    begins = inputs.child("processing_kwargs").child("chat_template").boolean("add_generation_prompt", not modules)
+    given = kwargs.child("chat_template").data or ({} if modules else TEXTS["kwargs"])
     texts, generates = told.child("prompts"), not is_classifier and ((is_tied and not is_bare) or _has_head(path))
     prompts = {key: texts.text(key, "") for key in texts.data}
     default = prompts.get(told.text("default_prompt_name", ""), "")
@@ -68,22 +69,23 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
             raise ConfigError(f"{config.source}: a classifier needs one label, whose sigmoid is the score (id2label)")
         labels, has_roles = () if is_classifier else _labels(path, modules), "'document'" in template.replace('"', "'")
         default = default if has_roles else default or TEXTS["instruction"]
-        return Pooling(task, generates, default, prompts, has_roles, begins, label_ids=labels)
-    kind = "mean" if task == "embed-mean" else "last"
+        return Pooling(task, generates, default, prompts, has_roles, given, label_ids=labels)
+    kind = "mean" if "embed-mean" in (task, stored) else "last"
     if task == "embed" and "Pooling" in modules:
         kind = _kind(read_fields(path / modules["Pooling"] / "config.json"))
     is_chat, is_normalized = "message" in inputs.child("modality_config").data, "Normalize" in modules or not modules
     most = read_fields(path / "tokenizer_config.json").number("model_max_length", 0) if modules else 0
     reach = config.integer("max_position_embeddings", MAX_INT)
     longest = inputs.integer("max_seq_length", int(most) if most < reach else 0)
-    return Pooling(kind, generates, default, prompts, is_chat, begins, is_normalized, longest=longest)
+    return Pooling(kind, generates, default, prompts, is_chat, given, is_normalized, longest=longest)
 
 
 def _modules(file: Path) -> dict[str, str]:
-    """Folders of sentence-transformers' modules, by the names of their classes."""
+    """Folders of sentence-transformers' modules, by the names of their classes; those of other classes by all of it."""
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
-        modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
+        pairs = [(str(module["type"]), str(module["path"])) for module in listed]
+        modules = {(kind.rpartition(".")[2] if kind.startswith(TEXTS["theirs"]) else kind): at for kind, at in pairs}
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {str(file)!r}: {error!r}") from None
     if others := ", ".join(name for name in modules if name not in TEXTS["modules"]):

@@ -74,24 +74,19 @@ def visible_devices(uuids: Sequence[str], chosen: str | None) -> list[int]:
         return list(range(len(uuids)))
     found: list[int] = []
     for word in (part.strip() for part in chosen.split(",")):
-        if word.isdecimal():
-            index = int(word)
-        else:
-            index = next((i for i, uuid in enumerate(uuids) if word and uuid.startswith(word)), -1)
+        fitting = (i for i, uuid in enumerate(uuids) if word and uuid.startswith(word))
+        index = int(word) if word.isdecimal() else next(fitting, -1)
         if not 0 <= index < len(uuids) or index in found:
             break
         found.append(index)
     return found
 
 
-def torch_cuda(version_py: str = "") -> str | None:
-    """The CUDA version that the installed torch is built for; None for a CPU build, or no torch.
-
-    version_py: the text of torch/version.py, for tests."""
+def torch_cuda() -> str | None:
+    """The CUDA version that the installed torch is built for; None for a CPU build, or no torch."""
     spec = find_spec("torch")
-    if not version_py and spec and spec.origin:
-        version_py = Path(spec.origin).with_name("version.py").read_text()
-    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version_py, re.MULTILINE)
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match[1] if match else None
 
 

@@ -62,14 +62,14 @@ def prepare(args: ServerArgs) -> ServerConfig:
 def read_default_sampling(path: Path) -> dict[str, float | int]:
     """The sampling parameters that the model's authors recommend, from `generation_config.json`.
 
-    Without sampling (`do_sample: false`) it is greedy, as in transformers. Raises: ConfigError for values that no
-    request could have."""
+    Without sampling (`do_sample: false`, `top_p: 0`) it is greedy, as in transformers. Raises: ConfigError for values
+    that no request could have."""
     given = read_fields(path / "generation_config.json")
     values: dict[str, float | int | None] = {
         name: given.integer(name, None, -1) if kind is int else given.number(name, None)
         for name, kind in DRAWING.items()
     }
-    if given.boolean("do_sample", True) is False:
+    if given.boolean("do_sample", True) is False or values["top_p"] == 0:
         values = {"temperature": 0.0}
     values["repetition_penalty"] = given.number("repetition_penalty", None)
     values["max_tokens"] = given.integer("max_new_tokens", None)

@@ -29,27 +29,24 @@ class Rendezvous:
         """Every rank's `text`, in order of ranks; returns when all have called it.
 
         Raises: ConfigError naming the ranks that did not come in time."""
-        keys = self._keys(name)
-        self.store.set(keys[self.rank], f"={text}")  # never empty
+        keys = self._tell(name, text)
         self._wait_for(keys, name)
         return [self.store.get(key).decode()[1:] for key in keys]
 
     def after_rank_0(self, name: str) -> None:
         """Rank 0 passes at once; the others wait until it has called this. Raises: ConfigError after a while."""
-        key = self._keys(name)[0]
-        if self.rank == 0:
-            self.store.set(key, "=")
-        self._wait_for([key], name)
+        self._wait_for(self._tell(name)[:1], name)
 
     def all_left(self, name: str, seconds: float) -> bool:
         """Whether all ranks call this within a few seconds of this one."""
-        keys = self._keys(name)
-        self.store.set(keys[self.rank], "=")
-        return self._wait(keys, seconds)
+        return self._wait(self._tell(name), seconds)
 
-    def _keys(self, name: str) -> list[str]:
+    def _tell(self, name: str, text: str = "") -> list[str]:
+        """Leave this rank's text. Returns the keys of all ranks' texts."""
         self._num_calls += 1
-        return [f"minisgl/{self._num_calls}/{name}/{rank}" for rank in range(self.size)]
+        keys = [f"minisgl/{self._num_calls}/{name}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], f"={text}")  # never empty
+        return keys
 
     def _wait_for(self, keys: list[str], name: str) -> None:
         if not self._wait(keys, seconds := self.timeout.total_seconds()):

@@ -116,10 +116,8 @@ class GgufFile:
         of, count = (self._number("<I"), self._number("<Q")) if kind == _LIST else (kind, 0)
         if of not in _SCALARS and of != _TEXT:
             raise self.wrong(f"{key[:100]!r} is of a type that is unknown, or a list of lists ({of})")
-        begin = self._at
         size = self._texts_size(count) if of == _TEXT else count * struct.calcsize(_SCALARS[of])
-        self._take(size)
-        return key, (of, count, begin)
+        return key, (of, count, self._take(size))
 
     def _texts_size(self, count: int) -> int:
         """Bytes of the texts ahead: there may be hundreds of thousands. Too many where they go beyond the file."""
@@ -247,6 +245,7 @@ class GgufModel:
         either = map(data.get, ("attention.head_count_kv", "feed_forward_length"))  # one for all layers, or of each
         heads, inner = (value if value and isinstance(value, list) else [value] for value in either)
         of_kind = dict(zip(kinds[0], heads, strict=False)) if kinds else {}
+        kept, stored = NAMES["kept"], ((one.num_bytes, one.kind) for one in self.stored.values())
         return (
             NAMES["always"]
             | fields
@@ -268,7 +267,7 @@ class GgufModel:
                 "sliding_window": fields["sliding_window"] or None,
                 "tie_word_embeddings": "output.weight" not in self.stored,
                 "eos_token_id": self._ends(),
-                "packed_bytes": sum(tensor.num_bytes for tensor in self.stored.values()),
+                "packed_bytes": sum(size * kept.get(of.name, of.num_bytes) // of.num_bytes for size, of in stored),
                 **{key: not there.isdisjoint(names) for key, names in NAMES["there"].items()},
             }
         )

@@ -153,6 +153,9 @@ class _Follower:
             made["properties"] = {**dict.fromkeys(sorted(names), True), **made.get("properties", {})}
             made["additionalProperties"] = False
         elif not composed and (seals or (closing == "all" and any(key in schema for key in _NAMING))):
+            if made.keys().isdisjoint(("additionalProperties", "patternProperties")):  # what is required is no guess
+                named = made.setdefault("properties", {})
+                named |= {name: True for name in map(str, listed(schema, "required")) if name not in named}
             made.setdefault("additionalProperties", False)
         elif seals:
             raise SchemaError("unevaluatedProperties is not supported here", path)
@@ -161,8 +164,8 @@ class _Follower:
     def _plain(self, schema: Mapping[str, Any], path: Way) -> dict[str, Any]:
         """Its own keywords, in those of llguidance."""
         gone = (*_IDLE, "uniqueItems") if schema.get("maxItems") in (0, 1) else _IDLE
-        said = {key: value for key, value in schema.items() if value is not None or key == "const"}
-        made = {key: value for key, value in said.items() if key not in gone}
+        given = ((key, value) for key, value in schema.items() if value is not None or key == "const")
+        made = {key: value for key, value in given if key not in gone}
         if isinstance(made.get("propertyNames"), dict) and not any(key in made for key in _NAMING):
             self._name(made)
         for key, neutral in _REFUSED.items():

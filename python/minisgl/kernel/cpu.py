@@ -13,7 +13,7 @@ import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
 from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, TorchOps
-from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
+from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed, grid_of
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.utils.math import div_ceil
 
@@ -125,7 +125,7 @@ class CpuOps(TorchOps):
         matrix = PanelMatrix(self, shape, [*data, *([] if columns is None else [columns])], handle, activation)
         for part, packed in zip(parts, data, strict=True):
             if isinstance(part, Blocks):
-                self.module.add_blocks(self.workers, handle, part.kind, part.data, packed)
+                self.module.add_blocks(self.workers, handle, part.kind, part.data, grid_of(part.kind), packed)
                 continue
             zeros = None if part.zeros is None else part.zeros.contiguous()
             numbers = part.codes.contiguous(), part.scales.contiguous(), zeros

@@ -33,6 +33,7 @@ from minisgl.errors import ConfigError
 from minisgl.utils.process import private_folder
 
 logger = logging.getLogger(__name__)
+warn_once = functools.cache(logger.warning)  # each rank waits for some ten kernels
 
 CSRC = Path(__file__).parent / "csrc"
 CPU, MASKS = "cpu", "masks"
@@ -279,14 +280,9 @@ def _wait_for(lock: int, title: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            tell_that_we_wait()
+            warn_once("waiting for another process, which compiles kernels")
             time.sleep(0.1)
     logger.warning("another process has been compiling %s for %.0f s: doing it here", title, LOCK_SECONDS)
-
-
-@functools.cache  # once: each rank waits for some ten kernels
-def tell_that_we_wait() -> None:
-    logger.warning("waiting for another process, which compiles kernels")
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ A linear layer may have several, one below the other: a file keeps some of its r
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -31,6 +32,19 @@ class Blocks:
 
         values = torch.from_numpy(dequantize(self.data.cpu().numpy(), GGMLQuantizationType[self.kind]))
         return placed(values.to(self.data.device), self.columns)
+
+
+@cache
+def grid_of(kind: str) -> Tensor | None:
+    """Of types whose codes name several values at a time, these: [codes, 4 or 8] uint8, which of the type's magnitudes
+    each is. The tables are the `gguf` package's."""
+    from gguf import quants
+
+    found = getattr(quants, kind)
+    if not found.grid_map:
+        return None
+    found.init_grid()
+    return torch.bucketize(torch.from_numpy(found.grid[0, 0]), torch.tensor(found.grid_map, dtype=torch.float32)).byte()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@
 import json
 import logging
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
+from minisgl.kernel.cuda import tensor_at
 from minisgl.kernel.jit import load_kernel
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class PeerMemory:
         timeout, addresses = int(meeting.timeout.total_seconds() * 1e9), torch.tensor(regions, dtype=torch.int64)
         self._group = module.create_group(self.rank, addresses, HALF_BYTES, gathered, gather_bytes, timeout)
         self._gather_bytes = gather_bytes
-        self._buffer = _as_tensor(gathered, gather_bytes, device) if gathered and self.rank == 0 else None
+        is_kept = gathered and self.rank == 0
+        self._buffer = tensor_at(gathered, (gather_bytes,), torch.uint8, device) if is_kept else None
 
     def takes(self, x: torch.Tensor, max_bytes: int = TWO_SHOT_BYTES) -> bool:
         """Whether `all_reduce` and `broadcast` can work on x, which is contiguous."""
@@ -98,12 +99,6 @@ class PeerMemory:
             self._module.release(self._regions[self.rank])
             if self.rank == 0 and self._gathered:
                 self._module.release(self._gathered)
-
-
-def _as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Device memory that is not torch's, as uint8."""
-    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 2}
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device)
 
 
 def open_peer_memory(meeting: Meeting, device: torch.device, gather_bytes: int) -> PeerMemory | None:

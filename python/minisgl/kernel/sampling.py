@@ -21,34 +21,24 @@ NUM_PLACES = 5
 ROWS_AT_ONCE = 32  # of the reference: a row takes about fifty bytes per token of the vocabulary
 
 
-class Column(NamedTuple):
-    """neutral: the value in rows that belong to nobody, and of what `SamplingParams` has not."""
-
-    dtype: type[np.generic]
-    neutral: float
-
-
-# A row's record: `struct SamplingParams` of `csrc/include/minisgl/sampling_params.h`. Wide columns come first.
-COLUMNS: Mapping[str, Column] = {
-    "seed": Column(np.int64, 0),
-    "position": Column(np.int64, 1),  # of the token to be sampled
-    "temperature": Column(np.float32, 0),  # 0: greedy
-    "top_p": Column(np.float32, 1),  # 1: off
-    "min_p": Column(np.float32, 0),  # 0: off
-    "top_k": Column(np.int32, 0),  # 0: off
-    "repetition_penalty": Column(np.float32, 1),  # 1: off
-    "presence_penalty": Column(np.float32, 0),  # 0: off
-    "frequency_penalty": Column(np.float32, 0),  # 0: off
-    "prompt_len": Column(np.int32, 0),  # tokens of its history that are no output
-    "min_len": Column(np.int32, 0),  # tokens before which those that end the output are forbidden
-    "mask": Column(np.int32, -1),  # of a GPU's step: by its place in `TokenStore.places`; -1: it has none
+# A row's record: `struct SamplingParams` of `csrc/include/minisgl/sampling_params.h`. Wide columns come first. Of each
+# its type, and the neutral value: that in rows that belong to nobody, and of what `SamplingParams` has not.
+COLUMNS: Mapping[str, tuple[type[np.generic], float]] = {
+    "seed": (np.int64, 0),
+    "position": (np.int64, 1),  # of the token to be sampled
+    "temperature": (np.float32, 0),  # 0: greedy
+    "top_p": (np.float32, 1),  # 1: off
+    "min_p": (np.float32, 0),  # 0: off
+    "top_k": (np.int32, 0),  # 0: off
+    "repetition_penalty": (np.float32, 1),  # 1: off
+    "presence_penalty": (np.float32, 0),  # 0: off
+    "frequency_penalty": (np.float32, 0),  # 0: off
+    "prompt_len": (np.int32, 0),  # tokens of its history that are no output
+    "min_len": (np.int32, 0),  # tokens before which those that end the output are forbidden
+    "mask": (np.int32, -1),  # of a GPU's step: by its place in `TokenStore.places`; -1: it has none
 }
-RECORD = np.dtype([(name, column.dtype) for name, column in COLUMNS.items()], align=True)
+RECORD = np.dtype([(name, dtype) for name, (dtype, _) in COLUMNS.items()], align=True)
 NUM_WORDS = RECORD.itemsize // 4
-_PLACES = {  # of a column: its type, and where it is in a record of numbers of that type
-    name: (getattr(torch, dtype.name), offset // dtype.itemsize)
-    for name, (dtype, offset, *_) in RECORD.fields.items()  # type: ignore[union-attr]
-}
 
 
 def records(num: int, **values: npt.ArrayLike) -> Words:
@@ -74,8 +64,8 @@ class SamplingColumns:
 
     def __getitem__(self, name: str) -> Tensor:
         """[n]: a column, as a view of the records."""
-        dtype, index = _PLACES[name]
-        return self.words.view(dtype)[:, index]
+        dtype, offset, *_ = RECORD.fields[name]  # type: ignore[index]
+        return self.words.view(getattr(torch, dtype.name))[:, offset // dtype.itemsize]
 
     def select(self, index: Tensor) -> "SamplingColumns":
         return SamplingColumns(self.words.index_select(0, index))

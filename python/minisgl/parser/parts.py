@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 from minisgl.config.chat import reasoning_after
 from minisgl.grammar.schema import listed, literals, resolved
@@ -16,6 +16,9 @@ MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
 _KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
+# In calls as Python has them: strings, or names of functions and arguments, which need not be any for Python.
+_STRING = r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?'''
+_NAMES = re.compile(rf"""({_STRING})|(?<![^\s()[\]{{}},="'])([^\s()[\]{{}},="']+)(?=\s*[=(])""", re.DOTALL)
 _TEXT = {"string"}  # the types of a value of which each part can be passed on
 
 
@@ -128,11 +131,7 @@ def calls_in(text: str, names: Collection[str], language: str = "json") -> list[
 
 def _json_value(text: str) -> Any:
     """Line breaks within strings are taken, though JSON has them escaped: small models write code that way."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(text, strict=False, parse_constant=refuse)
+    return json.loads(text, strict=False, parse_constant=int)  # NaN and the like are none
 
 
 def _python_value(text: str, *, in_list: bool) -> list[dict[str, Any]]:
@@ -142,20 +141,22 @@ def _python_value(text: str, *, in_list: bool) -> list[dict[str, Any]]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of odd escape sequences
-        body: list[Any] = ast.parse(text.strip()).body
+        plain = _NAMES.sub(lambda found: found[1] or f"_{found[2].encode().hex()}", text.strip())
+        body: list[Any] = ast.parse(plain).body
     nodes = [statement.value if isinstance(statement, ast.Expr) else statement for statement in body]
     calls = []
     if in_list:
         nodes = nodes[0].elts if len(nodes) == 1 and isinstance(nodes[0], ast.List) else []
     for node in nodes:
-        if not isinstance(node, ast.Call) or node.args:
+        if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name):
             raise ValueError("no call with keyword arguments")
         arguments = {}
         for keyword in node.keywords:
-            if keyword.arg is None or keyword.arg in arguments:
+            name = bytes.fromhex((keyword.arg or "")[1:]).decode()
+            if not name or name in arguments:
                 raise ValueError("** and repeated keywords are no arguments")
-            arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
-        calls.append({"name": ast.unparse(node.func), "arguments": arguments})
+            arguments[name] = ast.literal_eval(_JsonNames().visit(keyword.value))
+        calls.append({"name": bytes.fromhex(node.func.id[1:]).decode(), "arguments": arguments})
     return calls
 
 
@@ -175,8 +176,7 @@ def _call(value: Any, names: Collection[str]) -> Part:
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
         arguments = _json_value(arguments) if arguments.strip() else {}
-    if arguments is None:
-        arguments = {}
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise ValueError("arguments are an object")
     return Part("call", _dump(arguments), name)

@@ -196,9 +196,8 @@ class ToolParser(Parser):
             self._buffer, self._state = text[end:], self._read_text
             return True
         self._buffer = self._buffer[found.end :]
-        for call in found.calls:
-            parts.append(call._replace(call_index=self._num_calls))
-            self._num_calls += 1
+        parts += [call._replace(call_index=index) for index, call in enumerate(found.calls, self._num_calls)]
+        self._num_calls += len(found.calls)
         self._arguments, self._closers, self._in_list = found.arguments, [*found.closers], found.in_list
         self._state = self._read_rest
         return True
@@ -275,7 +274,7 @@ def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = {key: value for key, value in (function.get("parameters") or {}).items() if value is not None}
     if not any(key in schema for key in ("properties", *_OTHER)):
         schema["properties"] = {}
-    return schema if "$ref" in schema else {"type": "object", **schema}
+    return schema if "$ref" in schema else {**schema, "type": "object"}
 
 
 def _arguments(language: str, function: Field) -> Form:
@@ -334,8 +333,7 @@ def _fields(function: Field) -> list[Field]:
     if any(schema.get(key) not in (None, True, False, {}) for key in _OTHER) or not isinstance(fields, dict):
         message = f"{function.param} must be an object of named properties, for this model's format of calls"
         raise RequestError(message, param=function.param)
-    shared = definitions(function.schema)
-    required = listed(schema, "required")
+    shared, required = definitions(function.schema), listed(schema, "required")
     return [
         Field(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
         for name, schema in fields.items()

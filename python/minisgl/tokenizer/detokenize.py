@@ -101,8 +101,7 @@ class StopFinder:
         text = self._held + text
         matches = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
         if matches:
-            self._held = ""
-            end, start = min(matches)
+            self._held, (end, start) = "", min(matches)
             self.found = text[start:end]
             return text[: end if self._include else start], True
         counts = range(min(len(text), self._max_len - 1), 0, -1)
@@ -178,8 +177,8 @@ class Detokenizer:
 
     def _advance(self, stream: _Stream, message: wire.DetokenizeMsg) -> wire.UserReply:
         start, finish_reason, ids, packed = message.start, message.finish_reason, message.token_ids, message.logprobs
-        token_ids, num_prompt, found = wire.unpack_ids(ids), stream.start.num_prompt_tokens, False
-        stream.num_cached = max(stream.num_cached, message.num_cached)
+        token_ids, num_prompt, (right, wrong) = wire.unpack_ids(ids), stream.start.num_prompt_tokens, message.drafted
+        found, stream.num_cached = False, max(stream.num_cached, message.num_cached)
         if start is None and finish_reason is None and not stream.stop.stops:  # as nearly all are
             stream.num_output += len(token_ids)
             counts, text = (num_prompt, stream.num_output, stream.num_cached), stream.decoder.push(token_ids)
@@ -194,6 +193,7 @@ class Detokenizer:
             head += text
             if found:
                 packed = packed[: len(packed) // len(token_ids) * count]
+                right -= max(0, len(token_ids) - count - 1)  # the last token was in no draft
                 ids = wire.pack_ids(token_ids := token_ids[:count])
                 break
         if finish_reason is not None and not found:
@@ -204,13 +204,12 @@ class Detokenizer:
             finish_reason = FinishReason.STOP
         elif finish_reason is not None and not found:
             head += stream.stop.flush()
-        counts = num_prompt, stream.num_output, stream.num_cached
-        ending = finish_reason, message.error, message.error_status
+        counts, error = (num_prompt, stream.num_output, stream.num_cached), (message.error, message.error_status)
         logprobs = self._told(stream, ids, packed) if packed else ()
         of_prompt, prompt_end = self._prompt_logprobs(message), start and stream.decoder.context_text
         when = 0.0 if start is None and finish_reason is None else time.time()
-        told = (*counts, *ending, logprobs, of_prompt, prompt_end or "", stream.stop.found, when)
-        return wire.UserReply(message.uid, head, ids, *told, message.pooled, message.drafted)
+        told = (*counts, finish_reason, *error, logprobs, of_prompt, prompt_end or "", stream.stop.found, when)
+        return wire.UserReply(message.uid, head, ids, *told, message.pooled, (right, wrong))
 
     def _told(self, stream: _Stream, ids: bytes, packed: Logprobs) -> Any:
         return packed if self._late else tuple(self.logprobs(ids, packed, stream.start.skip_special))

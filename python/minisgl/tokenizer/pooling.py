@@ -42,17 +42,14 @@ def text_prompt(pooling: Pooling, text: str | Sequence[int], name: str = "", mos
 def _chat(pooling: Pooling, said: Mapping[str, str]) -> ChatPrompt:
     """said: by whom; of the system, perhaps nothing."""
     messages = [{"role": role, "content": text} for role, text in said.items() if text or role != "system"]
-    kwargs = {"enable_thinking": False} if pooling.begins else {}
-    return ChatPrompt(messages, template_kwargs=kwargs, add_generation_prompt=pooling.begins)
+    return ChatPrompt(messages, template_kwargs={**pooling.kwargs}, add_generation_prompt=False)
 
 
 def pair_prompt(pooling: Pooling, query: str, document: str, instruction: str) -> ChatPrompt:
     """A query and a document that may answer it, in the words of the model's template."""
     given = {"instruction": instruction or pooling.prompt, "query": query, "document": document}
     said = {"system": TEXTS["judge"], "user": TEXTS["asked"].format(**given)}
-    if pooling.has_roles:
-        said = {"system": given.pop("instruction"), **given}
-    return _chat(pooling, said)
+    return _chat(pooling, {"system": given.pop("instruction"), **given} if pooling.has_roles else said)
 
 
 def _whole(data: bytes) -> bytes:

@@ -85,12 +85,13 @@ class HFTextCodec:
         return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # lets others run
 
     def beginning(self, text: str, most: int) -> list[int]:
-        """The first tokens of a text, so many with special ones around them."""
-        text = text[: most * self.longest_token]
+        """The first tokens of a text, so many with special ones around them; the last where its files say so."""
+        size, side = most * self.longest_token, self.tokenizer.truncation_side
+        text = text[-size:] if side == "left" else text[:size]
         if self._backend is None:
             return list(self.tokenizer.encode(text, truncation=True, max_length=most))
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # which lets others run
-        encoding.truncate(max(0, most - self._backend.num_special_tokens_to_add(False)))
+        encoding.truncate(max(0, most - self._backend.num_special_tokens_to_add(False)), direction=side)
         return list(self._backend.post_process(encoding, None, True).ids)
 
     def visible(self, token_ids: Sequence[int], *, skip_special: bool = True) -> list[int]:
@@ -171,8 +172,7 @@ class Tokenizer:
 
     def __init__(self, config: TokenizerConfig, codec: HFTextCodec | None = None) -> None:
         self.codec = codec or HFTextCodec(config.model_path, config.visible_tokens, config.chat_template)
-        self._vocab_size = config.vocab_size
-        self._max_seq_len, self._pooling = config.max_seq_len, config.pooling
+        self._vocab_size, self._max_seq_len, self._pooling = config.vocab_size, config.max_seq_len, config.pooling
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
         self.codec.max_chars = config.max_seq_len * self.codec.longest_token
 
@@ -241,8 +241,8 @@ class Tokenizer:
         """The ids. Raises: RequestError when one of them is not in the vocabulary."""
         if ids and (min(ids) < 0 or max(ids) >= self._vocab_size):
             bad = next(token for token in ids if not 0 <= token < self._vocab_size)
-            text = f"{where}token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})"
-            raise RequestError(text, param=param)
+            known = f"0 to {self._vocab_size - 1}"
+            raise RequestError(f"{where}token id {bad} is not in the vocabulary ({known})", param=param)
         return ids
 
     def _finish_params(self, request: wire.TokenizeMsg, ids: list[int]) -> SamplingParams:

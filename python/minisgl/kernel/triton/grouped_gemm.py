@@ -31,11 +31,8 @@ Tensor = torch.Tensor
 SCAN = 1024  # pairs that a sorting program looks at together
 
 
-# Of gate and up, and of down: they share block_m, since it is what pairs are sorted into.
-MoeConfig = tuple[Tile, Tile]
-
-
-def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
+def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, Tile]:
+    """Of gate and up, and of down: they share block_m, since it is what pairs are sorted into."""
     by_average = tiles("experts", dtype, capability)
     first, second = next(both for most, both in by_average.items() if num_pairs <= most * num_experts)
     return Tile(*first), Tile(*second)
@@ -272,7 +269,7 @@ def choose_experts(logits: Tensor, top_k: int, sums_to_1: bool, arch: tuple[int,
 
 def fused_moe(
     x: Tensor, router_logits: Tensor, gate_up: Stack, down: Stack, top_k: int, renormalize: bool,
-    config: MoeConfig | None = None, clamped: bool = False, arch: tuple[int, int] = (0, 0),
+    config: tuple[Tile, Tile] | None = None, clamped: bool = False, arch: tuple[int, int] = (0, 0),
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.

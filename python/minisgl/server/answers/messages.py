@@ -10,11 +10,8 @@ from minisgl.server.errors import anthropic_error, error_payload
 
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
 # Of blocks: the kind of their deltas, and the field.
-_DELTAS = {
-    "text": ("text_delta", "text"),
-    "reasoning": ("thinking_delta", "thinking"),
-    "call": ("input_json_delta", "partial_json"),
-}
+_CALL = ("input_json_delta", "partial_json")
+_DELTAS = {"text": ("text_delta", "text"), "reasoning": ("thinking_delta", "thinking"), "call": _CALL}
 
 
 class MessagesRenderer(MessageRenderer):

@@ -15,7 +15,7 @@ from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.messages import ChatPrompt, UserReply
 from minisgl.parser.harmony import HarmonyParser
-from minisgl.parser.parts import Parser, Part, ThinkParser
+from minisgl.parser.parts import BracketReader, Parser, Part, ThinkParser
 from minisgl.parser.tools import TOOL_PARSERS, ToolParser
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.sampling import form_grammar
@@ -61,13 +61,13 @@ def _reasoning(parsed: GenerationRequest, config: ServerConfig) -> str:
 def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> "Assembler":
     """What reads one of the answers to this request."""
     tools, format_name, prompt = parsed.tools, config.tool_call_parser, parsed.prompts[0]
-    functions = {} if tools is None else tools.functions
-    parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
+    functions, parallel = ({}, True) if tools is None else (tools.functions, tools.parallel)
     answer: Parser = ToolParser(format_name, functions) if tools else Parser()
     reasoning = _reasoning(parsed, config)
     if format_name == HARMONY and isinstance(prompt, ChatPrompt):
         answer, reasoning = HarmonyParser(functions, in_answer=prompt.continue_final), ""
-    return Assembler(reasoning, answer, parallel=parallel, short_ids=short_ids)
+    short_ids, demanded = format_name == "mistral", tools is not None and tools.required
+    return Assembler(reasoning, answer, parallel=parallel, short_ids=short_ids, demanded=demanded)
 
 
 @dataclass(slots=True, eq=False)
@@ -101,12 +101,14 @@ class Assembler:
     reasoning: as in `core.Grammar`. answer: the parser of what comes after that.
     parallel: without it, calls after the first are dropped.
     short_ids: nine letters and digits, which Mistral's templates insist on.
+    demanded: there is no text beside calls: what looks like it is a call that was cut off before its name.
     """
 
     reasoning: str = ""
     answer: Parser = field(default_factory=Parser)
     parallel: bool = True
     short_ids: bool = False
+    demanded: bool = False
     # Tokens; of those that came together with the end of the reasoning, all.
     num_reasoning: int = field(default=0, init=False)
     blocks: list[Block] = field(default_factory=list, init=False)
@@ -115,11 +117,10 @@ class Assembler:
     def read(self, reply: UserReply, renderer: "Renderer") -> Events:
         """What the renderer tells of a reply. There is a block at the end, if need be an empty one."""
         parser = self._parser = self._parser or ThinkParser(self.reasoning, reply.prompt_end, self.answer)
-        is_reasoning = parser.is_thinking
-        events: Events = []
+        is_reasoning, events = parser.is_thinking, list[dict[str, Any]]()
         for part in parser.push(reply.text) + (parser.finish() if reply.finish_reason is not None else []):
             is_reasoning = is_reasoning or part.kind == "reasoning"
-            if part.call_index and not self.parallel:
+            if (part.call_index and not self.parallel) or (part.kind == "text" and self.demanded):
                 continue
             if not self.blocks or part.name is not None or part.kind != self.blocks[-1].part.kind:
                 events += self._open(part, renderer)
@@ -134,9 +135,10 @@ class Assembler:
         return events
 
     def finish_reason(self, reply: UserReply) -> FinishReason | None:
-        """Why the choice ended, if this reply is its last."""
-        is_done = reply.finish_reason is FinishReason.STOP and any(block.kind == "call" for block in self.blocks)
-        return FinishReason.TOOL_CALLS if is_done else reply.finish_reason
+        """Why the choice ended, if this reply is its last: with calls, unless a stop string cut off the last one."""
+        calls = [block.text for block in self.blocks if block.kind == "call"]
+        is_done = bool(calls) and (reply.stop is None or BracketReader().read(calls[-1])[2])
+        return FinishReason.TOOL_CALLS if is_done and reply.finish_reason is FinishReason.STOP else reply.finish_reason
 
     def _open(self, part: Part, renderer: "Renderer") -> Events:
         events = renderer.end(self.blocks[-1], None) if self.blocks else []

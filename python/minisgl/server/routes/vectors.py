@@ -40,7 +40,7 @@ class RerankBody(Body, RequestFields):
 
     model: str | None = optional("The id that /v1/models shows.")
     query: str
-    documents: Items[str] | Items[Object]
+    documents: Items[str | Object]
     top_n: MaxTokens | None = optional("So many results.")
     return_documents: bool | None = optional("false: results have no texts.")
     instruction: str | None = optional("What to look for.")

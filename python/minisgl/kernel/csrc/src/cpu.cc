@@ -46,10 +46,11 @@ Format format_of(const std::string& name, int64_t in, int64_t group, bool has_ze
 }
 int64_t packed_bytes(const Format& format, int64_t out, int64_t in) { return panels_of(out) * panel_bytes(format, in); }
 
-void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows, int64_t stride, int64_t out, int64_t in, char* data) {
+void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows, int64_t stride, int64_t out, int64_t in,
+                 const uint8_t* grid, char* data) {
   const BlockType& type = *block_type(name);
   prefer_huge_pages(data, packed_bytes(type.format, out, in));
-  pack_part(workers, type, rows, stride, out, in, data);
+  pack_part(workers, type, rows, stride, out, in, grid, data);
 }
 
 void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, int64_t out,

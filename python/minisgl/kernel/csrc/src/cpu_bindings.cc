@@ -130,11 +130,13 @@ void add_part(Linear& linear, const Format& format, int64_t out, char* data) {
   linear.parts.push_back({format, first, out, data});
 }
 
-// rows: [out, bytes of a row] uint8.
-void py_add_blocks(int64_t workers, int64_t weight, tvm::ffi::String name, TensorView rows, TensorView packed) {
+// rows: [out, bytes of a row] uint8; grid: [codes, values of a code] uint8.
+void py_add_blocks(int64_t workers, int64_t weight, tvm::ffi::String name, TensorView rows, Optional<TensorView> grid,
+                   TensorView packed) {
   Linear& linear = at<Linear>(weight);
   add_part(linear, format_of(name, linear.in, 0, false, false), rows.size(0), data_of<char>(packed));
-  pack_blocks(at<Workers>(workers), name, data_of<uint8_t>(rows, true), rows.stride(0), rows.size(0), linear.in, data_of<char>(packed));
+  pack_blocks(at<Workers>(workers), name, data_of<uint8_t>(rows, true), rows.stride(0), rows.size(0), linear.in,
+              data_of<uint8_t>(grid), data_of<char>(packed));
 }
 
 // codes: [out, in * bits / 8] uint8; scales: [out, in / group] of 16 bits; zeros: uint8.

@@ -35,6 +35,7 @@ struct Format {
   int64_t span;          // how many times 32 inputs there are to a number of 16 bits
   bool is_bfloat16;      // such a number; else it has IEEE 754's format of 16 bits
   const int8_t* values;  // [16], that 4-bit codes stand for; or null: codes are values
+  float factor = 1.0f;   // with which numbers that are multiplied with integers are multiplied, too
 };
 
 // Rows [first, first + out) of a weight, in panels of one format.
@@ -260,8 +261,10 @@ void pack_weight(Workers& workers, Type type, const void* weight, int64_t out, i
 // grouped weights. A format of no bits where there is none for `in` inputs.
 Format format_of(const std::string& name, int64_t in, int64_t group, bool has_zeros, bool is_bfloat16);
 int64_t packed_bytes(const Format& format, int64_t out, int64_t in);
-// Rows of blocks, `stride` bytes apart, to panels.
-void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows, int64_t stride, int64_t out, int64_t in, char* data);
+// Rows of blocks, `stride` bytes apart, to panels. grid: of types whose codes name several values at a time, these: of each,
+// which of the type's magnitudes it is; else null.
+void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows, int64_t stride, int64_t out, int64_t in,
+                 const uint8_t* grid, char* data);
 // codes: [out, in * bits / 8], the even columns' first; scales: [out, in / group], and zeros, which may be null.
 void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
                   int64_t out, int64_t in, char* data);

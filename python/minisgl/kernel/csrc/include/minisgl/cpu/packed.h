@@ -36,9 +36,16 @@ inline int64_t panel_bytes(const Format& f, int64_t in) { return num_spans(f, in
 // Formats, E2M1), doubled.
 constexpr int8_t kUneven[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr int8_t kFloat4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// Magnitudes of ggml's IQ2, IQ3_XXS and IQ3_S types, and from the ninth on the same below zero; and for IQ1 -1, 0 and 1 in
+// eighths, an eighth more and an eighth less.
+constexpr int8_t kOfTwoBits[16] = {8, 25, 43, 0, 0, 0, 0, 0, -8, -25, -43};
+constexpr int8_t kOfThreeBits[16] = {4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62};
+constexpr int8_t kOdd[16] = {1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15};
+constexpr int8_t kEighths[16] = {-7, 1, 9, 0, 0, 0, 0, 0, -9, -1, 7};
 
 // One block of a row, or 32 inputs of other formats.
 struct Block {
+  const uint8_t* grid;  // of the type; or null
   uint8_t codes[256];
   uint16_t scale, least;
   int8_t steps[16], least_steps[16];
@@ -150,6 +157,77 @@ inline void read_iq4_xs(const uint8_t* p, Block& b) {
   }
 }
 
+// `count` codes: a row of the grid, in the table's second half where bits are set.
+inline void read_grid(const Block& b, int64_t row, int count, uint32_t bits, uint8_t* codes) {
+  for (int i = 0; i < count; ++i) codes[i] = uint8_t(b.grid[row * count + i] | (bits >> i & 1) << 3);
+}
+
+// Of 8 signs the eighth is not stored: an even number of them are set.
+inline uint32_t even_signs(uint32_t bits) { return (bits & 127) | uint32_t(__builtin_parity(bits & 127)) << 7; }
+
+inline int8_t odd(uint32_t number) { return int8_t(2 * number + 1); }
+
+// A step of 4 bits for every 16 or 32 inputs.
+inline void read_fours(const uint8_t* from, int count, Block& b) {
+  for (int i = 0; i < count; ++i) b.steps[i] = odd(from[i / 2] >> i % 2 * 4 & 15);
+}
+
+inline void read_iq2_xxs(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  for (int g = 0; g < 8; ++g) {
+    const uint8_t* rows = p + 2 + 8 * g;
+    uint32_t signs = load_as<uint32_t>(rows + 4);
+    b.steps[g] = odd(signs >> 28);
+    for (int i = 0; i < 4; ++i) read_grid(b, rows[i], 8, even_signs(signs >> 7 * i), b.codes + 32 * g + 8 * i);
+  }
+}
+inline void read_iq2_xs(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  read_fours(p + 66, 16, b);
+  for (int i = 0; i < 32; ++i) {
+    uint32_t word = word_at(p + 2 + 2 * i);
+    read_grid(b, word & 511, 8, even_signs(word >> 9), b.codes + 8 * i);
+  }
+}
+inline void read_iq2_s(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  read_fours(p + 74, 16, b);
+  for (int i = 0; i < 32; ++i) read_grid(b, p[2 + i] | (p[66 + i / 4] >> i % 4 * 2 & 3) << 8, 8, p[34 + i], b.codes + 8 * i);
+}
+inline void read_iq3_xxs(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  for (int i = 0; i < 64; ++i) {
+    uint32_t word = load_as<uint32_t>(p + 66 + i / 8 * 4);
+    b.steps[i / 8] = odd(word >> 28);
+    read_grid(b, p[2 + i], 4, even_signs(word >> i / 2 % 4 * 7) >> i % 2 * 4, b.codes + 4 * i);
+  }
+}
+inline void read_iq3_s(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  read_fours(p + 106, 8, b);
+  for (int i = 0; i < 64; ++i) read_grid(b, p[2 + i] | (p[66 + i / 8] >> i % 8 & 1) << 8, 4, p[74 + i / 2] >> i % 2 * 4, b.codes + 4 * i);
+}
+inline void read_iq1_s(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  for (int i = 0; i < 32; ++i) {
+    uint32_t word = word_at(p + 34 + i / 4 * 2);
+    b.steps[i / 4] = odd(word >> 12 & 7);
+    read_grid(b, p[2 + i] | (word >> i % 4 * 3 & 7) << 8, 8, word & 0x8000 ? 255 : 0, b.codes + 8 * i);
+  }
+}
+inline void read_iq1_m(const uint8_t* p, Block& b) {
+  b.scale = 0;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t word = word_at(p + 48 + i / 4 * 2);
+    b.steps[i] = odd(word >> i % 4 * 3 & 7);
+    if (i % 4 == 0) b.scale |= uint16_t(word >> 12 << i);  // four bits of it in each
+  }
+  for (int i = 0; i < 32; ++i) {
+    uint32_t more = p[32 + i / 2] >> i % 2 * 4;
+    read_grid(b, p[i] | (more & 7) << 8, 8, more & 8 ? 255 : 0, b.codes + 8 * i);
+  }
+}
+
 // ggml's types of blocks.
 struct BlockType {
   const char* name;
@@ -157,6 +235,9 @@ struct BlockType {
   void (*read)(const uint8_t*, Block&);
   Format format;
 };
+
+// What is added to values of up to `most`, where bytes have no sign: no more, for it is subtracted again from the sums.
+constexpr int above(int most) { return kWideBias > 0 ? most : 0; }
 
 constexpr BlockType kBlockTypes[] = {
     {"Q4_0", 18, read_q4_0, {4, 1, Least::kNone, false, 8, 1, false, nullptr}},
@@ -172,6 +253,13 @@ constexpr BlockType kBlockTypes[] = {
     {"IQ4_NL", 18, read_q4_0, {4, 1, Least::kNone, false, kWideBias, 1, false, kUneven}},
     {"IQ4_XS", 136, read_iq4_xs, {4, 1, Least::kNone, true, kWideBias, kSpanOfBlocks, false, kUneven}},
     {"MXFP4", 17, read_mxfp4, {4, 1, Least::kNone, false, kWideBias, 1, true, kFloat4}},
+    {"IQ2_XXS", 66, read_iq2_xxs, {4, 1, Least::kNone, true, above(43), kSpanOfBlocks, false, kOfTwoBits, 0.125f}},
+    {"IQ2_XS", 74, read_iq2_xs, {4, 2, Least::kNone, true, above(43), kSpanOfBlocks, false, kOfTwoBits, 0.125f}},
+    {"IQ2_S", 82, read_iq2_s, {4, 2, Least::kNone, true, above(43), kSpanOfBlocks, false, kOfTwoBits, 0.125f}},
+    {"IQ3_XXS", 98, read_iq3_xxs, {4, 1, Least::kNone, true, above(62), kSpanOfBlocks, false, kOfThreeBits, 0.25f}},
+    {"IQ3_S", 110, read_iq3_s, {4, 1, Least::kNone, true, above(15), kSpanOfBlocks, false, kOdd}},
+    {"IQ1_S", 50, read_iq1_s, {4, 1, Least::kNone, true, above(9), kSpanOfBlocks, false, kEighths, 0.125f}},
+    {"IQ1_M", 56, read_iq1_m, {4, 2, Least::kNone, true, above(9), kSpanOfBlocks, false, kEighths, 0.125f}},
 };
 
 inline const BlockType* block_type(const std::string& name) {
@@ -229,9 +317,10 @@ inline void put_block(const Block& block, const Format& f, int j, char* span) {
   }
 }
 
-inline void pack_block_rows(const BlockType& type, const uint8_t* rows, int64_t stride, int64_t count, int64_t in, char* panel) {
+inline void pack_block_rows(const BlockType& type, const uint8_t* rows, int64_t stride, int64_t count, int64_t in,
+                            const uint8_t* grid, char* panel) {
   int64_t blocks = in / (type.format.span * kGroup);
-  Block block{};
+  Block block{grid};
   for (int64_t i = 0; i < blocks; ++i)
     for (int64_t j = 0; j < count; ++j) {
       type.read(rows + j * stride + i * type.bytes, block);

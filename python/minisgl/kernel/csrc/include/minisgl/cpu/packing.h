@@ -41,12 +41,13 @@ void pack(Workers& workers, const T* weight, const Linear& w, void* data, float*
 }
 
 // Rows of blocks, `stride` bytes apart.
-inline void pack_part(Workers& workers, const BlockType& type, const uint8_t* rows, int64_t stride, int64_t out, int64_t in, char* data) {
+inline void pack_part(Workers& workers, const BlockType& type, const uint8_t* rows, int64_t stride, int64_t out, int64_t in,
+                      const uint8_t* grid, char* data) {
   workers.pool.run([&](int) {
     workers.pool.share(panels_of(out), 1, [&](int64_t p) {
       int64_t first = p * kPanel, bytes = panel_bytes(type.format, in);
       std::memset(data + p * bytes, 0, bytes);
-      pack_block_rows(type, rows + first * stride, stride, std::min<int64_t>(kPanel, out - first), in, data + p * bytes);
+      pack_block_rows(type, rows + first * stride, stride, std::min<int64_t>(kPanel, out - first), in, grid, data + p * bytes);
     });
   });
 }

@@ -67,7 +67,9 @@ inline void with_shape(const Format& f, F&& call) {
   switch (f.bits) {
     case 2: return call(Shape<2, false, 2, true>{});
     case 3: return call(Shape<3, false, 2, true>{});
-    case 4: return f.values == nullptr ? call(Shape<4, false, 1, true>{}) : call(Shape<4, true, 1, (kWideBias > 0)>{});
+    case 4:
+      if (f.values == nullptr) return call(Shape<4, false, 1, true>{});
+      return f.subs == 1 ? call(Shape<4, true, 1, (kWideBias > 0)>{}) : call(Shape<4, true, 2, (kWideBias > 0)>{});
     case 5: return call(Shape<5, false, 1, true>{});
     case 6: return call(Shape<6, false, 2, true>{});
     default: return f.least == Least::kNone && f.offset == 0 ? call(Shape<8, false, 1, false>{}) : call(Shape<8, false, 1, true>{});
@@ -99,7 +101,7 @@ inline void read_codes(const char* from, const uint8_t* table, Bytes* units) {
 }
 
 inline void fill_table(const Format& f, uint8_t* table) {
-  for (int i = 0; i < 16; ++i) table[i] = f.values == nullptr ? uint8_t(i) : uint8_t(f.values[i] + kWideBias);
+  for (int i = 0; i < 16; ++i) table[i] = f.values == nullptr ? uint8_t(i) : uint8_t(f.values[i] + f.offset);
 }
 
 // The numbers of a strip for one span.
@@ -110,6 +112,7 @@ struct Head {
     auto numbers = reinterpret_cast<const uint16_t*>(span) + strip * kLanes;
     auto number = [&](const uint16_t* p) { return f.is_bfloat16 ? load(reinterpret_cast<const BFloat16*>(p)) : load_halves(p); };
     scale = number(numbers);
+    if (f.has_steps) scale *= f.factor;
     if (f.least == Least::kZero)
       least = __builtin_convertvector(load_as<HalfInts>(numbers + kPanel), Floats) * scale;
     else if (f.least != Least::kNone)

@@ -1,4 +1,4 @@
-"""`LLM`: tokenizer, scheduler and engine in one process, by composition."""
+"""The Python API: `LLM` is tokenizer, scheduler and engine in one process, by composition."""
 
 import atexit
 import gc
