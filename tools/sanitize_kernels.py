@@ -291,10 +291,10 @@ def attention_decode(num_q: int, num_kv: int, dim: int) -> None:
         paged = Paged(num_q, num_kv, dim, page_size, lens, [1] * len(lens))
         (q, cache), backend = paged.inputs(), CudaBackend(paged.shape, DEVICE)
         for window, cluster in ((None, 0), (100, 0), (1, 0), (None, 1), (100, 2), (None, 16), (1, 16)):
-            for early in (False, True):
+            for early in (None, torch.ones(1, dtype=torch.int32, device=DEVICE)):
                 out = torch.empty(paged.q.shape, dtype=DTYPE, device=DEVICE)
                 backend.launch(q, cache, window or 0, paged.step.on_device(), out, cluster, early)
-                what = "attention_decode", num_q, num_kv, dim, page_size, lens, window, cluster, early
+                what = "attention_decode", num_q, num_kv, dim, page_size, lens, window, cluster, early is not None
                 check(what, [out], [paged.reference(window)])
 
 

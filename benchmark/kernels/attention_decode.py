@@ -149,9 +149,10 @@ def cuda_call(case: Case, cluster: int, early: bool, plan: tuple[int, int] | Non
     device = torch.device("cuda", torch.cuda.current_device())
     backend = CudaBackend(case.shape, device, plan)
     out = torch.empty(case.q.shape, dtype=case.q.dtype, device=device)
+    fresh = torch.ones(1, dtype=torch.int32, device=device) if early else None
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        backend.launch(q, LayerCache(k, v), 0, case.step.on_device(), out, cluster, early)
+        backend.launch(q, LayerCache(k, v), 0, case.step.on_device(), out, cluster, fresh)
         return out
 
     return call

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,26 @@ def test_graphs_do_not_change_sampled_tokens(model: Path) -> None:
         with LLM(str(model), **options) as llm:
             runs.append([output.token_ids for output in llm.generate(make_prompts(), params)])
     assert runs[1:] == runs[:1] * 3
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+@pytest.mark.parametrize("speculate", ["off", "mtp"])
+def test_short_prompts_in_graphs_read_no_page_too_early(speculate: str) -> None:
+    """Pages hold what others have left there: whoever reads one before it is written is told something else."""
+    path = with_tokenizer(tiny_model("qwen3", vocab_size=512, head_dim=64, mtp_num_hidden_layers=1))
+    rng, params = random.Random(0), SamplingParams(2, 0.0, logprobs=20, ignore_eos=True)
+    prompts = [[rng.randrange(3, 400) for _ in range(num)] for num in (20, 250, 60, 130, 200, 90) * 8]
+    options = {"dtype": "bfloat16", "max_running_requests": 256, "num_pages": 40, "dummy_weight": True}
+    found = []
+    for more in ({"speculate": speculate}, EAGER):
+        with LLM(str(path), **options, **more) as llm:
+            outputs = [llm.generate([prompt], params, progress=False)[0] for prompt in prompts]
+        found.append([{one.token_id: one.logprob for one in output.logprobs[0].top} for output in outputs])
+    noise, others = (
+        [max((abs(a[token] - b[token]) for token in a.keys() & b.keys()), default=9.0) for a, b in pairs]
+        for pairs in (zip(*found, strict=True), pairwise(found[1]))
+    )
+    assert max(noise) < 0.1 * statistics.median(others), (noise, others)
 
 
 def test_more_requests_than_a_graph_holds(model: Path, expected: list[list[int]]) -> None:

@@ -122,7 +122,8 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tu
                 for cluster in (0, 1, 2, 8, 16):
                     for fresh in (0, 1, 70):
                         out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
-                        backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, fresh)
+                        given = torch.tensor([fresh], dtype=torch.int32, device=out.device) if fresh else None
+                        backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, given)
                         check(out, expected)
                 metadata = backend.prepare(case.step, captured=False)
                 check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata), expected)
@@ -154,7 +155,7 @@ def test_decode_of_e4m3(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) 
                 expected = case.reference(window)
                 for cluster in (0, 1, 2, 16):
                     out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
-                    backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, False)
+                    backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, None)
                     check(out, expected)
 
 
@@ -188,7 +189,7 @@ def test_sinks(num_qo: int, num_kv: int, dim: int, float8: bool) -> None:
             expected = case.reference(window, sinks)
             for cluster in (0, 1, 2, 16):
                 out = torch.full(case.q.shape, float("nan"), dtype=shape.dtype, device="cuda")
-                backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, False, sinks)
+                backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, None, sinks)
                 check(out, expected)
             metadata = backend.prepare(case.step, captured=False)
             check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata, sinks), expected)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from llguidance import LLMatcher
 import minisgl
 from minisgl import LLM, SamplingParams
 from minisgl.core import ID_PENDING, MASK_NOT_READY, MASK_PENDING, MASK_READY, Grammar
-from minisgl.engine.cpu import Asked
+from minisgl.engine.cpu import Asked, CpuHandle, WholeStep
 from minisgl.errors import ConfigError
 from minisgl.grammar import source
 from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
@@ -99,6 +101,35 @@ def test_a_step_waits_for_masks_and_these_for_the_token_before(vocabulary: Vocab
     assert states[0] == MASK_READY and matcher.num_tokens == 1
     assert np.array_equal(words[0], walk(matcher, (), WORDS, 1.0)[0][0])
     worker.close()
+
+
+def test_a_worker_that_nobody_closes_holds_up_no_exit() -> None:
+    script = "from minisgl.kernel.masks import MaskWorker; worker = MaskWorker(1.0); import time; time.sleep(0.2)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
+def test_a_step_is_told_when_the_next_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the planner's thread then has to do needs Python's lock, which layers do not."""
+    events, compute, tell_of = list[str](), WholeStep.__call__, CpuHandle.set_result
+
+    def computed(self: WholeStep, *args: Any) -> Any:
+        events.append("begin")
+        found = compute(self, *args)
+        events.append("end")
+        return found
+
+    def told(self: CpuHandle, result: Any) -> None:
+        events.append("told")
+        tell_of(self, result)
+
+    monkeypatch.setattr(WholeStep, "__call__", computed)
+    monkeypatch.setattr(CpuHandle, "set_result", told)
+    with LLM(device="cpu", dtype="float32", speculate="off") as llm:
+        events.clear()
+        llm.generate([[10, 20, 30]], SamplingParams(40, 0.0, ignore_eos=True), progress=False)
+    assert events.count("begin") == events.count("told") >= 40
+    inside = [events[i - 1 : i + 2] == ["begin", "told", "end"] for i, event in enumerate(events) if event == "told"]
+    assert sum(inside) > 20
 
 
 class Never:

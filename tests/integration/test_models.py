@@ -92,6 +92,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone4-without-windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "granitemoe-scaled-by-its-heads": ("granitemoe", {"attention_multiplier": None}),
     "qwen3-moe-mixed": (
         "qwen3_moe",
         {"decoder_sparse_step": 2, "norm_topk_prob": False, "num_hidden_layers": 4, "mlp_only_layers": [1]},

@@ -85,7 +85,7 @@ PACKED = {
     for kind in ("e4m3 rows", "e4m3 blocks", "32 zeros", "64", "rows", "rows zeros")
 } | {"Q4_1": q4_1, "MXFP4": mxfp4}
 OWN = {} if INTERPRET else {"MXFP4, packed": mxfp4}  # for kernels in CUDA
-SIZES = [3] if INTERPRET else [1, 3, 18, 40, 100, 700]
+SIZES = [3] if INTERPRET else [1, 3, 18, 40, 75, 100, 120, 700]
 
 
 def arch_of(kind: str) -> tuple[int, int]:

@@ -202,6 +202,21 @@ def test_rows_of_plain_requests_need_nothing_and_forget_who_was_there_before() -
         assert rows.step(range(4), [9] * 4)[2] is None
 
 
+@pytest.mark.parametrize("ops", [TorchOps(), cpu_ops(2, TARGET)], ids=["torch", "kernels"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_alone_is_allowed_is_taken_if_its_logit_is_a_number(ops: StepOps, temperature: float) -> None:
+    rows, source, words = Rows(7), logits(7), np.zeros((7, 3), np.uint32)
+    for row, token in enumerate((0, 31, 32, VOCAB - 1, 7, 8, 9)):
+        rows.admit(row, 5, temperature=temperature)
+        words[row, token // 32] = 1 << token % 32
+    words[3, 2] |= 1 << 31  # beyond the vocabulary
+    source[0, 1:], source[1, 0], source[2, 3] = torch.nan, torch.inf, 1e30  # nobody looks at those
+    source[4, 7], source[5, 8], source[6, 9] = torch.nan, torch.inf, -torch.inf
+    masked = tuple(range(7))
+    ids = rows.sample(ops, source, range(7), [9] * 7, masked, Given(words.view(np.int32)))
+    assert ids.tolist() == [0, 31, 32, VOCAB - 1, -1, -1, -1]
+
+
 @pytest.mark.parametrize("target", [TARGET, *narrower()])
 @pytest.mark.parametrize("vocab", [5, VOCAB, 4096, 50_001])
 @pytest.mark.parametrize(

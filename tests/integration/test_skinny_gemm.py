@@ -78,7 +78,9 @@ def test_gate_up_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtyp
 def test_the_chosen_variant_matches_the_reference(m: int, n: int, k: int) -> None:
     x, gain, weight = layer(m, n, k, torch.bfloat16)
     assert skinny.supports(m, n, k, x.dtype)
-    assert_close(skinny.linear(x, weight, Around(norm=gain, eps=EPS)), normed(x, gain) @ weight.float().T)
+    out = skinny.linear(x, weight, Around(norm=gain, eps=EPS))
+    assert_close(out, normed(x, gain) @ weight.float().T)
+    assert torch.equal(skinny.linear(x, weight, Around(norm=gain, eps=EPS, apart=True)), out)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

@@ -180,6 +180,18 @@ def test_a_head_behind_a_prefix_writes(lm: Path, tmp_path: Path) -> None:
         assert llm.generate("Hello", GREEDY)[0].token_ids == alone.generate("Hello", GREEDY)[0].token_ids
 
 
+@pytest.mark.parametrize("name", ["mtp.lm_head.weight", "model.mtp.lm_head.weight", "draft.lm_head.weight"])
+def test_a_head_beside_the_model_is_not_its_own(source: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(source, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors.pop("lm_head.weight")
+    save_file(tensors, file)
+    pooling = read_pooling("embed", tmp_path / "model", False, "")
+    assert pooling is not None
+    assert not pooling.generates
+
+
 def test_two_ranks(source: Path, lm: Path) -> None:
     with llm_of(source, task="embed-mean") as one, llm_of(source, task="embed-mean", tensor_parallel_size=2) as two:
         np.testing.assert_allclose(two.embed(TEXTS), one.embed(TEXTS), atol=1e-5)

@@ -105,6 +105,10 @@ def written(name: str | None, function: str, arguments: dict[str, Any]) -> str:
         return f"{function}\n{text}"
     if name == "harmony":
         return f"<|channel|>commentary to=functions.{function} <|constrain|>json<|message|>{text}"
+    if name == "gemma4":
+        values = [f'<|"|>{one}<|"|>' if isinstance(one, str) else json.dumps(one) for one in arguments.values()]
+        inner = ",".join(f"{key}:{value}" for key, value in zip(arguments, values, strict=True))
+        return f"<|tool_call>call:{function}{{{inner}}}<tool_call|>"
     if name in ("qwen3_coder", "seed_oss"):
         values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
         inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
@@ -128,7 +132,7 @@ def test_the_model_s_own_way_to_write_calls_is_let_through(store: GrammarStore, 
     assert not accepts(matcher.deep_copy(), written(name, "ping", {"made": "up"}))
 
 
-BETWEEN = {"llama3_json": "; ", None: "; ", "mistral": "", "harmony": "<|end|><|start|>assistant"}
+BETWEEN = {"llama3_json": "; ", None: "; ", "mistral": "", "gemma4": "", "harmony": "<|end|><|start|>assistant"}
 LISTS = ("pythonic", "lfm2", "olmo3", "granite", "phi4_mini")
 
 

@@ -77,6 +77,7 @@ DEEPSEEK = "{{'<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁be
         ("'<|tool|>' + message['tools'] + '<|/tool|>'", "phi4_mini", None),
         ("within <tool_call></tool_call> XML tags '<think>\n\n</think>\n' /no_think", "hermes", "qwen3"),
         ("'<start_of_turn>model\n'", None, None),
+        ("'<|tool_call>call:' + function['name'] + '{' ... '<|channel>thought\n' '<|\"|>'", "gemma4", "gemma4"),
         ("'Assistant: ' + message['content'] + eos_token", None, None),
         (read_chat_template(DEMO_MODEL), "hermes", None),
     ],
@@ -92,7 +93,8 @@ def test_every_name_has_a_parser() -> None:
     assert set(TOOL_PARSERS) == set(tools.TOOL_PARSERS)
     for name, reasoning in REASONING_PARSERS.items():
         when, opening, closing = reasoning.split()
-        assert when in ("optional", "always") and (name == "harmony" or {opening, closing} <= {*visible_tokens(name)})
+        tokens = {opening.removesuffix("thought"), closing}
+        assert when in ("optional", "always") and (name == "harmony" or tokens <= {*visible_tokens(name)})
     for name, parser in tools.TOOL_PARSERS.items():
         assert {marker for marker in parser.markers if not marker.isalpha()} <= {*visible_tokens(name, None)}
 

@@ -18,7 +18,7 @@ SERVER = ["-m", "minisgl", "--port", "0"]
         (SERVER, {"PYTHONPATH": INJECTED, "FAULTS": "folder"}, True),
         (["-c", "pass"], {}, False),
         (SERVER, {"CXX": "compiler"}, False),
-        (SERVER, {"HF_HUB_OFFLINE": "1"}, False),
+        (SERVER, {"HF_HUB_OFFLINE": "as it is not"}, False),
         (SERVER, {"PYTHONPATH": f"/hidden:{BASE['PYTHONPATH']}"}, False),
     ],
 )

@@ -81,6 +81,15 @@ def accepts(matcher: LLMatcher, text: str) -> bool:
 SLOW = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+def test_what_ends_may_be_a_special_token(store: GrammarStore) -> None:
+    forms = [{"until": "<|im_start|>"}, {**part("grammar", "start: V\nV: /[a-z ]{1,12}/"), "then": "<|im_start|>"}]
+    for form in forms:
+        matcher = compile_in(store, "form", ["a", form, "b"])
+        assert accepts(matcher.deep_copy(), "a quick fox<|im_start|>b")
+        assert not accepts(matcher.deep_copy(), "a quick foxb")
+        assert not accepts(matcher, "a<|im_start|><|im_start|>b")
+
+
 @SLOW
 @given(schema=schemas(), seed=st.integers(0, 1000))
 def test_every_output_validates(store: GrammarStore, schema: dict[str, Any], seed: int) -> None:

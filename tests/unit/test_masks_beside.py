@@ -217,8 +217,8 @@ def test_each_mask_is_the_matchers_after_all_tokens_before_it(
     """The one that Python's llguidance computes, which takes them in another way."""
     numbers, submit = list[int](), MaskWorker.submit
 
-    def watched(worker: MaskWorker, rows: npt.NDArray[np.int64], *room: Any) -> None:
-        numbers.append(len(rows))
+    def watched(worker: MaskWorker, rows: npt.NDArray[np.int64] | None, *room: Any) -> None:
+        numbers.append(numbers[-1] if rows is None else len(rows))  # None: those of the job before
         submit(worker, rows, *room)
 
     monkeypatch.setattr(MaskWorker, "submit", watched)
@@ -284,6 +284,24 @@ class Room:
         rows = [MaskRow(one.address, refs[i], length, token, i) for i, (one, token) in table]
         self.worker.submit(np.array(rows, np.int64), words, states)
         return words, states
+
+
+def test_rows_that_go_on_are_those_of_the_job_before(store: GrammarStore) -> None:
+    room = Room(store, 2)
+    _, states = room.compute(0, -1, -1)
+    wait_for(states)
+    tokens = np.flatnonzero(np.unpackbits(room.first.view(np.uint8), bitorder="little"))[[0, 3]]
+    words, states = np.zeros((2, VOCAB // 32), np.int32), np.zeros(2, np.int32)
+    room.worker.submit(None, words, states, room.ids)
+    time.sleep(0.05)
+    assert (states == MASK_PENDING).all() and [one.num_tokens for one in room.matchers] == [0, 0]
+    room.ids[:] = tokens
+    wait_for(states)
+    assert (states == MASK_READY).all() and [one.num_tokens for one in room.matchers] == [1, 1]
+    for i, token in enumerate(tokens):
+        other = store.request(GRAMMARS[1]).result(60).matcher.deep_copy()
+        assert take(other, int(token)) and np.array_equal(words[i], mask_of(other))
+    room.worker.close()
 
 
 def test_a_matcher_that_breaks_harms_no_other(store: GrammarStore) -> None:

@@ -205,6 +205,21 @@ def test_rope_scaling_replaces_rope_parameters(tmp_path: Path, caplog: pytest.Lo
     assert read(tmp_path, **fields | {"rope_scaling": {}}).ropes[0].type == "default"
 
 
+@pytest.mark.parametrize("scaling", [{"factor": 2.0}, {"type": "linear", "factor": 4.0}, {"rope_theta": 2e5}])
+@pytest.mark.parametrize("full", [None, {"rope_type": "linear", "factor": 8.0, "rope_theta": 3e5}])
+@pytest.mark.parametrize(("name", "config"), [("Gemma3", "Gemma3TextConfig"), ("Olmo3", "Olmo3Config")])
+def test_of_layers_with_tables_of_their_own_rope_scaling_changes_what_it_names(
+    tmp_path: Path, name: str, config: str, full: dict[str, Any] | None, scaling: dict[str, Any]
+) -> None:
+    fields: dict[str, Any] = {**LLAMA, "num_hidden_layers": 6, "rope_scaling": scaling, "sliding_window": 8}
+    if full is not None:
+        fields["rope_parameters"] = {"full_attention": full, "sliding_attention": {"rope_type": "default"}}
+    hf = getattr(transformers, config)(**json.loads(json.dumps(fields))).rope_parameters["full_attention"]
+    rope = read(tmp_path, **{**fields, "architectures": [f"{name}ForCausalLM"]}).ropes[0]
+    told = rope.type, rope.theta, rope.scaling.get("factor") if rope.type == "linear" else hf.get("factor")
+    assert told == (hf["rope_type"], hf["rope_theta"], hf.get("factor"))
+
+
 def test_qwen_windows(tmp_path: Path) -> None:
     fields = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
     assert windows(read(tmp_path, **fields, use_sliding_window=False)) == (None,) * 4
@@ -306,6 +321,9 @@ def test_moe_layers(tmp_path: Path) -> None:
         ({**GEMMA4, "per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config must be one head_dim"),
         ({**GEMMA4, "per_layer_config": {"3": {"sliding_window": 4}}}, "per_layer_config must be one head_dim"),
         ({"architectures": ["Llama4ForConditionalGeneration"]}, "missing: attention within chunks"),
+        ({"architectures": ..., "model_type": "llama4_text"}, "llama4_text .missing: attention within chunks"),
+        ({"architectures": ..., "model_type": "deepseek_v3"}, "deepseek_v3 .missing: compressed keys"),
+        ({"architectures": ..., "model_type": "nemotron_h"}, "not supported: nemotron_h .supported: Llama"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false, not True"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),

@@ -64,6 +64,7 @@ HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n
 LLAMA = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
 MISTRAL = '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]'
 CODER = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
+GEMMA = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
 WEATHER = ("get_weather", PARIS)
 TIME = ("get_time", {})
 END = "</tool_call>"
@@ -72,6 +73,10 @@ END = "</tool_call>"
 def coder(**arguments: str) -> str:
     written = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in arguments.items())
     return f"<tool_call>\n<function=f>\n{written}</function>\n</tool_call>"
+
+
+def gemma(arguments: str) -> str:
+    return f"<|tool_call>call:f{{{arguments}}}<tool_call|>"
 
 
 DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
@@ -135,6 +140,14 @@ DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     # Seed-OSS: the chat template of the model.
     ("seed_oss", SEED, "", [WEATHER]),
     ("seed_oss", f"I look.\n{SEED}\n{SEED}", "I look.", [WEATHER, WEATHER]),
+    # Gemma 4: the chat template of the model.
+    ("gemma4", GEMMA, "", [WEATHER]),
+    ("gemma4", f"I look.\n{GEMMA}<|tool_call>call:get_time{{}}<tool_call|>", "I look.", [WEATHER, TIME]),
+    ("gemma4", GEMMA.removesuffix("<tool_call|>"), "", [WEATHER]),
+    ("gemma4", gemma('a:-1.5,b:true,c:null,d:<|"|><|"|>'), "", [("f", {"a": -1.5, "b": True, "c": None, "d": ""})]),
+    ("gemma4", gemma('s:<|"|>{a:"b", c:\nd}<|"|>,n:7'), "", [("f", {"s": '{a:"b", c:\nd}', "n": 7})]),
+    ("gemma4", gemma('o:{k:[1,{<|"|>x y<|"|>:<|"|>é<|"|>}]}'), "", [("f", {"o": {"k": [1, {"x y": "é"}]}})]),
+    ("gemma4", gemma('"a": "b, c: {d", e: 1'), "", [("f", {"a": "b, c: {d", "e": 1})]),
     # gpt-oss: OpenAI's description of the format, and what its chat template makes of calls.
     ("harmony", HARMONY, "", [WEATHER]),
     ("harmony", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}', "", [WEATHER]),
@@ -197,6 +210,12 @@ MALFORMED = [
     ("granite", "<|tool_call|> I cannot"),
     ("granite", '[{"name": "unknown", "arguments": {}}]'),
     ("phi4_mini", "functools is a module"),
+    ("gemma4", GEMMA.replace("get_weather", "get_lost")),
+    ("gemma4", gemma("a:b")),
+    ("gemma4", gemma('a:<|"|>b')),
+    ("gemma4", "<|tool_call>"),
+    ("gemma4", gemma("a:" + "[" * 100000)),
+    ("gemma4", gemma('<|"|>' * 30001)),
     ("glm4", "unknown\n{}"),
     ("glm4", "get_time"),
     ("seed_oss", SEED.replace("get_weather", "get_lost")),
@@ -316,6 +335,7 @@ FRAGMENTS = {
         "func",
         "functools",
     ],
+    "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "x:", '<|"|>', "}", "1", ",", GEMMA, "<|tool_"],
     "glm4": ["f", "get_time", "\n{", '{"x": "', '"}', "\n"],
     "seed_oss": [
         "<seed:tool_call>",

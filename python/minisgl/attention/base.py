@@ -88,7 +88,6 @@ class AttentionShape:
     max_running_requests: int
     max_seq_len: int
     windows: tuple[int | None, ...] = (None,)  # that layers have
-    num_fresh: int = 1  # newest tokens of a sequence whose keys and values a captured step may write
     has_float8: bool = False  # the cache is e4m3; dtype is that of queries
 
 

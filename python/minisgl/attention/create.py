@@ -65,7 +65,6 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         dtype=dtype,
         page_size=config.page_size,
         max_running_requests=2 * most_samples(config.max_running_requests) + 1,  # of a step that verifies: its tokens
-        num_fresh=1 + config.draft_len,
         max_seq_len=config.max_seq_len,
         has_float8=config.kv_cache_dtype == "fp8",
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),

@@ -59,13 +59,13 @@ class CudaBackend(AttentionBackend[PagedSequences]):
         cluster = cluster_size(q.shape[0], self._shape.num_kv_heads, self._num_sms)
         # A captured graph begins when all before it is done, and nothing in it writes the page table, the lengths or
         # older tokens. Launched one by one, the kernel may overlap one that does.
-        fresh = self._shape.num_fresh if torch.cuda.is_current_stream_capturing() else 0
+        fresh = metadata.fresh if torch.cuda.is_current_stream_capturing() else None
         self.launch(q, cache, spec.window or 0, metadata, out, cluster, fresh, sinks)
         return out
 
     def launch(
-        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int, fresh: int,
-        sinks: Tensor | None = None,
+        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int,
+        fresh: Tensor | None, sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
         """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; fresh: see the kernel."""
         inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens

@@ -315,8 +315,8 @@ def _architecture(f: Fields) -> str:
         if name in FAMILIES:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
-    missing = [what for begin, what in TABLE["missing"].items() if names and names[0].startswith(begin)]
-    nearest = get_close_matches(names[0], FAMILIES, 1) if names and not missing else []
-    hints = [f"missing: {what}; " for what in missing] + [f"nearest: {name}; " for name in nearest]
+    names = names or [f.text("model_type", "none given")]
+    hints = [f"missing: {it}; " for begin, it in TABLE["missing"].items() if names[0].lower().startswith(begin.lower())]
+    hints = hints or [f"nearest: {name}; " for name in get_close_matches(names[0], FAMILIES, 1)]
     known = "".join(hints) + f"supported: {known}, each ForCausalLM"
-    raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80] or 'none given'} ({known})")
+    raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80]} ({known})")

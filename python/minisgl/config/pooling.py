@@ -48,10 +48,8 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     name, modules = (config.list_of(str, "architectures") or [""])[0], _modules(path / "modules.json")
     is_classifier, is_bare = name.endswith("ForSequenceClassification"), name.endswith("Model")
     stored = TEXTS["stored"].get(str(config.data.get("pooling_type")), "generate")
-    if task is None:
-        scores, embeds = is_classifier or "LogitScore" in modules, is_bare or bool(modules)
-        task = "score" if scores else "embed" if embeds else stored
-    if task == "generate":
+    likely = "score" if is_classifier or "LogitScore" in modules else "embed" if is_bare or modules else stored
+    if (task := task or likely) == "generate":
         return None
     inputs = read_fields(path / "sentence_bert_config.json")
     kwargs = inputs.child("processing_kwargs")
@@ -115,8 +113,10 @@ def _labels(path: Path, modules: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def _has_head(path: Path) -> bool:
-    """Whether files of safetensors have one; what is stored otherwise does, and what is broken (loading tells why)."""
+    """Whether files of safetensors have the model's own; others have one, and what is broken (loading tells why)."""
     with suppress(OSError, SafetensorError):
         files: list[Any] = [safe_open(str(file), framework="np") for file in path.glob("*.safetensors")]
-        return not files or any(name.endswith("lm_head.weight") for file in files for name in file.keys())  # noqa: SIM118
+        names = [name.split(".") for file in files for name in file.keys()]  # noqa: SIM118
+        heads = (parts[:-2] for parts in names if parts[-2:] == ["lm_head", "weight"])
+        return not files or any(all("mod" in part for part in outer) for outer in heads)  # `model.`, but not `mtp.`
     return True

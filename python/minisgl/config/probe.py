@@ -58,10 +58,9 @@ def probe_nvidia(chosen: str | None) -> Nvidia:
         for i, handle in enumerate(handles[index] for index in indices):
             memory, arch = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetCudaComputeCapability(handle)
             gpus.append(Gpu(i, str(pynvml.nvmlDeviceGetName(handle)), tuple(arch), int(memory.total), int(memory.free)))
-        problem = "" if gpus else "the NVIDIA driver sees no GPU"
-        if handles and not gpus:
-            problem = f"CUDA_VISIBLE_DEVICES={chosen} shows none of this machine's {len(handles)} GPUs"
-        return Nvidia(tuple(gpus), driver, cuda, problem)
+        hidden = f"CUDA_VISIBLE_DEVICES={chosen} shows none of this machine's {len(handles)} GPUs"
+        problem = hidden if handles else "the NVIDIA driver sees no GPU"
+        return Nvidia(tuple(gpus), driver, cuda, "" if gpus else problem)
     except pynvml.NVMLError as error:
         return Nvidia(gpu_problem=f"the NVIDIA driver does not answer ({error}); look at nvidia-smi")
     finally:

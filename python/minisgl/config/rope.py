@@ -24,19 +24,19 @@ def read_rope(
     where both are given), and the longest sequence.
 
     layer: of `layer_types`, each of which has its own object, or what there is, where it is not "". Those that slide
-    have `rope_local_base_freq` in the older form, and no scaling. names: other ones of types. is_partial: a part of a
-    head's features may be rotated; otherwise a file that says so is refused.
+    have `rope_local_base_freq` in the older form, and no scaling; of others, `rope_scaling` has what differs. names:
+    other ones of types. is_partial: a part of a head's features may be rotated; a file that says so is refused else.
     """
     parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
     differ = any(isinstance(part, dict) for part in parameters.data.values()) or f.number("rope_local_base_freq", False)
     parameters = parameters.child(layer) if layer and differ else parameters
     rope = f.child("rope_scaling") if f.data.get("rope_scaling") and not slides else parameters
+    rope.data = {"rope_type": "default", **parameters.data, **rope.data} if layer and rope != parameters else rope.data
     if any(isinstance(value, dict) for value in rope.data.values()):
         raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
     default = f.number("rope_local_base_freq" if slides else "rope_theta", 10000.0, above=1)
     theta, lost = rope.number("rope_theta", default, above=1), parameters.data.get("rope_theta")
-    is_told = any(of.data.get("rope_theta") is not None for of in (rope, f))
-    if lost is not None and not is_told and f.data.get("rope_parameters"):
+    if lost and f.data.get("rope_parameters") and not (rope.data.get("rope_theta") or f.data.get("rope_theta")):
         logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
     name = rope.text("rope_type", rope.text("type", "default"))
     if (name := names.get(name, name)) not in ROPE_TYPES:

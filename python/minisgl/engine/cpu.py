@@ -6,7 +6,9 @@ import queue
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent import futures
+from contextlib import suppress
 from functools import partial
 from typing import cast
 
@@ -43,6 +45,7 @@ class CpuTables:
     def __init__(self, config: EngineConfig) -> None:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests
         self.places: Tensor | None = None
+        self.fresh = torch.ones(1, dtype=torch.int32)  # nobody looks
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
@@ -62,9 +65,8 @@ class CpuTables:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Ids and slots of a step's tokens."""
-        at = batch.tensors.token_rows.numpy(), batch.tensors.positions.numpy()
+        at, windowed = (batch.tensors.token_rows.numpy(), batch.tensors.positions.numpy()), batch.attention.windowed
         ids, slots = self._ids[at].astype(np.int64), torch.from_numpy(batch.attention.slots_of(*at))
-        windowed = batch.attention.windowed
         return torch.from_numpy(ids), [slots, slots if windowed is None else torch.from_numpy(windowed.slots_of(*at))]
 
 
@@ -76,7 +78,7 @@ class WholeStep:
         config, self._model = shard.config.model, shard.model
         self._module, self._backend, self._tables = ops.module, CpuBackend(ops), tables
         self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (kv, ops)
-        self._logits = torch.empty(0, self._vocab_size)
+        self._logits, self.begins = torch.empty(0, self._vocab_size), lambda: None
         numbers = config.rms_norm_eps, config.embedding_scale, embedding.matrices[0][0], head.matrices[0][0]
         self.handle: int = self._module.create_model(ops.workers, *numbers, shard.model.norm)
         weakref.finalize(self, self._module.destroy_model, self.handle)
@@ -93,14 +95,12 @@ class WholeStep:
         logits = self._logits[:num_logits]
         sequences, pages, page_size = self._backend.prepare(batch.attention)
         numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, self._tables.window_table, page_size
+        self.begins()
         self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, batch.tensors.drafted)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
-        return Computed(
-            lambda tokens: logits if tokens is None else self._model.capped(more(tokens)),
-            partial(self._rows, "hidden_rows", width=self._hidden_size),
-            input_ids,
-        )
+        hidden = partial(self._rows, "hidden_rows", width=self._hidden_size)
+        return Computed(lambda ids: logits if ids is None else self._model.capped(more(ids)), hidden, input_ids)
 
     def _rows(self, function: str, tokens: Tensor, width: int) -> Tensor:
         rows = torch.empty(len(tokens), width)
@@ -109,9 +109,8 @@ class WholeStep:
 
 
 def rank_cores(rank: int, tp_size: int) -> list[int]:
-    """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all.
-
-    Few cores are left to the scheduler of the system, which knows what else has to run on them."""
+    """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all. Few cores are
+    left to the scheduler of the system, which knows what else has to run on them."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if tp_size == 1 or len(cores) < 4 * tp_size:
         return []
@@ -125,8 +124,7 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
     shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
     kv, tables = shard.create_kv(config.num_pages + 1, config.num_window_pages + 1), CpuTables(config)
-    uses_kernels = (config.prefill_backend, config.decode_backend) == ("cpu", "cpu")
-    own = kernels if uses_kernels else None
+    own = kernels if {config.prefill_backend, config.decode_backend} == {"cpu"} else None
     backend = shard.create_attention() if own is None else cast(Backend, CpuBackend(own))
 
     def inputs(batch: Batch) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
@@ -145,8 +143,8 @@ class Asked:
     """`core.Masks` from when a step is submitted: those before it run meanwhile, and tell their tokens."""
 
     def __init__(self, masks: Masks, masked: tuple[int, ...]) -> None:
-        self.shape, self._masked, states = masks.shape, np.array(masked), np.full(len(masked), MASK_PENDING, np.int32)
-        self._board = np.empty(self.shape, np.int32), states, np.full_like(states, ID_PENDING)
+        self.shape, self._masked, states = masks.shape, np.array(masked), np.zeros(len(masked), np.int32)
+        self._board = np.empty(self.shape, np.int32), states, np.full(len(masked), ID_PENDING, np.int32)
         masks(*self._board)
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:  # noqa: ARG002
@@ -164,11 +162,9 @@ class CpuHandle(futures.Future[StepResult]):
     """A step in the runner's thread (a `core.StepHandle`)."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        try:
+        with suppress(futures.TimeoutError):
             self.exception(timeout)  # one lock, where `futures.wait` would make an event for each call
-        except futures.TimeoutError:
-            return False
-        return True
+        return self.done()
 
 
 class CpuRunner:
@@ -179,6 +175,7 @@ class CpuRunner:
             raise ConfigError(f"--device {config.device} is not available (available: cpu, cuda)")
         self.num_pages, self.num_window_pages = config.num_pages, config.num_window_pages
         self._queue: queue.SimpleQueue[tuple[CpuHandle, StepPlan, Asked | None] | None] = queue.SimpleQueue()
+        self._ended: Callable[[], None] = lambda: None  # tells of the last step
         loaded: futures.Future[StepRunner] = futures.Future()
         args = config, rank, loaded
         self._thread = threading.Thread(target=self._work, args=args, name="minisgl-engine", daemon=True)
@@ -206,19 +203,29 @@ class CpuRunner:
                 loaded.set_exception(error)
                 return
             loaded.set_result(steps)
+            if isinstance(steps.forward, WholeStep):
+                steps.forward.begins = self._tell
             while (item := self._queue.get()) is not None:
-                _execute(steps, *item)
+                self._tell(_execute(steps, *item))
+                if self._queue.empty() or not isinstance(steps.forward, WholeStep):
+                    self._tell()
+            self._tell()
         steps.shard.comm.close()
 
+    def _tell(self, ended: Callable[[], None] = lambda: None) -> None:
+        """Of a step, as the next one's layers begin: planners' Python would hold up what comes between."""
+        before, self._ended = self._ended, ended
+        before()
 
-def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Asked | None) -> None:
+
+def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Asked | None) -> Callable[[], None]:
     try:
         launched = steps.launch(plan, masks)
         if masks is not None:
             masks.tell(launched.ids)
-        handle.set_result(launched.result(plan))
+        return partial(handle.set_result, launched.result(plan))
     except Exception as error:
         logger.exception("step %d failed", plan.step_id)
         failed = EngineError(f"step {plan.step_id} failed: {error}")
         failed.__cause__ = error
-        handle.set_exception(failed)
+        return partial(handle.set_exception, failed)

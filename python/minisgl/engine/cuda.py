@@ -195,6 +195,7 @@ class CapturedSteps(StepRunner):
             plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
+        most = 1 + self.shard.config.draft_len
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
@@ -202,12 +203,15 @@ class CapturedSteps(StepRunner):
             return super()._launch(plan, masks, before)
         shape, padding = found
         index = StepIndex.of((*reqs, *padding))
-        if num < plan.num_tokens:
+        if has_prompts := num < plan.num_tokens:
             index = index.all_sampled(num, row)
+            self.tables.fresh.fill_(max(most, *(share.num_new for share in plan.reqs)))
         self.tables.send(plan, index, masks)
         if self._backend.plans_captured:
             self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
+        if has_prompts:
+            self.tables.fresh.fill_(most)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
         if told is None or self.propose is None:

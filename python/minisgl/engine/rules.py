@@ -3,8 +3,8 @@
 Per row: repetition, presence and frequency penalties, then `logit_bias`, then the tokens that are forbidden (ends of
 the output before `min_tokens`, and what a bitmask leaves out). Kernels do so while they sample; their reference, for
 devices that have none, is here and in `kernel.sampling`. Sums are in float32. A row's history is read from the engine's
-token table, so nothing is kept that an abort or a retraction could leave behind. A step without such rows pays for a
-look at a few zeros."""
+token table, so nothing is kept that an abort or a retraction could leave behind.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -26,7 +26,6 @@ _ENTRY = np.dtype([("id", np.int32), ("value", np.float32)])
 
 class StepRules(NamedTuple):
     """What changes the logits of n rows that sample, beside penalties, which their records have. On the host.
-
     To the logits of row i of the engine's tables the entries from bounds[i] to bounds[i + 1] are added; -inf, which
     come first, only where its position is below its `min_len`."""
 

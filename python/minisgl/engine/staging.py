@@ -64,6 +64,7 @@ class DeviceTables:
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.token_ids = torch.zeros(num_rows + 1, config.max_seq_len + 2, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(self.host.pages.shape, dtype=torch.int32, device=device)
+        self.fresh = torch.full((1,), 1 + config.draft_len, dtype=torch.int32, device=device)
         self.window_table = torch.zeros_like(self.page_table) if config.window else self.page_table
         self._tables = self.page_table, self.window_table
         self._ops, self._page_size = ops, config.page_size

@@ -61,6 +61,7 @@ class Tables(Protocol):
     page_table: Tensor  # [num_rows, max_pages] int32
     window_table: Tensor  # the same, for layers whose windows slide
     padding_row: int  # of nobody's requests, with a page of its own
+    fresh: Tensor  # of `PagedSequences`
 
     def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:
         """Send a step's numbers, ask for masks if there are `places`, and write prompts, pages and drafts of rows."""
@@ -161,7 +162,8 @@ class StepRunner:
 
     def attention(self, sequences: Sequences, on_gpu: tuple[Tensor, Tensor, Tensor], num_decode: int) -> AttentionStep:
         """on_gpu: rows, seq_lens and cu_q of `PagedSequences`."""
-        host, device = self.tables.host, PagedSequences(self.tables.page_table, *on_gpu, self.tables.host.page_size)
+        host, tables = self.tables.host, self.tables
+        device = PagedSequences(tables.page_table, *on_gpu, host.page_size, tables.fresh)
         step = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
         if not host.window:
             return step

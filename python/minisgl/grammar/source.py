@@ -56,7 +56,7 @@ class _Writer:
 
     A form is a text, a list of forms that follow each other, or one of these: `{"any": [form, …]}`, one of them;
     `{"many": form, "between": text}`, once or more; `{"until": text}`, whatever comes before that text, and the text;
-    or the fields of a `Grammar`, whose `param` names what is wrong, unless `"or"` has another form for that case.
+    or the fields of a `Grammar`, and `"then"`, text; `param` names what is wrong, or `"or"` is a form for that case.
     """
 
     def __init__(self, special: Mapping[str, int], param: str) -> None:
@@ -76,6 +76,9 @@ class _Writer:
             match, between = self.expression(form["many"]), self._literal(form["between"])
             return f"{match} ({between} {match})*"
         if "until" in form:
+            if form["until"] in self._special:
+                self.rules["ANYTHING"] = r"/(.|\n)*/"
+                return f"ANYTHING {self._literal(form['until'])}"
             name = f"until{len(self.rules)}"
             self.rules[f"{name}[lazy]"] = rf"/(.|\n)*{_escaped(form['until'])}/"
             return name
@@ -84,11 +87,7 @@ class _Writer:
     def reasoning(self, reasoning: str) -> dict[str, str]:
         """Rules of what comes before the answer, tags and whitespace included. No token that ends the output does."""
         when, opening, closing = reasoning.split()
-        opening = self._literal(opening)
-        if closing in self._special:
-            thought = {"thought": f"ANYTHING {self._literal(closing)}", "ANYTHING": r"/(.|\n)*/"}
-        else:  # a text as any other
-            thought = {"thought[lazy]": r"/(.|\n)*" + _escaped(closing) + "/"}
+        opening, thought = self._literal(opening), {"thought": self.expression({"until": closing})}
         start = f"({opening})? thought SPACE?" if when == "always" else f"({opening} thought SPACE?)?"
         return {"reasoning": start, "SPACE": r"/[ \t\n]{1,32}/", **thought}
 
@@ -105,7 +104,7 @@ class _Writer:
                     return self.expression(form["or"])
                 raise RequestError(f"{param}: {error}", param=param) from None
             self.grammars[key] = {**json.loads(body)["grammars"][0], "name": f"body{len(self.grammars)}"}
-        return f"@{self.grammars[key]['name']}"
+        return f"@{self.grammars[key]['name']} {self._literal(form.get('then', ''))}"
 
     def _compiled(self, form: Mapping[str, Any]) -> str:
         """A list of one grammar, as JSON. Raises: ValueError."""

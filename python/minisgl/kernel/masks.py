@@ -19,7 +19,7 @@ _LIMITS = (*_SIZES, "max_grammar_size", "precompute_large_lexemes", "verbose_err
 
 
 class MaskRow(NamedTuple):
-    """A mask to be computed: `Row` in `csrc/src/masks.cc`, and a row of a table of int64."""
+    """A mask to be computed: `Row` in `csrc/include/minisgl/masks/worker.h`, and a row of a table of int64."""
 
     matcher: int
     ref: int  # the address where the last token will be written; 0: the host knows it
@@ -99,7 +99,7 @@ class MaskWorker:
     def __init__(self, dear: float) -> None:
         """dear: seconds of a core."""
         ours = self._ours = load_masks()  # whose short functions keep Python's lock: to get it back takes longer
-        for short in (ours.submit, ours.tell, ours.num_dear_of, ours.last_cost_of):
+        for short in (ours.submit, ours.go_on, ours.tell, ours.num_dear_of, ours.last_cost_of):
             short.release_gil = False
         self._own, self._held = ours.make_worker(dear), deque[tuple[Words, ...]]()  # its arrays, states first
 
@@ -113,13 +113,17 @@ class MaskWorker:
         """Seconds of a core that the masks of the last step took."""
         return float(self._ours.last_cost_of(self._own))
 
-    def submit(self, rows: npt.NDArray[np.int64], words: Words, states: Words, *read: Words) -> None:
-        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s; read: what those name."""
+    def submit(self, rows: npt.NDArray[np.int64] | None, words: Words, states: Words, *read: Words) -> None:
+        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s, which name what is read;
+        None: of the last job, each with one token more, which will be in the array that is read, at its row's place."""
         while self._held and MASK_PENDING not in self._held[0][0].tolist():
             self._held.popleft()
         self._held.append((states, words, *read))
-        places = rows.ctypes.data, len(rows), words.ctypes.data, states.ctypes.data, words.shape[1]
-        self._ours.submit(self._own, *places)
+        places = words.ctypes.data, states.ctypes.data
+        if rows is None:
+            self._ours.go_on(self._own, read[0].ctypes.data, *places)
+        else:
+            self._ours.submit(self._own, rows.ctypes.data, len(rows), *places, words.shape[1])
 
     def close(self) -> None:
         """What is not computed yet is not ready."""

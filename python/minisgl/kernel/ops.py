@@ -69,13 +69,15 @@ def widened(kept: Tensor, dtype: torch.dtype) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class PagedSequences:
     """int32 on the device. page_table: [rows, max pages]; rows, seq_lens: [n]; cu_q: [n + 1], offsets of the sequences'
-    tokens in q. seq_lens counts this step's tokens too, which come last."""
+    tokens in q. seq_lens counts this step's tokens too, which come last. fresh: [1], at least so many of a sequence's
+    newest tokens are all that a captured step writes; None: there are no captured steps."""
 
     page_table: Tensor
     rows: Tensor
     seq_lens: Tensor
     cu_q: Tensor
     page_size: int  # tokens
+    fresh: Tensor | None = None
 
 
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
@@ -90,13 +92,14 @@ Experts = Callable[..., Tensor]
 class Around:
     """What is computed with a product, at once where a kernel can. bias: [out]; norm, eps: of x, which is normalised
     first; residual: [num_tokens, out], which becomes its sum with the product, rounded once; gated: activation(gate) *
-    up, the weight's first half being gate's rows."""
+    up, the weight's first half being gate's rows; apart: another such product is not next."""
 
     bias: Tensor | None = None
     norm: Tensor | None = None
     eps: float = 0.0
     residual: Tensor | None = None
     gated: bool = False
+    apart: bool = False
 
     def num_out(self, rows: int) -> int:
         """Columns of the result. rows: of the weight."""
@@ -104,9 +107,7 @@ class Around:
 
     def target(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         """Where the result goes. rows: of the weight."""
-        if self.residual is not None:
-            return self.residual
-        return torch.empty(len(x), self.num_out(rows), dtype=dtype, device=x.device)
+        return x.new_empty(len(x), self.num_out(rows), dtype=dtype) if self.residual is None else self.residual
 
 
 ALONE = Around()

@@ -56,6 +56,6 @@ def linear(x: Tensor, weight: Tensor, around: Around, scales: Tensor | None = No
     scales: of e4m3 (as uint8), as `float8.Weight` has them. variant: -1: the kernel's choice.
     """
     out, module = around.target(x, len(weight), x.dtype), prepare(x.device, x.dtype, len(x), scales is not None)
-    adds = around.residual is not None
-    module.skinny_linear(x, around.norm, around.eps, weight, scales, around.bias, out, adds, around.gated, variant)
+    kind = around.residual is not None, around.gated, around.apart
+    module.skinny_linear(x, around.norm, around.eps, weight, scales, around.bias, out, *kind, variant)
     return out

@@ -39,6 +39,7 @@ class Attention(Layer):
         heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
         self.qkv_proj = ColumnLinear(env, width, heads, "attention heads", config.qkv_bias, orders=orders)
         self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
+        self.qkv_proj.apart = self.o_proj.apart = isinstance(config.layers[layer].mlp, MoE)
         self._sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
         self._qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
         numbers = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
@@ -94,9 +95,7 @@ class Attention(Layer):
         if self._sinks is not None:
             rows = self._heads.start, self._heads.stop
             yield WeightSlot(f"{prefix}sinks", (self.o_proj.shards[""].shape[1] // self._head_dim,), self._sinks, rows)
-        if self._qk_norm is None:
-            return
-        targets = self._qk_norm.split_with_sizes((self._num_q, self._num_kv))
+        targets = () if self._qk_norm is None else self._qk_norm.split_with_sizes((self._num_q, self._num_kv))
         for kind, target in zip("qk" if self._num_kv else "q", targets, strict=False):
             name = f"{prefix}{kind}_norm.weight"
             if self._is_wide:

@@ -24,6 +24,7 @@ class Linear(Layer):
     """
 
     matrix: Matrix  # once it is packed
+    apart = False  # of `Around`
 
     def __init__(
         self, env: LayerEnv, shape: Shape, shards: Mapping[str, Shard] | None = None, bias: bool = False,
@@ -72,7 +73,7 @@ class Linear(Layer):
 
     def project(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """x: [num_tokens, in], which `norm` normalises first → y, or activation(gate) * up of its two halves."""
-        return self.matrix.apply(x, Around(self.bias, norm, eps, gated=self._activation is not None))
+        return self.matrix.apply(x, Around(self.bias, norm, eps, None, self._activation is not None, self.apart))
 
     def cpu_spec(self) -> CpuSpec | None:
         handle = self.matrix.cpu_handle
@@ -126,7 +127,7 @@ class RowLinear(Linear):
         if norm is not None:
             part = self.matrix.apply(x, Around(self.bias if self._comm.rank == 0 else None))
             return residual.add_(self._ops.rms_norm(self._comm.all_reduce(part), norm, eps))
-        around = ALONE if self._comm.rank > 0 else Around(self.bias, residual=residual)
+        around = ALONE if self._comm.rank > 0 else Around(self.bias, residual=residual, apart=self.apart)
         return self._comm.all_reduce(self.matrix.apply(x, around))
 
 

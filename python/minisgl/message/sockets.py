@@ -32,14 +32,10 @@ class Endpoints:
 
 def ipc_endpoints(directory: str, num_tokenizer: int = 0, tp_size: int = 1) -> Endpoints:
     """Of processes of this machine, inside of a directory of theirs: no port that can be taken by someone else."""
-
-    def at(name: str) -> str:
-        return f"ipc://{directory}/{name}"
-
-    names = [f"tokenizer-{index}" for index in range(num_tokenizer)] or [DETOKENIZER]
-    ranks = tuple(at(f"rank-{rank}") for rank in range(1, tp_size))
-    tokenizers, rendezvous = {name: at(name) for name in names}, f"file://{directory}/rendezvous"
-    return Endpoints(at("backend"), at("frontend"), at(DETOKENIZER), tokenizers, ranks, rendezvous)
+    names, base = [f"tokenizer-{index}" for index in range(num_tokenizer)] or [DETOKENIZER], f"ipc://{directory}"
+    ranks = tuple(f"{base}/rank-{rank}" for rank in range(1, tp_size))
+    tokenizers, rendezvous = {name: f"{base}/{name}" for name in names}, f"file://{directory}/rendezvous"
+    return Endpoints(f"{base}/backend", f"{base}/frontend", f"{base}/{DETOKENIZER}", tokenizers, ranks, rendezvous)
 
 
 class _Inbox(Generic[T]):

@@ -16,6 +16,7 @@ MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
 _KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
+_NAMED = re.compile(r'<\|"\|>(.*?)<\|"\|>|"(?:[^"\\]|\\.)*"|(?<=[{,])\s*([^][{}",:\s]+)\s*(?=:)', re.S)
 # In calls as Python has them: strings, or names of functions and arguments, which need not be any for Python.
 _STRING = r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?'''
 _NAMES = re.compile(rf"""({_STRING})|(?<![^\s()[\]{{}},="'])([^\s()[\]{{}},="']+)(?=\s*[=(])""", re.DOTALL)
@@ -120,10 +121,12 @@ def calls_in(text: str, names: Collection[str], language: str = "json") -> list[
     """Calls of functions that the client has, whose arguments are objects. None: the text is something else.
 
     language: "json": `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such; "python": a list of calls,
-    `[f(a=1), g(b="x")]`, with keyword arguments only, all of them literals; "lines": such calls, one after the other.
+    `[f(a=1), g(b="x")]`, with keyword arguments only, all of them literals; "lines": such calls, one after the other;
+    "names": one, `call:f{a:1}`, as JSON but for names without quotes, and strings, between `<|"|>`.
     """
     try:
-        value = _json_value(text) if language == "json" else _python_value(text, in_list=language == "python")
+        by_language = {"json": _json_value, "names": _named_value}
+        value = by_language[language](text) if language in by_language else _python_value(text, language == "python")
         return [_call(item, names) for item in (value if isinstance(value, list) else [value])] or None
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
@@ -134,7 +137,14 @@ def _json_value(text: str) -> Any:
     return json.loads(text, strict=False, parse_constant=int)  # NaN and the like are none
 
 
-def _python_value(text: str, *, in_list: bool) -> list[dict[str, Any]]:
+def _named_value(text: str) -> dict[str, Any]:
+    """As the object that a call in JSON is: what stands between tokens gets quotes, and names."""
+    name, bracket, rest = text.strip().removeprefix("call:").partition("{")
+    made = _NAMED.sub(lambda it: it[0] if it[0][0] == '"' else json.dumps(it[1] or it[2] or ""), bracket + rest)
+    return {"name": name, "arguments": _json_value(made)}
+
+
+def _python_value(text: str, in_list: bool) -> list[dict[str, Any]]:
     """Calls in Python as they are in JSON: those of a list, or statements; none if it is no list.
 
     Raises: ValueError or TypeError when one of them is no call.
@@ -162,22 +172,18 @@ def _python_value(text: str, *, in_list: bool) -> list[dict[str, Any]]:
 
 def _dump(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # Half of a surrogate pair can be escaped in JSON, but not sent as UTF-8.
-    return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text
+    return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text  # half of a pair cannot be sent as UTF-8
 
 
 def _call(value: Any, names: Collection[str]) -> Part:
     """Raises: ValueError when it is no call of one of these functions."""
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value["function"]
-    name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str) or name not in names:
+    fields = value if isinstance(value, dict) else {}
+    fields = fields["function"] if isinstance(fields.get("function"), dict) else fields
+    if not isinstance(name := fields.get("name"), str) or name not in names:
         raise ValueError("no call of a known function")
-    arguments = value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = _json_value(arguments) if arguments.strip() else {}
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
+    arguments = fields.get("arguments", fields.get("parameters"))
+    arguments = _json_value(arguments.strip() or "{}") if isinstance(arguments, str) else arguments
+    if not isinstance(arguments := {} if arguments is None else arguments, dict):
         raise ValueError("arguments are an object")
     return Part("call", _dump(arguments), name)
 
@@ -200,18 +206,15 @@ class BracketReader:
         self._quotes = quotes
         self._quote = ""  # of the string that is open
         self._escaped = False
-        self._depth = 0
-        self.too_deep = False
+        self._depth, self.too_deep = 0, False
 
     def read(self, text: str, *, final: bool = False) -> tuple[int, str, bool]:  # noqa: ARG002
         """How many characters of the text belong to the value, what they are, and whether it ends with them."""
         read: list[str] = []
         for character in text:
-            if self._escaped:
-                self._escaped = False
-            elif self._quote:
-                self._escaped = character == "\\"
-                self._quote = "" if character == self._quote else self._quote
+            if self._quote:
+                self._quote = "" if character == self._quote and not self._escaped else self._quote
+                self._escaped = character == "\\" and not self._escaped
             elif character in self._quotes:
                 self._quote = character
             elif character in "([{":
@@ -235,17 +238,15 @@ def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
         return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
     if values := literals(schema):
         return {_KINDS.get(type(value), "null") for value in values}
-    schemas = [branch for key in ("anyOf", "oneOf", "allOf") for branch in listed(schema, key)]
-    branches: list[set[str]] = [json_kinds(branch, root, depth + 1) for branch in schemas]
-    return set().union(*branches) if all(branches) else set()
+    branches = [json_kinds(one, root, depth + 1) for key in ("anyOf", "oneOf", "allOf") for one in listed(schema, key)]
+    return set[str]().union(*branches) if all(branches) else set()
 
 
 def typed_value(text: str, kinds: set[str]) -> str:
     """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
     if kinds != {"string"}:
         with contextlib.suppress(ValueError, RecursionError):
-            value = _json_value(_PYTHON.get(text.strip(), text))
-            kind = _KINDS.get(type(value), "null")
+            kind = _KINDS.get(type(value := _json_value(_PYTHON.get(text.strip(), text))), "null")
             if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
                 return _dump(value)
     return _dump(text)

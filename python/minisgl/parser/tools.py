@@ -45,7 +45,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class CallFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """language: of arguments; "tags": each between tags, strings as they are and other values in JSON; "lines": as
-    "python", without a list around the calls, up to the first of `closers`.
+    "python", without a list around the calls, up to the first of `closers`; "names": JSON, and names without quotes.
     markers: what may be a call begins with one of these, wherever they stand; bare: or with this pattern, at the
     beginning of the message or after a call.
     closers: what stands behind a call; each may be missing. between: what may stand between a call and the next, beside
@@ -56,7 +56,7 @@ class CallFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     layouts: list[Layout]
     markers: tuple[str, ...]
-    language: Literal["json", "python", "lines", "tags"] = "json"
+    language: Literal["json", "python", "lines", "tags", "names"] = "json"
     bare: str = ""
     closers: list[str] = []
     between: str = ""
@@ -88,15 +88,13 @@ class ToolParser(Parser):
     """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless the format
     says otherwise.
 
-    name: of the format; None when it is not known. functions: those that can be called, and the JSON schemas of their
-    arguments.
+    name: of the format; None when it is not known. functions: those that can be called, and schemas of their arguments.
     """
 
     def __init__(self, name: str | None, functions: Mapping[str, Any]) -> None:
         super().__init__()
         self._format = TOOL_PARSERS[name or UNKNOWN]
-        # Of calls without their names.
-        self._brackets = {"json": "{[", "python": "[", "lines": "", "tags": ""}[self._format.language]
+        self._brackets = {"json": "{[", "python": "["}.get(self._format.language, "")  # of calls without their names
         self._functions = functions
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
@@ -133,9 +131,9 @@ class ToolParser(Parser):
         closers = ["]", *self._format.closers] if in_list else self._format.closers
         if head is not None and head[2] in self._functions:
             return Found(head.end(), [Part("call", "", head[2])], BracketReader(), ["}", *closers], in_list)
-        if self._format.language == "lines":
+        if self._format.language in ("lines", "names"):
             whole, found, _ = text[start:].partition(closers[0])
-            calls = calls_in(whole, self._functions, "lines") if found or final else None
+            calls = calls_in(whole, self._functions, self._format.language) if found or final else None
             return Found(start + len(whole), calls, None, closers) if found or final else None
         start = len(text) - len(text[start:].lstrip())
         if start == len(text):
@@ -284,39 +282,41 @@ def _arguments(language: str, function: Field) -> Form:
     fields = _fields(function)
     if language == "tags":
         return [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in fields]
-    items = [[f"{field.name}=", field.json({}, "python")] for field in fields]
-    behind = [field.maybe([", ", item]) for field, item in zip(fields, items, strict=True)]
+    named = language == "names"
+    items = [[f"{f.name}:", _value(f, *_QUOTES)] if named else [f"{f.name}=", f.json({}, "python")] for f in fields]
+    behind = [field.maybe(["," if named else ", ", item]) for field, item in zip(fields, items, strict=True)]
     first = next((index for index, field in enumerate(fields) if field.needed), len(items))
     starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
     return {"any": starts if first < len(items) else [*starts, []]}
 
 
-_END = "\n</parameter>\n"
+_END, _QUOTES = "\n</parameter>\n", ('<|"|>', '<|"|>')
 
 
-def _value(field: Field, depth: int = 0) -> Form:
-    """An argument as Qwen3-Coder writes it, up to the end of its tag: strings without quotes, and JSON."""
+def _value(field: Field, begin: str = "", end: str = _END, depth: int = 0) -> Form:
+    """An argument before the end of its tag, or as Gemma 4 writes it: strings as they are from `begin` on, and JSON."""
     schema = resolved(field.schema, field.schema)
     branches = schema.get("anyOf")
     if isinstance(schema.get("type"), list):
         branches = [{**schema, "type": kind} for kind in schema["type"]]
     if isinstance(branches, list) and depth < MAX_TYPES and all(isinstance(branch, dict) for branch in branches):
         shared = definitions(field.schema)
-        return {"any": [_value(field._replace(schema={**shared, **branch}), depth + 1) for branch in branches]}
+        return {"any": [_value(field._replace(schema=shared | branch), begin, end, depth + 1) for branch in branches]}
+    tail = "" if begin else end
     if values := literals(schema):
-        return {"any": [[value if isinstance(value, str) else json.dumps(value), _END] for value in values]}
+        return {"any": [[begin, one, end] if isinstance(one, str) else [json.dumps(one), tail] for one in values]}
     if schema.get("type") != "string":
-        return [field.json({}), _END]
+        return [field.json({}), tail]
     patterns = [PATTERNS[name] for name in (str(schema.get("format")),) if name in PATTERNS]
     patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
     least, most = schema.get("minLength") or 0, schema.get("maxLength")
     if least or most is not None:
         patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
     if not patterns:
-        return {"until": _END}
-    lark = f"start: V {json.dumps(_END)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
-    form = {"kind": "grammar", "text": lark, "param": field.param}
-    return form if field.binds else {**form, "or": {"until": _END}}
+        return [begin, {"until": end}]
+    lark = f"start: V {json.dumps(tail)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
+    form = {"kind": "grammar", "text": lark, "param": field.param, "then": end[len(tail) :]}
+    return [begin, form if field.binds else {**form, "or": {"until": end}}]
 
 
 def _searched(pattern: str) -> str:

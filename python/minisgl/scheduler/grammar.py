@@ -107,9 +107,8 @@ class Grammars:
         plan = planned.plan
         if not plan.masked or self._store is None:
             return None
-        shares = zip(planned.reqs, plan.reqs, strict=True)
-        masked = [req for req, share in shares if share.num_samples and req.params.grammar is not None]
-        outputs = [(req, self.outputs[req.uid]) for req in masked]
+        samples = [req for req, share in zip(planned.reqs, plan.reqs, strict=True) if share.num_samples]
+        outputs = [(req, self.outputs[req.uid]) for req in samples if req.params.grammar is not None]
         self.begin()
         now, before = time.perf_counter(), [step for step in submitted if step[0].plan.masked]
         interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)

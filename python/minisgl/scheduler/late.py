@@ -6,7 +6,6 @@ from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.core import ID_PENDING, MASK_NOT_READY, MASK_READY, NOT_READY, Req, StepHandle, StepPlan
 from minisgl.errors import EngineError
@@ -18,8 +17,6 @@ logger = logging.getLogger(__name__)
 
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 _SHARE = 0.75  # of the time between two steps: what the masks of one may take the worker
-_REF, _PLACE = map(MaskRow._fields.index, ("ref", "place"))
-_NEXT = np.array(MaskRow(matcher=0, ref=0, length=1, known=0, place=0))  # of a row that goes on: one token more
 
 Submitted = tuple[Planned, StepHandle]
 
@@ -62,14 +59,14 @@ class Beside:
         rows, and the seconds of a core that it will take."""
         worker, most, refs, spent = self._worker, _SHARE * interval, dict[int, int](), 0.0
         if last is not None and len(last.ids):  # none: it has failed before it asked
-            same = masks.shape[0] == len(masks.numbers) and np.array_equal(masks.numbers, np.add(last.numbers, (0, 1)))
+            same = last.is_shared and masks.numbers == [(uid, num + 1) for uid, num in last.numbers]
             is_cheap = worker is not None and worker.num_dear == self._num_dear and worker.cost <= most
-            if worker is not None and is_cheap and last.table is not None and same:
-                masks.table = last.table + _NEXT
-                masks.table[:, _REF] = last.addresses[masks.table[:, _PLACE]]
-                worker.submit(masks.table, words, states, last.ids)
+            if worker is not None and is_cheap and same and masks.shape[0] == len(masks.numbers):
+                worker.submit(None, words, states, last.ids)
+                masks.is_shared = True
                 return [], worker.cost
-            refs = dict(zip(last.numbers[:, 0].tolist(), last.addresses.tolist(), strict=True))
+            first = last.ids.ctypes.data
+            refs = {uid: first + 4 * place for place, (uid, _) in enumerate(last.numbers)}
         shared, left = list[MaskRow](), list[Row]()
         for row in sorted(masks.rows(), key=lambda row: row.output.cost):
             one = beside(row, refs.get(row.req.uid, 0))
@@ -82,7 +79,7 @@ class Beside:
             worker = self._worker = worker or MaskWorker(FREE_SECONDS)
             table, self._num_dear = np.array(shared, np.int64), worker.num_dear
             worker.submit(table, words, states, *(() if last is None else (last.ids,)))
-            masks.table = None if left else table
+            masks.is_shared = not left
         return left, spent
 
     def close(self) -> None:
@@ -120,8 +117,7 @@ class LateMasks:
     the engine has written the token before, the others when that step has ended; a GPU waits for each by itself, a
     CPU's engine for all before it samples. GPUs without our kernels ask once all that comes before is launched.
 
-    numbers: [k, 2], of each request the uid, and its tokens with the one to be sampled. table: of `MaskRow`s, if all
-    masks are computed so.
+    numbers: of each request the uid, and its tokens with the one to be sampled. is_shared: all masks are computed so.
     """
 
     def __init__(
@@ -131,9 +127,8 @@ class LateMasks:
         """last: the masks of the step before, if that has not ended."""
         self._computing, self._plan, self._outputs, self._before, self._last = computing, plan, outputs, before, last
         self.shape = len(plan.masked), len(computing.all_allowed)
-        self.numbers = np.array([(req.uid, req.num_tokens) for req, _ in outputs], np.int64).reshape(-1, 2)
-        self.table: npt.NDArray[np.int64] | None = None
-        self.ids, self.addresses = np.empty(0, np.int32), np.empty(0, np.int64)  # where an engine writes its tokens
+        self.numbers = [(req.uid, req.num_tokens) for req, _ in outputs]
+        self.is_shared, self.ids = False, np.empty(0, np.int32)  # where an engine writes its tokens
         self._left: tuple[list[Row], Words, Words] | None = None
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
@@ -141,9 +136,9 @@ class LateMasks:
         if ids is None:
             self._fill(self.rows(), words, states, is_late=False)
             return
-        self.ids, self.addresses = ids, ids.ctypes.data + 4 * np.arange(len(self.numbers))
+        self.ids = ids
         left = self._computing.share(self, last, words, states)
-        self._left, self._last, self._outputs = (left, words, states), last, []
+        self._left, self._last, self._outputs = (left, words, states) if left else None, last, []
         if not self._before:
             self.begin()
 
@@ -158,7 +153,7 @@ class LateMasks:
 
     def rows(self) -> list[Row]:
         drafts, rows, place = {draft.row: draft.ids for draft in self._plan.drafts}, list[Row](), 0
-        for (req, output), num in zip(self._outputs, self.numbers[:, 1].tolist(), strict=True):
+        for (req, output), (_, num) in zip(self._outputs, self.numbers, strict=True):
             rows.append(Row(req, output, num - 1, drafts.get(req.row, ()), place))
             place += 1 + len(rows[-1].draft)
         return rows
@@ -167,7 +162,7 @@ class LateMasks:
         """Compute the masks of these rows, and let them go."""
         is_ready = np.zeros(len(words), np.bool_)
         try:
-            if rows and all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+            if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
                 self._computing.compute(self._plan, rows, [*self._new_ids(rows)], words, is_ready)
         except Exception as error:
             if not is_late and not isinstance(error, EngineError):  # of the step before: its requests end with it

@@ -270,7 +270,7 @@ template <typename P>
 __global__ void __launch_bounds__(P::kThreads, P::kBlocks) stream_kernel(const Params p) {
   extern __shared__ __align__(128) char smem[];
   auto& scratch = *reinterpret_cast<StreamScratch*>(smem + P::kWarps * P::kRingBytes);
-  if (p.num_fresh == 0) pdl_wait();
+  if (p.fresh == nullptr) pdl_wait();
   Share share = find_share<P>(p);
   if (share.count <= 0) return pdl_wait();
   int warp = threadIdx.x / 32, kv_head = blockIdx.y * P::kHeads + warp / P::kShare, token = warp % P::kShare * 16;
@@ -343,7 +343,7 @@ template <typename P>
 __global__ void __launch_bounds__(P::kThreads, P::kBlocks) cluster_kernel(const Params p) {
   extern __shared__ __align__(128) char smem[];
   auto& scratch = *reinterpret_cast<ClusterScratch*>(smem + P::kWarps * P::kRingBytes);
-  if (p.num_fresh == 0) pdl_wait();
+  if (p.fresh == nullptr) pdl_wait();
   if (gridDim.x > 1) cluster_arrive();
   int warp = threadIdx.x / 32;
   Walk walk;
@@ -433,11 +433,12 @@ int64_t attention_decode_workspace(int64_t num_blocks) {
 // a query sees, itself included; 0 for all. cluster: blocks that share a sequence's KV head (a power of two up to 16),
 // or 0 for the stream kernel with num_blocks blocks. sinks: [heads] float32, scores of no token.
 //
-// num_fresh: rows, seq_lens, page_table and the cache but for so many newest tokens of each sequence were written before
-// the last launch without PDL, so they may be read while the kernels before this one still run; 0: they were not.
+// fresh: [1] int32: it, rows, seq_lens, page_table and the cache but for so many newest tokens of each sequence were written
+// before the last launch without PDL, so they may be read while the kernels before this one still run; none: they were not.
 void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_table, TensorView rows,
                       TensorView seq_lens, TensorView out, TensorView partial, TensorView counters, int64_t page_size,
-                      int64_t window, tvm::ffi::Optional<TensorView> sinks, int64_t cluster, int64_t num_blocks, int64_t num_fresh) {
+                      int64_t window, tvm::ffi::Optional<TensorView> sinks, int64_t cluster, int64_t num_blocks,
+                      tvm::ffi::Optional<TensorView> fresh) {
   check_inputs(q, k_cache, v_cache, page_table, rows, seq_lens, out);
   int num_seqs = static_cast<int>(q.size(0));
   MINISGL_CHECK(page_size > 0 && window >= 0);
@@ -455,7 +456,8 @@ void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   p.q_stride = q.stride(0), p.table_stride = page_table.stride(0);
   p.num_seqs = num_seqs, p.page_size = static_cast<int>(page_size), p.window = static_cast<int>(window);
   p.scale = 1.4426950408889634f / sqrtf(float(kHeadDim));
-  p.num_fresh = static_cast<int>(num_fresh);
+  MINISGL_CHECK(!fresh.has_value() || (is_int32(fresh.value()) && fresh.value().numel() == 1));
+  if (fresh.has_value()) p.fresh = static_cast<const int*>(fresh.value().data_ptr());
   if (sinks.has_value()) p.sinks = static_cast<const float*>(sinks.value().data_ptr());
   cudaStream_t stream = current_stream(q);
   if (cluster > 0) {

@@ -127,8 +127,12 @@ void sample_rows(Workers& workers, float* logits, int64_t rows, int64_t vocab, i
       int64_t begin = rules.bounds[rules.rows[r]], size = rules.bounds[rules.rows[r] + 1] - begin;
       changes.add(row, vocab, params[r], rules.ids + begin, rules.values + begin, size);
     }
-    ids[r] = int32_t(mask == kNoMask ? sampler(AllTokens{row}, vocab, params[r])
-                                     : sampler(AllowedTokens{row, rules.masks + mask * rules.words}, vocab, params[r]));
+    AllowedTokens allowed{row, mask == kNoMask ? nullptr : rules.masks + mask * rules.words};
+    int64_t only = mask == kNoMask ? -1 : allowed.only(vocab);
+    if (only >= 0)
+      ids[r] = std::isfinite(row[only]) ? int32_t(only) : -1;
+    else
+      ids[r] = int32_t(mask == kNoMask ? sampler(AllTokens{row}, vocab, params[r]) : sampler(allowed, vocab, params[r]));
     changes.undo(row);
   });
   // Not before: several rows may share a history, in which there are tokens that only might come.

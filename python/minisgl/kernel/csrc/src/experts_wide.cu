@@ -5,6 +5,16 @@
 namespace minisgl {
 namespace {
 
+// In the narrowest products that hold the tile's pairs, of `width` columns and more.
+template <int width, bool gated>
+__device__ __forceinline__ void compute_narrow(const Args& args, const Shared<gated>& shared, const Work& work,
+                                               Cursor<Outputs<gated>::kStages>& cursor) {
+  if constexpr (width < kTokens) {
+    if (work.count() > width) return compute_narrow<width + kWider>(args, shared, work, cursor);
+  }
+  compute<width>(args, shared, work, cursor);
+}
+
 template <bool gated>
 __device__ __forceinline__ void consume(const Args& args, const Shared<gated>& shared) {
   if (!gated && !args.parts) pdl_wait();
@@ -12,15 +22,7 @@ __device__ __forceinline__ void consume(const Args& args, const Shared<gated>& s
   Work work(args, blockIdx.x);
   while (work.exists()) {
     Work ahead = work.next(args);
-    if (work.count() <= kTokens / 4) {
-      compute<kTokens / 4>(args, shared, work, cursor);
-    } else if (work.count() <= kTokens / 2) {
-      compute<kTokens / 2>(args, shared, work, cursor);
-    } else if (work.count() <= kTokens / 4 * 3) {
-      compute<kTokens / 4 * 3>(args, shared, work, cursor);
-    } else {
-      compute<kTokens>(args, shared, work, cursor);
-    }
+    compute_narrow<kTokens / 4>(args, shared, work, cursor);
     work = ahead;
   }
 }

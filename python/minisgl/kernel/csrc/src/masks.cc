@@ -1,34 +1,13 @@
-// Masks of grammars, computed by a thread that needs nothing of Python, beside a device that waits for them.
-//
-// Matchers are llguidance's. Jobs are done in order, one for each step; a job's rows wait for the tokens that the device
-// samples in the step before. What a mask and its state are is said by `core.Masks`.
-#include <minisgl/llguidance.h>
-#include <minisgl/masks/known_masks.h>
-#include <minisgl/masks/pattern.h>
-#include <pthread.h>
-#include <sys/prctl.h>
-#include <time.h>
+// Masks of grammars, computed by a thread that needs nothing of Python, beside a device that waits for them: what Python
+// asks for.
+#include <minisgl/masks/worker.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/string.h>
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
-#include <cstddef>
-#include <cstdint>
 #include <cstring>
-#include <deque>
-#include <memory>
-#include <mutex>
-#include <optional>
-#include <string>
-#include <string_view>
-#include <thread>
 #include <unordered_map>
-#include <vector>
 
 namespace minisgl {
 
@@ -39,48 +18,7 @@ using tvm::ffi::Bytes;
 using tvm::ffi::Function;
 using tvm::ffi::String;
 
-enum State : int32_t { kPending = 0, kReady = 1, kNotReady = 2 };  // of a mask: `core.MASK_READY`, …
-constexpr int32_t kIdPending = -3;                                 // a token that is not sampled yet
-constexpr double kLongestWait = 30.0;                              // seconds, for the step before
-constexpr size_t kMostRemembered = 16 << 20;                       // bytes of texts whose tokens are known
-constexpr size_t kMostKnown = 64 << 20;                            // bytes of masks that are known
-constexpr double kWorth = 30e-6;                                   // seconds of a core: to copy a mask takes a few
-
-double seconds(clockid_t clock) {
-  timespec now;
-  clock_gettime(clock, &now);
-  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
-}
-
-Library library;
-
-// Tokens that workers wait for. A device says nothing when it has written some, a host does.
-struct Tokens {
-  std::mutex lock;
-  std::condition_variable told;
-  std::atomic<bool> are_told = false;
-
-  void tell() {
-    std::lock_guard guard(lock);
-    are_told = true;
-    told.notify_all();
-  }
-
-  int32_t at(const int32_t* ref) { return __atomic_load_n(ref, __ATOMIC_ACQUIRE); }
-
-  // Until the token may be there.
-  void wait(const int32_t* ref) {
-    if (!are_told) {
-      const timespec pause{0, 10'000};
-      nanosleep(&pause, nullptr);
-      return;
-    }
-    std::unique_lock guard(lock);
-    if (at(ref) == kIdPending) told.wait_for(guard, std::chrono::milliseconds(1));
-  }
-};
-
-Tokens tokens;
+constexpr size_t kMostRemembered = 16 << 20;  // bytes of texts whose tokens are known
 
 // Of a text the tokens. The first call for it is Python's, which takes that lock; llguidance asks again and again for
 // what is left of the same strings.
@@ -122,198 +60,6 @@ struct Texts {
   std::mutex lock;
   std::unordered_map<std::string, std::vector<uint32_t>> known;
   size_t num_remembered = 0;
-};
-
-KnownMasks known_masks(kMostKnown, kWorth);
-
-// Of a model. It stays for ever.
-struct Vocabulary {
-  ConstraintInit init{};
-  std::string bytes;  // of all tokens
-  std::vector<size_t> begins;
-  size_t longest = 0;
-
-  std::string_view text(uint32_t token) const {
-    if (token + 1 >= begins.size()) return "\xff";
-    return std::string_view(bytes).substr(begins[token], begins[token + 1] - begins[token]);
-  }
-};
-
-// Where an output has got in a regular expression that is the whole grammar.
-struct Course {
-  const Vocabulary* vocabulary = nullptr;
-  std::shared_ptr<Pattern> pattern;  // null: there is none
-  int64_t number = 0;                // of the pattern
-  std::vector<int32_t> places;       // before and behind each token
-
-  Course() = default;
-  Course(const Vocabulary* vocabulary, std::shared_ptr<Pattern> made) : vocabulary(vocabulary), pattern(std::move(made)) {
-    static std::atomic<int64_t> num_patterns = 0;
-    number = num_patterns++;
-    if (pattern) places = {pattern->start()};
-  }
-
-  void follow(const uint32_t* ids, size_t num) {
-    for (size_t i = 0; pattern && i < num; i++) {
-      places.push_back(pattern->follow(places.back(), vocabulary->text(ids[i])));
-    }
-  }
-
-  // At its beginning it gets an empty pattern for a full one.
-  void renew() {
-    if (pattern && places.size() == 1 && pattern->is_full()) *this = Course(vocabulary, pattern->again());
-  }
-
-  void go_back(size_t num) {
-    if (pattern) places.resize(std::max<size_t>(1, places.size() - std::min(num, places.size())));
-  }
-
-  std::optional<KnownMasks::Key> key() const {
-    if (const auto found = pattern ? pattern->key(places.back()) : std::nullopt) return KnownMasks::Key{number, *found};
-    return {};
-  }
-};
-
-struct Matcher {
-  std::atomic<int64_t> num_tokens = 0;  // of the output, that it has taken; -1: it is broken
-  std::atomic<double> cost = 0;         // seconds of a core that the last mask took, or a quarter of what was known before
-  void* own;
-  Course course;
-  std::mutex lock;
-
-  Matcher(void* own, Course course) : own(own), course(std::move(course)) {
-    if (library.is_error(own)) num_tokens = -1;
-  }
-  ~Matcher() { library.free(own); }
-
-  // Write the mask behind `length` tokens of the output, of which these are the last. Those that it has are not taken again.
-  // false: it is broken, or there are not enough of them.
-  bool advance(int64_t length, const uint32_t* ids, int64_t num, uint32_t* words, size_t num_bytes) {
-    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
-    const int64_t missing = length - num_tokens;
-    bool holds = num_tokens >= 0 && missing >= 0 && missing <= num;
-    if (holds && missing > 0 && !library.is_stopped(own)) {
-      holds = library.consume_tokens(own, ids + num - missing, size_t(missing)) == 0;
-      if (holds) course.follow(ids + num - missing, size_t(missing));
-    }
-    if (holds && num_bytes > 0) holds = mask(words, num_bytes);
-    num_tokens = holds ? length : -1;
-    cost = std::max(seconds(CLOCK_THREAD_CPUTIME_ID) - start, cost / 4);
-    return holds;
-  }
-
- private:
-  bool mask(uint32_t* words, size_t num_bytes) {
-    const auto key = library.is_stopped(own) ? std::nullopt : course.key();
-    if (key && known_masks.find(*key, words, num_bytes)) return true;
-    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
-    if (library.compute_mask_into(own, words, num_bytes) != 0) return false;
-    if (key) known_masks.add(*key, words, num_bytes, seconds(CLOCK_THREAD_CPUTIME_ID) - start);
-    return true;
-  }
-};
-
-using Handle = std::shared_ptr<Matcher>;  // a job holds its matchers
-
-// A record of `kernel/masks.py`.
-struct Row {
-  const Handle* matcher;
-  const int32_t* ref;  // where the device writes the last token, or null: the host knows it
-  int64_t length;      // tokens of the output before the one that is to be sampled
-  int64_t known;       // the last of them that the host knows
-  int64_t place;       // of the mask
-};
-
-struct Job {
-  std::vector<Row> rows;
-  std::vector<Handle> matchers;
-  uint32_t* words;
-  int32_t* states;
-  size_t num_words;
-};
-
-class Worker {
- public:
-  std::atomic<int64_t> num_dear = 0;  // masks that took more than `dear` seconds of a core
-  std::atomic<double> cost = 0;       // seconds of a core that the last job took
-
-  explicit Worker(double dear) : dear(dear), thread([this] { run(); }) {}
-
-  ~Worker() {
-    {
-      std::lock_guard guard(lock);
-      is_closing = true;
-    }
-    told.notify_all();
-    thread.join();
-  }
-
-  void submit(Job job) {
-    {
-      std::lock_guard guard(lock);
-      jobs.push_back(std::move(job));
-    }
-    told.notify_one();
-  }
-
- private:
-  void run() {
-    pthread_setname_np(pthread_self(), "minisgl-masks");
-    prctl(PR_SET_TIMERSLACK, 1000UL);  // ns: else a short sleep takes much longer
-    std::unique_lock guard(lock);
-    while (true) {
-      told.wait(guard, [this] { return is_closing || !jobs.empty(); });
-      if (jobs.empty()) return;
-      const Job job = std::move(jobs.front());
-      jobs.pop_front();
-      guard.unlock();
-      std::vector<int64_t> last;  // of all rows first: they come together, and their place will be used again
-      for (const Row& row : job.rows) last.push_back(row.ref == nullptr ? row.known : token_at(row.ref));
-      double spent = 0;
-      for (size_t i = 0; i < job.rows.size(); i++) {
-        const int64_t place = job.rows[i].place;
-        uint32_t* words = job.words + place * job.num_words;
-        const bool is_there = serve(job.rows[i], last[i], *job.matchers[i], words, job.num_words * 4);
-        __atomic_store_n(job.states + place, is_there ? kReady : kNotReady, __ATOMIC_RELEASE);
-        const double taken = job.matchers[i]->cost;
-        num_dear += taken > dear;
-        spent += taken;
-      }
-      cost = spent;
-      guard.lock();
-    }
-  }
-
-  bool serve(const Row& row, int64_t last, Matcher& matcher, uint32_t* words, size_t num_bytes) {
-    if (row.ref != nullptr && last < 0) return false;  // it was not sampled
-    const int64_t before = row.ref == nullptr ? -1 : row.known;
-    std::lock_guard guard(matcher.lock);
-    const uint32_t ids[2] = {uint32_t(before), uint32_t(last)};
-    const int64_t num = row.length - matcher.num_tokens;
-    if (matcher.num_tokens < 0 || num < 0 || num > 2 || (num > 0 && last < 0) || (num > 1 && before < 0)) return false;
-    return matcher.advance(row.length, ids, 2, words, num_bytes);
-  }
-
-  int64_t token_at(const int32_t* ref) {
-    const double start = seconds(CLOCK_MONOTONIC);
-    while (true) {
-      const int32_t token = tokens.at(ref);
-      if (token != kIdPending) return token;
-      {
-        std::lock_guard guard(lock);
-        if (is_closing) return kIdPending;
-      }
-      if (seconds(CLOCK_MONOTONIC) - start > kLongestWait) return kIdPending;
-      tokens.wait(ref);
-    }
-  }
-
-  const double dear;
-  std::mutex lock;
-  std::condition_variable told;
-  std::deque<Job> jobs;
-  bool is_closing = false;
-  std::thread thread;  // last: it uses the others
 };
 
 template <class T>
@@ -461,6 +207,11 @@ void submit(int64_t worker, int64_t rows, int64_t num, int64_t words, int64_t st
   at<Worker>(worker).submit(std::move(job));
 }
 
+// After `submit`. ids, words, states: addresses.
+void go_on(int64_t worker, int64_t ids, int64_t words, int64_t states) {
+  at<Worker>(worker).go_on(&at<const int32_t>(ids), &at<uint32_t>(words), &at<int32_t>(states));
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(open, open);
@@ -482,5 +233,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_cost_of, last_cost_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(close_worker, close_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(submit, submit);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(go_on, go_on);
 
 }  // namespace minisgl

@@ -21,12 +21,13 @@ template <typename C>
 void launch_existing(const Args& args, const TensorView& x) {
   static bool prepared[64] = {};
   int device = x.device().device_id, sms = sm_count(device);
-  allow_shared(skinny_gemm<C>, kSharedBytes, device, prepared);
+  allow_shared(skinny_gemm<C>, kApartBytes, device, prepared);
   LaunchConfig config;
   config.grid = dim3(args.outputs / 8 < sms ? args.outputs / 8 : sms);
   config.block = dim3(C::kThreads);
   config.smem = C::kFixedBytes + (args.norm_weight != nullptr ? args.k * sizeof(T) : 0);
   MINISGL_CHECK(config.smem <= kSharedBytes) << "k is too large for a fused norm: " << args.k;
+  if (args.apart) config.smem = kApartBytes;
   launch(config, current_stream(x), skinny_gemm<C>, args);
 }
 
@@ -97,9 +98,10 @@ void set_weight(Args& args, const TensorView& weight, const Optional<TensorView>
 }
 
 // out [m, n] = rms_norm(x [m, k]) weight[n, k]^T + bias (+ out if `add`, rounded once), without the norm where there is no
-// weight of it; or, if `gated`, silu(gate) * up of [gate, up] = rms_norm(x) weight[2n, k]^T, gate rows first.
+// weight of it; or, if `gated`, silu(gate) * up of [gate, up] = rms_norm(x) weight[2n, k]^T, gate rows first. apart: two blocks
+// never share an SM, where they would be what all others wait for; of the next such product none begins beside them.
 void skinny_linear(TensorView x, Optional<TensorView> norm, double eps, TensorView weight, Optional<TensorView> scales,
-                   Optional<TensorView> bias, TensorView out, bool add, bool gated, int64_t variant) {
+                   Optional<TensorView> bias, TensorView out, bool add, bool gated, bool apart, int64_t variant) {
   MINISGL_CHECK(x.ndim() == 2 && out.ndim() == 2) << "expected matrices";
   int64_t tokens = x.size(0), k = x.size(1), outputs = out.size(1), rows = gated ? 2 * outputs : outputs;
   if (tokens == 0) return;
@@ -116,6 +118,7 @@ void skinny_linear(TensorView x, Optional<TensorView> norm, double eps, TensorVi
   args.out = const_cast<T*>(matrix_of(out, tokens, outputs));
   args.residual = add ? args.out : nullptr;
   args.eps = static_cast<float>(eps);
+  args.apart = apart || outputs >= kHead;
   args.tokens = static_cast<int>(tokens);
   args.outputs = static_cast<int>(outputs);
   args.k = static_cast<int>(k);

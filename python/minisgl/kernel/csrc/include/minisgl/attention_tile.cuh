@@ -58,7 +58,7 @@ struct Params {
   int page_size;
   int window;     // tokens that a query sees, itself included; 0: all
   float scale;    // of the scores, in units of log2
-  int num_fresh;  // see `attention_decode`
+  const int* fresh;  // see `attention_decode`
 };
 
 // What a block works on: kHeads KV heads, kWarps / kHeads warps for each, kBlocks such blocks on an SM. A warp has a ring
@@ -234,17 +234,18 @@ struct Loader {
   int count, kv_head;
   uint32_t ring;
 
-  // Before pdl_wait (where p.num_fresh > 0) only tiles without so many newest tokens of their sequence are read.
+  // Before pdl_wait (where there is p.fresh) only tiles without so many newest tokens of their sequence are read.
   __device__ void start(const Params& p) {
     Lookup lookups[P::kStages];
     bool newest[P::kStages];
+    const int num_fresh = p.fresh == nullptr ? 0 : *p.fresh;
 #pragma unroll
     for (int s = 0; s < P::kStages; s++) {
       lookups[s] = {0, -1};
       newest[s] = false;
       if (s >= count) continue;
       lookups[s] = look_up<P>(p, walk);
-      newest[s] = walk.pos + P::kTile + p.num_fresh > walk.len;
+      newest[s] = walk.pos + P::kTile + num_fresh > walk.len;
       if (s + 1 < count) walk.advance(p, P::kTile);
     }
     next = {0, -1};

@@ -17,7 +17,7 @@ namespace {
 constexpr int kDirectThreads = 128;
 constexpr int kDirectWarps = kDirectThreads / 32;
 constexpr int kAhead = 5;                 // units of the first product that a warp has in registers
-constexpr int kSlots = 12;                // units of the second one that it has in shared memory
+constexpr int kSlots = 10;                // units of the second one in shared memory, so that three blocks fit beside the first's
 constexpr int kMostShared = 96 * 1024;    // bytes of a block
 constexpr int kMostExperts = 256;
 constexpr int kSlotBytes = kDirectWarps * kSlots * kUnitBytes;

@@ -22,6 +22,7 @@ namespace minisgl {
 namespace {
 
 constexpr int kTokens = MINISGL_TOKENS;  // of a block
+constexpr int kWider = kTokens == 64 ? 8 : 32;  // by so many columns products differ
 constexpr int kWarpgroups = 3;           // that multiply
 constexpr int kMultipliers = kWarpgroups * 128;
 constexpr int kThreads = kMultipliers + 128;
@@ -254,9 +255,9 @@ struct Finish {
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         if ((begin + i) * 8 >= width) break;
-        uint32_t v[4];
+        uint32_t v[4] = {};
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < 2 && (begin + i + j) * 8 < width; ++j) {
           uint4 two = load_shared(pairs + ((begin + i + j) * 8 + lane % 4 * 2) * 8);
           float weights[2] = {__uint_as_float(two.y), __uint_as_float(two.w)};
           v[2 * j] = fragment<width>(args, sums, begin + i + j, 0, weights);

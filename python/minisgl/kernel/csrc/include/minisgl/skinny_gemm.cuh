@@ -45,7 +45,9 @@ constexpr int kBlock = 4 * kLane;            // k of one step of a warp
 constexpr int kSlot = 512;                   // bytes: 16 of each lane
 constexpr int kSharedBytes = MINISGL_SHARED * 1024;  // 113: half of an SM's, less what the system takes
 constexpr int kRingBytes = kSharedBytes - 27 * 1024;  // with what follows at most kSharedBytes
+constexpr int kApartBytes = MINISGL_SHARED == 113 ? 117 * 1024 : kSharedBytes;  // an SM has room for one such block
 constexpr int kPartialBytes = 16 * 1024;
+constexpr int kHead = 1 << 15;               // so many outputs take so long that it never pays to begin beside another
 constexpr int kScaleBlock = 128;             // k that share a scale, where octets have them
 
 // Of x with e4m3: what `spread_even` takes off weights would leave too little of their products in bf16, whose range
@@ -71,6 +73,7 @@ struct Args {
   T* out;
   float eps;
   int tokens, outputs, k;
+  bool apart;  // no other block on the same SM: one that has two of them would be what all wait for
 };
 
 template <bool gated, int warps, int octets>

@@ -32,6 +32,17 @@ struct AllowedTokens {
     return (bits & lane) != 0u ? load(logits + i) : broadcast(kNone);
   }
   float operator[](int64_t i) const { return words[i / 32] >> (i % 32) & 1 ? logits[i] : kNone; }
+
+  // The token that alone is allowed; -1: there are others, or none.
+  int64_t only(int64_t count) const {
+    int64_t found = -1;
+    for (int64_t w = 0; w < blocks_of(count, 32); ++w) {
+      if (words[w] == 0) continue;
+      if (found >= 0 || !std::has_single_bit(words[w])) return -1;
+      found = w * 32 + std::countr_zero(words[w]);
+    }
+    return found < count ? found : -1;
+  }
 };
 
 // The index of the largest value, the first of equal ones; -1 where that is not finite or there is a NaN.
