@@ -120,6 +120,7 @@ class CudaRunner:
         try:
             with self._on_device():
                 comm = self.steps.shard.comm
+                self.steps.propose = None  # who knows the steps, too
                 del self.steps  # first: NCCL waits for the end of all graphs that have captured it
                 comm.close()
                 torch.cuda.synchronize()
@@ -157,7 +158,10 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend,
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
-    return activation_bytes(shard.config, steps.launch)
+    try:
+        return activation_bytes(shard.config, steps.launch)
+    finally:
+        steps.propose = None  # or a drafter and its steps keep each other, and the cache
 
 
 class CapturedSteps(StepRunner):
@@ -191,27 +195,28 @@ class CapturedSteps(StepRunner):
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         num, row = sum(share.num_samples for share in plan.reqs), self.tables.padding_row
-        if before.kept is None or self.tables.places is None or num < plan.num_tokens:
+        if before.kept is None or self.tables.places is None or self._backend.plans_captured or num < plan.num_tokens:
             plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
         reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
-        most = 1 + self.shard.config.draft_len
+        size = plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks, before)
-        shape, padding = found
+        (shape, padding), few = found, 1 + self.shard.config.draft_len
         index = StepIndex.of((*reqs, *padding))
-        if has_prompts := num < plan.num_tokens:
+        if num < size:
             index = index.all_sampled(num, row)
-            self.tables.fresh.fill_(max(most, *(share.num_new for share in plan.reqs)))
+        if are_new := num < size or bool(plan.admissions):  # what one writes others may read in the same step
+            self.tables.fresh.fill_(max(size, few))
         self.tables.send(plan, index, masks)
         if self._backend.plans_captured:
             self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
-        if has_prompts:
-            self.tables.fresh.fill_(most)
+        if are_new:
+            self.tables.fresh.fill_(few)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
         if told is None or self.propose is None:

@@ -141,7 +141,7 @@ class Speculation:
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
         if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
             return ids
-        draft = self._told.get(req.uid, ())[: len(draft)] if draft[0] == ID_PENDING else draft
+        draft = (self._told.get(req.uid) or [0] * len(draft))[: len(draft)] if draft[0] == ID_PENDING else draft
         name, right = self._names.get(req.uid, ""), num_right(draft, ids)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
         num_wrong = len(draft) - right if right < len(draft) and draft[right] != ids[right] else 0

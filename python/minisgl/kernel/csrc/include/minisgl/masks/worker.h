@@ -73,7 +73,7 @@ class Worker {
   std::atomic<int64_t> num_dear = 0;  // masks that took more than `dear` seconds of a core
   std::atomic<double> cost = 0;       // seconds of a core that the last job took
 
-  explicit Worker(double dear) : dear(dear), thread([this] { run(); }) {}
+  explicit Worker(double dear) : dear(dear), thread([this] { run(); }) { tokens.are_told = false; }  // until somebody tells some
 
   ~Worker() {
     {
