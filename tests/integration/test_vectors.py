@@ -340,6 +340,13 @@ def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=f"{file}.*{key} 8 is not supported"):
             read_pooling(None, path, True, "")
         (path / file).unlink()
+    for kwargs in ({"padding": True}, {"truncation": True}, {"padding": True, "truncation": True}):
+        (path / "sentence_bert_config.json").write_text(json.dumps({"processing_kwargs": {"text": kwargs}}))
+        assert read_pooling(None, path, True, "") == pooling
+    (path / "sentence_bert_config.json").write_text('{"processing_kwargs": {"text": {"padding": "max_length"}}}')
+    with pytest.raises(ConfigError, match="max_length"):
+        read_pooling(None, path, True, "")
+    (path / "sentence_bert_config.json").unlink()
     wrong = ({"type": 3}, {"type": ["Pooling"]}, {"type": None}, {"type": "x.Pooling", "path": 3})
     for text in ("[", "[" * 20_000, *(json.dumps([{"path": "", **one}]) for one in wrong)):
         modules_file.write_text(text)

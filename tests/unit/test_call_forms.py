@@ -226,6 +226,39 @@ def test_names_that_are_none_in_the_language_of_calls(store: GrammarStore, name:
         jsonschema.validate(arguments, closed(schema))
 
 
+BARE = {
+    "gemma4": ("a:b", "a,b", 'a"', " a", "a:", ""),
+    **dict.fromkeys(("qwen3_coder", "seed_oss"), ("a>b", "a\nb", "<a")),
+}
+BARE |= dict.fromkeys(
+    ("pythonic", "lfm2", "olmo3"), ("a,b", 'a"', " a", "first name", "a=b", "a:", "-a", "", "a\nb", "<a")
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_names_that_could_not_be_read_back_are_refused(store: GrammarStore, name: str | None) -> None:
+    """Where names stand without quotes; a name with spaces can be read where a colon ends it."""
+    for argument in ("a:b", "a,b", 'a"', " a", "first name", "a=b", "a:", "-a", "", "a>b", "a\nb", "<a"):
+        schema = {"type": "object", "properties": {argument: {"enum": [1]}}, "required": [argument]}
+        tools = [tool("f", schema)]
+        if argument in BARE.get(name or "", ()):
+            with pytest.raises(RequestError, match="cannot have this name") as caught:
+                form(name, "f", tools=tools)
+            assert caught.value.param == f"tools[0].function.parameters.properties.{argument}"
+            continue
+        text = walk(compiled(store, form(name, "f", tools=tools, parallel=False)), random.Random(1))
+        assert text is not None and parse(parser_of(name, {"f": schema}), text) == ("", [("f", {argument: 1})])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_required_need_not_be_among_the_properties(store: GrammarStore, name: str | None) -> None:
+    schema = {"type": "object", "properties": {"b": {"enum": [1]}}, "required": ["a", "b"]}
+    matcher = compiled(store, form(name, "f", tools=[tool("f", schema)], parallel=False))
+    assert accepts(matcher.deep_copy(), written(name, "f", {"b": 1, "a": 2}))
+    assert not accepts(matcher.deep_copy(), written(name, "f", {"b": 1}))
+    assert not accepts(matcher.deep_copy(), written(name, "f", {}))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_arguments_are_an_object_whatever_the_schema_says(store: GrammarStore, name: str | None) -> None:
     """Else what is let through is no call."""

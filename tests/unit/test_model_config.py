@@ -220,12 +220,26 @@ def test_of_layers_with_tables_of_their_own_rope_scaling_changes_what_it_names(
     assert told == (hf["rope_type"], hf["rope_theta"], hf.get("factor"))
 
 
+@pytest.mark.parametrize(("name", "theta"), [("Gemma4", 1e4), ("Lfm3", 1e6)])
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 2.0}])
+def test_where_rope_parameters_are_of_each_kind_of_layer_rope_scaling_replaces_them(
+    tmp_path: Path, name: str, theta: float, scaling: dict[str, Any]
+) -> None:
+    """The family's own, which have another type, and the file's."""
+    fields: dict[str, Any] = {**LLAMA, "num_hidden_layers": 6, "vocab_size_per_layer_input": LLAMA["vocab_size"]}
+    fields |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "rope_scaling": scaling}
+    own = {"full_attention": {"rope_type": "proportional", "rope_theta": 3e5, "partial_rotary_factor": 0.5}}
+    for more in ({}, {"rope_parameters": {**own, "sliding_attention": {"rope_type": "default"}}}):
+        rope = read(tmp_path, **{**fields, **more, "architectures": [f"{name}ForCausalLM"]}).ropes[0]
+        assert (rope.type, rope.scaling, rope.theta) == ("linear", {"factor": scaling["factor"]}, theta)
+
+
 def test_qwen_windows(tmp_path: Path) -> None:
     fields = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
     assert windows(read(tmp_path, **fields, use_sliding_window=False)) == (None,) * 4
     config = read(tmp_path, **fields, use_sliding_window=True, max_window_layers=3)
     assert windows(config) == (None, None, None, 32)
-    assert config.qkv_bias
+    assert config.qkv_bias and read(tmp_path, **fields, qkv_bias=False, always=False, attention_bias=False).qkv_bias
     assert not config.o_bias
     kinds = ["sliding_attention", "full_attention"] * 2
     config = read(tmp_path, **fields, use_sliding_window=True, layer_types=kinds)

@@ -119,6 +119,9 @@ DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("pythonic", "[f(a=null, b=false)]", "", [("f", {"a": None, "b": False})]),
     ("pythonic", "[f(x=\"it's [here\", y='\\'])')]", "", [("f", {"x": "it's [here", "y": "'])"})]),
     ("pythonic", "[f(x='\\d')]", "", [("f", {"x": "\\d"})]),
+    ("pythonic", "[f(x='''go('t(a) (1)')''', y='')]", "", [("f", {"x": "go('t(a) (1)')", "y": ""})]),
+    ("pythonic", "[f(x={'k': (1, 2), 'l':(3,)}, y= -(1))]", "", [("f", {"x": {"k": [1, 2], "l": [3]}, "y": -1})]),
+    ("pythonic", "[f(x={1:(2), 3: -(4)})]", "", [("f", {"x": {"1": 2, "3": -4}})]),
     # LFM2: Liquid's pages on tool use.
     ("lfm2", '<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>I look.', "I look.", [WEATHER]),
     ("lfm2", "A <|tool_call_start|>[get_weather(city='Paris'), get_time()]<|tool_call_end|>", "A", [WEATHER, TIME]),
@@ -147,6 +150,7 @@ DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("gemma4", gemma('a:-1.5,b:true,c:null,d:<|"|><|"|>'), "", [("f", {"a": -1.5, "b": True, "c": None, "d": ""})]),
     ("gemma4", gemma('s:<|"|>{a:"b", c:\nd}<|"|>,n:7'), "", [("f", {"s": '{a:"b", c:\nd}', "n": 7})]),
     ("gemma4", gemma('o:{k:[1,{<|"|>x y<|"|>:<|"|>é<|"|>}]}'), "", [("f", {"o": {"k": [1, {"x y": "é"}]}})]),
+    ("gemma4", gemma('first name:1, b c : {d e:2}'), "", [("f", {"first name": 1, "b c": {"d e": 2}})]),
     ("gemma4", gemma('"a": "b, c: {d", e: 1'), "", [("f", {"a": "b, c: {d", "e": 1})]),
     # gpt-oss: OpenAI's description of the format, and what its chat template makes of calls.
     ("harmony", HARMONY, "", [WEATHER]),

@@ -56,10 +56,10 @@ class FamilyFields(Fields):
         super().__init__(data, source, path)
         self._defaults, self._keys = family.defaults, family.keys
 
-    def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-        key = self._keys.get(key, "" if key in TABLE["read_by_some"] and key not in self._defaults else key)
+    def _read(self, name: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        key = self._keys.get(name, "" if name in TABLE["read_by_some"] and name not in self._defaults else name)
         if not key:
-            return default
+            return self._defaults.get(name, default)
         value = super()._read(key, None, fits, expected)
         if value is None and not (key in self.data and key in TABLE["nullable"]):
             value = self._defaults.get(key)
@@ -300,8 +300,7 @@ def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> lis
     if any(sparse) and moe.num_experts_per_tok > num_experts:
         raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
     wide = replace(dense, intermediate_size=2 * size) if f.boolean("use_double_wide_mlp", False) else dense
-    mlps = [dense if source is None else wide for source in sources]
-    return [moe if is_sparse else mlp for is_sparse, mlp in zip(sparse, mlps, strict=True)]
+    return [moe if has else dense if source is None else wide for has, source in zip(sparse, sources, strict=True)]
 
 
 def _architecture(f: Fields) -> str:

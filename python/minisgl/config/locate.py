@@ -66,7 +66,10 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
     repo_id, _, which = repo_id.partition(":")
     there: list[str] = []
     try:
-        hub = importlib.import_module("modelscope" if source == "modelscope" else "huggingface_hub")
+        if source == "modelscope":
+            from modelscope import snapshot_download
+        else:
+            from huggingface_hub import list_repo_files, snapshot_download
     except ImportError:
         raise ConfigError("--model-source modelscope needs the extra: pip install 'minisgl[modelscope]'") from None
     at = f"{repo_id}@{revision}" if revision else repo_id
@@ -75,11 +78,11 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
             wanted = [text.format(name) for text in _FILES[kind] for name in {which, which.upper(), which.lower()}]
             patterns = {"allow_patterns": _FILES["others"] + wanted, "ignore_patterns": _FILES["ignored"]}
             with told(f"fetching {at}"):
-                path = Path(hub.snapshot_download(repo_id, revision=revision, **patterns))
+                path = Path(snapshot_download(repo_id, revision=revision, **patterns))
             if found := models_in(path, wanted) if which else list(path.glob(_FILES[kind][0])):
                 break
         if not found and source != "modelscope":
-            there = [name for name in hub.list_repo_files(repo_id, revision=revision) if name.endswith(".gguf")]
+            there = [name for name in list_repo_files(repo_id, revision=revision) if name.endswith(".gguf")]
     except Exception as error:  # the hubs' clients raise their own, requests', httpx' and OS errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = f"without a network, give a local directory, {_FILES['elsewhere'][source]}"

@@ -54,7 +54,7 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
     inputs = read_fields(path / "sentence_bert_config.json")
     kwargs = inputs.child("processing_kwargs")
     for f, key in ((inputs, "do_lower_case"), (told, "truncate_dim"), (kwargs, "text"), (kwargs, "common")):
-        if f.data.get(key):
+        if f.data.get(key) and f.data[key] not in TEXTS["harmless"]:
             raise ConfigError(f"{f.source}: {key} {f.data[key]!r} is not supported")
     given = kwargs.child("chat_template").data or ({} if modules else TEXTS["kwargs"])
     texts, generates = told.child("prompts"), not is_classifier and ((is_tied and not is_bare) or _has_head(path))

@@ -20,18 +20,20 @@ ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = TABLE["rope_types"]
 def read_rope(
     f: Fields, head_dim: int, max_position: int, layer: str, names: Mapping[str, str], is_partial: bool
 ) -> tuple[RopeConfig, int]:
-    """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
-    where both are given), and the longest sequence.
+    """RoPE as in transformers 5 (`rope_parameters`) or before (`rope_theta`, `rope_scaling`), and the longest sequence.
 
-    layer: of `layer_types`, each of which has its own object, or what there is, where it is not "". Those that slide
-    have `rope_local_base_freq` in the older form, and no scaling; of others, `rope_scaling` has what differs. names:
-    other ones of types. is_partial: a part of a head's features may be rotated; a file that says so is refused else.
+    Where both are given, `rope_scaling` wins as a whole; in families with `rope_local_base_freq`, which was the base of
+    layers that slide, it changes what it names. These layers it never scales.
+    layer: of `layer_types`, each of which has its own object, or what there is, where it is not "". names: other ones
+    of types. is_partial: a part of a head's features may be rotated; a file that says so is refused else.
     """
     parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
-    differ = any(isinstance(part, dict) for part in parameters.data.values()) or f.number("rope_local_base_freq", False)
+    has_local = bool(layer and f.number("rope_local_base_freq", 0))
+    differ = has_local or any(isinstance(part, dict) for part in parameters.data.values())
     parameters = parameters.child(layer) if layer and differ else parameters
     rope = f.child("rope_scaling") if f.data.get("rope_scaling") and not slides else parameters
-    rope.data = {"rope_type": "default", **parameters.data, **rope.data} if layer and rope != parameters else rope.data
+    if has_local and rope is not parameters:
+        rope.data = {"rope_type": "default", **parameters.data, **rope.data}
     if any(isinstance(value, dict) for value in rope.data.values()):
         raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
     default = f.number("rope_local_base_freq" if slides else "rope_theta", 10000.0, above=1)
@@ -99,9 +101,8 @@ def _factors(rope: Fields, key: str, num: int) -> tuple[float, ...]:
 
 
 def _longest(rope: RopeConfig, max_position: int) -> int:
-    """The longest sequence, in tokens: for llama3 `max_position_embeddings`. For yarn at least the original length
-    times the factor: some files have that as `max_position_embeddings` too, others the original one, or one a little
-    longer (Qwen3). For others, `max_position_embeddings` times the factor, unless the original length is another."""
+    """The longest sequence, in tokens: `max_position_embeddings`, with linear and dynamic times the factor unless the
+    original length is another. With yarn at least the original length times the factor: files have either, or more."""
     factor = rope.scaling.get("factor", 1.0)
     if rope.type == "yarn":
         return max(max_position, int(min(rope.max_position * factor, MAX_INT)))

@@ -158,10 +158,9 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend,
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
-    try:
-        return activation_bytes(shard.config, steps.launch)
-    finally:
-        steps.propose = None  # or a drafter and its steps keep each other, and the cache
+    num_bytes = activation_bytes(shard.config, steps.launch)
+    steps.propose = None  # or a drafter and its steps keep each other, and the cache
+    return num_bytes
 
 
 class CapturedSteps(StepRunner):
@@ -198,8 +197,7 @@ class CapturedSteps(StepRunner):
         if before.kept is None or self.tables.places is None or self._backend.plans_captured or num < plan.num_tokens:
             plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
-        reqs = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan)
-        size = plan.num_tokens
+        reqs, size = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan), plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
         shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)

@@ -26,6 +26,7 @@ _ENTRY = np.dtype([("id", np.int32), ("value", np.float32)])
 
 class StepRules(NamedTuple):
     """What changes the logits of n rows that sample, beside penalties, which their records have. On the host.
+
     To the logits of row i of the engine's tables the entries from bounds[i] to bounds[i + 1] are added; -inf, which
     come first, only where its position is below its `min_len`."""
 

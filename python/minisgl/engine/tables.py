@@ -66,8 +66,8 @@ class StepIndex(NamedTuple):
     def all_sampled(self, num: int, row: int) -> "StepIndex":
         """With as many samples as tokens, as captured steps do. Those behind the first `num` are written to `row`,
         nobody's, whose token is the last one where there are more tokens than samples."""
-        few, names = self[2:5], ("sample_positions", "sample_rows", "logit_tokens")
-        padded = {name: np.pad(x, (0, len(self.ends) - len(x)), "edge") for name, x in zip(names, few, strict=True)}
+        lacking, names = len(self.ends) - len(self.sample_rows), ("sample_positions", "sample_rows", "logit_tokens")
+        padded = {name: np.pad(getattr(self, name), (0, lacking), "edge") for name in names}
         padded["sample_rows"] = np.where(np.arange(len(self.ends)) < num, padded["sample_rows"], row)
         return self._replace(**padded)
 

@@ -1,5 +1,4 @@
-"""What parsers make of a model's text: parts of a message, as they come. The parser of its reasoning, and readers of
-what is in tool calls."""
+"""Parts of a message, as parsers make them of a model's text; the parser of its reasoning, and readers of calls."""
 
 import ast
 import contextlib
@@ -16,10 +15,14 @@ MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
 _KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
-_NAMED = re.compile(r'<\|"\|>(.*?)<\|"\|>|"(?:[^"\\]|\\.)*"|(?<=[{,])\s*([^][{}",:\s]+)\s*(?=:)', re.S)
+# Names of arguments that can be read where they stand without quotes, by the language of calls.
+_WORD = r"""[\w$@](?:[^\s()[\]{},="']*[^\s()[\]{},="':+-])?"""
+_KEY = r"""[^][{}",:\s](?:[^][{}",:]*[^][{}",:\s])?"""
+BARE = {"tags": r"[^<>\n]*", "names": _KEY, "python": _WORD, "lines": _WORD}
+_NAMED = re.compile(rf'<\|"\|>(.*?)<\|"\|>|"(?:[^"\\]|\\.)*"|(?<=[{{,])\s*({_KEY})\s*(?=:)', re.S)
 # In calls as Python has them: strings, or names of functions and arguments, which need not be any for Python.
-_STRING = r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?'''
-_NAMES = re.compile(rf"""({_STRING})|(?<![^\s()[\]{{}},="'])([^\s()[\]{{}},="']+)(?=\s*[=(])""", re.DOTALL)
+_STRING = r'''"""(?:\\.|[^\\])*?"""|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?'''
+_NAMES = re.compile(rf"""({_STRING})|(?<![^\s()[\]{{}},="'])({_WORD})(?=\s*[=(])""", re.DOTALL)
 _TEXT = {"string"}  # the types of a value of which each part can be passed on
 
 
@@ -134,7 +137,7 @@ def calls_in(text: str, names: Collection[str], language: str = "json") -> list[
 
 def _json_value(text: str) -> Any:
     """Line breaks within strings are taken, though JSON has them escaped: small models write code that way."""
-    return json.loads(text, strict=False, parse_constant=int)  # NaN and the like are none
+    return json.loads(text, strict=False, parse_constant=int)  # which raises ValueError for NaN and the like
 
 
 def _named_value(text: str) -> dict[str, Any]:
@@ -204,8 +207,7 @@ class BracketReader:
 
     def __init__(self, quotes: str = '"') -> None:
         self._quotes = quotes
-        self._quote = ""  # of the string that is open
-        self._escaped = False
+        self._quote, self._escaped = "", False  # of the string that is open
         self._depth, self.too_deep = 0, False
 
     def read(self, text: str, *, final: bool = False) -> tuple[int, str, bool]:  # noqa: ARG002
@@ -268,8 +270,7 @@ class TaggedArguments:
         end, made = 0, ""
         while True:
             if self._kinds is None:
-                opening = self._OPENING.match(text, end)
-                if opening is None:
+                if (opening := self._OPENING.match(text, end)) is None:
                     rest = text[end:].lstrip()
                     if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
                         return end, made, False
@@ -277,8 +278,7 @@ class TaggedArguments:
                 properties = resolved(self._schema, self._schema).get("properties")
                 known = properties.get(opening[1]) if isinstance(properties, dict) else None
                 self._kinds = json_kinds(known, self._schema)
-                made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: "
-                made += '"' if self._kinds == _TEXT else ""
+                made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: " + '"' * (self._kinds == _TEXT)
                 end, self._lead = opening.end(), ", "
             size, value = self._value(text[end:], self._kinds, final)
             end, made = end + size, made + value

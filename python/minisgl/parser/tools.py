@@ -17,7 +17,7 @@ import msgspec
 
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
-from minisgl.parser.parts import MAX_TYPES, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
+from minisgl.parser.parts import BARE, MAX_TYPES, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
 
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
@@ -184,8 +184,7 @@ class ToolParser(Parser):
         return bool(starts)
 
     def _read_call(self, parts: list[Part], final: bool) -> bool:
-        found = self.read(self._buffer, final=final)
-        if found is None:
+        if (found := self.read(self._buffer, final=final)) is None:
             return False
         self._at_start = found.calls is not None
         if found.calls is None:
@@ -211,8 +210,7 @@ class ToolParser(Parser):
             self._arguments = None
         while self._closers:
             closer, rest = self._closers[0], self._buffer.lstrip()
-            if closer == "}" and rest.startswith(","):  # other fields, such as an id
-                rest = re.sub("^[^][{}<]*", "", rest)
+            rest = re.sub("^,[^][{}<]*", "", rest) if closer == "}" else rest  # other fields, such as an id
             if rest.startswith(closer):
                 self._buffer = rest.removeprefix(closer)
                 self._in_list &= closer != "]"
@@ -280,6 +278,8 @@ def _arguments(language: str, function: Field) -> Form:
     if language == "json":
         return function.json(_OBJECT)
     fields = _fields(function)
+    if wrong := [field.param for field in fields if not re.fullmatch(BARE[language], field.name)]:
+        raise RequestError(f"{wrong[0]}: this model's format of calls cannot have this name", param=wrong[0])
     if language == "tags":
         return [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in fields]
     named = language == "names"
@@ -296,9 +296,7 @@ _END, _QUOTES = "\n</parameter>\n", ('<|"|>', '<|"|>')
 def _value(field: Field, begin: str = "", end: str = _END, depth: int = 0) -> Form:
     """An argument before the end of its tag, or as Gemma 4 writes it: strings as they are from `begin` on, and JSON."""
     schema = resolved(field.schema, field.schema)
-    branches = schema.get("anyOf")
-    if isinstance(schema.get("type"), list):
-        branches = [{**schema, "type": kind} for kind in schema["type"]]
+    branches = [{**schema, "type": kind} for kind in listed(schema, "type")] or schema.get("anyOf")
     if isinstance(branches, list) and depth < MAX_TYPES and all(isinstance(branch, dict) for branch in branches):
         shared = definitions(field.schema)
         return {"any": [_value(field._replace(schema=shared | branch), begin, end, depth + 1) for branch in branches]}
@@ -333,7 +331,9 @@ def _fields(function: Field) -> list[Field]:
     if any(schema.get(key) not in (None, True, False, {}) for key in _OTHER) or not isinstance(fields, dict):
         message = f"{function.param} must be an object of named properties, for this model's format of calls"
         raise RequestError(message, param=function.param)
-    shared, required = definitions(function.schema), listed(schema, "required")
+    shared, required = definitions(function.schema), [*map(str, listed(schema, "required"))]
+    if schema.get("additionalProperties") is not False:  # what is required may be named there alone
+        fields = {name: fields.get(name, {}) for name in (*fields, *required)}
     return [
         Field(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
         for name, schema in fields.items()

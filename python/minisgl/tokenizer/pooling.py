@@ -24,8 +24,7 @@ def served(model: ModelConfig, task: str, dimensions: int = 0) -> tuple[Pooling,
 
 
 def text_prompt(pooling: Pooling, text: str | Sequence[int], name: str = "", most: int = 0) -> Prompt:
-    """name: of what comes before a text. most: tokens that are kept; 0: as many as the model's files say. Raises:
-    RequestError naming either."""
+    """name: of what comes before a text. most: tokens that are kept; 0: as files say. Raises: RequestError."""
     if not isinstance(text, str):
         return IdsPrompt(pack_ids(text[: most or None]))
     if name and name not in pooling.prompts:

@@ -101,7 +101,7 @@ class Assembler:
     reasoning: as in `core.Grammar`. answer: the parser of what comes after that.
     parallel: without it, calls after the first are dropped.
     short_ids: nine letters and digits, which Mistral's templates insist on.
-    demanded: there is no text beside calls: what looks like it is a call that was cut off before its name.
+    demanded: there is no text beside calls: it is one cut off before its name, or anywhere where calls come whole.
     """
 
     reasoning: str = ""

@@ -32,6 +32,7 @@ class EmbeddingsBody(Body, RequestFields):
     encoding_format: str | None = optional("base64: of float32.", enum=[None, "float", "base64"])
     dimensions: MaxTokens | None = optional("So many numbers of each vector, the first ones.")
     truncate_prompt_tokens: Count | None = optional("So many tokens are kept; -1: the context.", Range(-1, MAX_COUNT))
+    normalize: bool | None = optional("Whether vectors have length 1: as the model's files say, or it is refused.")
     prompt_name: str | None = optional("Of what comes before each text, of those that the model's files have.")
 
 
@@ -74,12 +75,13 @@ class VectorRenderer(Renderer):
 
 def parse_embeddings(config: ServerConfig, data: bytes, _: Defaults, reading: Reading) -> VectorRequest:
     """Raises: RequestError naming the field at fault."""
-    body = load(EmbeddingsBody, data, reading)
-    given: Any = body.input
+    given: Any = (body := load(EmbeddingsBody, data, reading)).input
     texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     size, form, most = body.dimensions or 0, body.encoding_format or "float", body.truncate_prompt_tokens or 0
     refuse_unless(form in ("float", "base64"), "encoding_format must be float or base64", "encoding_format")
     pooling, params = served(config.engine.model, "embed", size)
+    is_unit = pooling.is_normalized
+    refuse_unless(body.normalize in (None, is_unit), f"normalize must be {is_unit} for this model".lower(), "normalize")
     most = min(most % MAX_COUNT, config.scheduler.max_seq_len)
 
     def told(data: bytes) -> Any:
