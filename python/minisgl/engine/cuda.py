@@ -177,16 +177,13 @@ class CapturedSteps(StepRunner):
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
         self.left: tuple[Tensor, Tensor] | None = None  # of `HeadDrafter`
-        config, head, layers = shard.config, second or shard.head, self._layers
-        if second is not None:
-            layers = layers.of(second, second.create_kv(*num_pages), second.create_attention())
-        if head is not None:
-            drafter = HeadDrafter(head, self, layers)
+        if (head := second or shard.head) is not None:
+            drafter = HeadDrafter(head, self, self._layers, *num_pages)
             self.propose, self.left = drafter.propose, drafter.left if shard.ops.draft is not None else None
-        longest, kinds = config.draft_len, config.model.states
+        longest, kinds = shard.config.draft_len, shard.config.model.states
         self._has_states, self._belong = bool(kinds), bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
-        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
+        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), shard.config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
         self._graphs = DecodeGraphs(self._capture, self._shapes)
@@ -217,10 +214,9 @@ class CapturedSteps(StepRunner):
             self.tables.fresh.fill_(few)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
-        if told is None or self.propose is None:
-            return launched._replace(plan=plan)
-        kept = self.left[0][: len(plan.reqs)] if shape.is_wide and self.left is not None else None
-        return launched._replace(drafts=told[: len(plan.reqs)], plan=plan, kept=kept)
+        drafts = None if told is None or self.propose is None else told[: len(plan.reqs)]
+        kept = self.left[0][: len(plan.reqs)] if self.left and drafts is not None and shape.is_wide else None
+        return launched._replace(drafts=drafts, plan=plan, kept=kept)
 
     def _as_captured(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step with drafts, or with prompts for which it would take longer to launch op by op than it

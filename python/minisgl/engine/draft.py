@@ -38,9 +38,10 @@ class SecondModel(ModelShard):
 class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
-    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer) -> None:
-        """layers: with the tables that the steps have, and the cache that the head reads."""
-        self._head, self._steps, self._layers = head, steps, layers
+    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, *num_pages: int) -> None:
+        """layers: of the steps, whose cache a head reads, too; num_pages: of a second model's own."""
+        self._head, self._steps = head, steps
+        self._layers = layers.of(head, *num_pages) if isinstance(head, SecondModel) else layers
         # What a captured step leaves to the next: of each request's draft so many tokens held, and what it tells.
         kept = torch.zeros(most_samples(steps.tables.padding_row) + 1, dtype=torch.int32, device=steps.shard.device)
         self.left = kept, kept.new_zeros(len(kept), steps.shard.config.draft_len, dtype=torch.int64)
@@ -62,9 +63,8 @@ class HeadDrafter:
         for of_pass in numbers.unbind(1):
             x = head.forward(told[-1], x, self._context(batch, *of_pass))
             told.append(head.choose(x))
-        told, places = told[not head.skips_last :], self.left[1][:num_reqs]
-        out = places.view(-1, len(told)) if isinstance(reqs, slice) and places.shape[1] == most else None
-        drafts = torch.stack(told, 1, out=out).view(-1, most)
+        told = [each.view(len(last), -1) for each in told[not head.skips_last :]]
+        drafts = torch.cat(told, 1, out=self.left[1][: len(last), :most])
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
     def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
@@ -106,10 +106,9 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
-    if isinstance(head, SecondModel):
-        layers = layers.of(head, head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1), None)
     if ops is None or spec is None:
-        steps.propose = HeadDrafter(head, steps, layers).propose if head else None
+        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
+        steps.propose = HeadDrafter(head, steps, layers, *num_pages).propose if head else None
         return
     layer: int = ops.module.add_draft_head(model, *spec.numbers, *spec.norms)
     spec.build(ops.module, layer, shard.config.model.num_layers, steps.kv)

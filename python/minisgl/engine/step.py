@@ -87,9 +87,10 @@ class LayerByLayer:
             context,
         )
 
-    def of(self, shard: ModelShard, kv: KVPool, backend: Backend | None) -> "LayerByLayer":
-        """Another model, which reads the same pages. backend: its own, if it needs one."""
-        return LayerByLayer(shard, kv, backend or self._backend, self._inputs)
+    def of(self, shard: ModelShard, *num_pages: int) -> "LayerByLayer":
+        """Another model, which has a cache of the same pages. On a GPU attention is made for one shape."""
+        backend = self._backend if shard.device.type == "cpu" else shard.create_attention()
+        return LayerByLayer(shard, shard.create_kv(*num_pages), backend, self._inputs)
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None, captured: bool = False) -> StepContext:
         """For the model's layers, and for those that are computed beside them. captured: where the backend has prepared

@@ -113,7 +113,7 @@ class Planner:
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
         step = Growing(self.config.max_prefill_length)
-        if any(self.speculation.awaits(plan) for plan, _ in self.inflight) and not self._may_follow(step):
+        if (self.speculation.is_on or any(plan.drafts for plan, _ in self.inflight)) and not self._may_follow(step):
             return None
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
@@ -124,7 +124,7 @@ class Planner:
             self._plan_waiting(step)
             if not (self.running or self.leaving):  # who ran alone has just made way
                 self._plan_waiting(step)
-        if not step.decode[0] and not step.prefill[0]:
+        if not step.decode and not step.prefill:
             return None
         self.speculation.lengthen(step, self.pages)
         checked = self._check_every and self._step_id % self._check_every == 0
@@ -134,14 +134,16 @@ class Planner:
         return planned
 
     def _may_follow(self, step: Growing) -> bool:
-        """Whether a step may be planned though it is not known how far the one before gets: the same requests go on,
-        and there are pages for all that they may keep."""
-        last, num = self.inflight[-1].plan, len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
-        shares = [(i, share) for i, share in enumerate(last.reqs, 1) if share.num_samples > 1 or share.num_drafts]
+        """Whether it is known how far the steps in flight get and what may come next. If not: the same requests go on
+        behind the only one, and there are pages for all that they may keep."""
+        shares = [one for plan, _ in self.inflight for one in enumerate(plan.reqs, 1)]
+        if not (shares := [(i, share) for i, share in shares if share.num_samples > 1 or share.num_drafts]):
+            return True
         step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
         others = [r for r in self.running if r.held or r.params.grammar or r.num_tokens > r.num_computed + 1]
-        can = len(self.inflight) == 1 and not (self.waiting or others) and self.speculation.can_follow(last)
-        return can and self.pages.missing(num, num) <= 0
+        can = len(self.inflight) == 1 and not (self.waiting or others)
+        num = len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
+        return can and self.speculation.can_follow(self.inflight[0].plan) and self.pages.missing(num, num) <= 0
 
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
@@ -201,10 +203,9 @@ class Planner:
             pages.share(req, end)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
-        reqs, shares = step.decode if num_new == num_samples else step.prefill
-        reqs.append(req)
-        follows = step.before.get(req.row, (0,))[0]
-        shares.append(ScheduledReq(req.row, start, num_new, num_samples, 0, pages.held.pop(req.row, 0), follows))
+        held, follows = pages.held.pop(req.row, 0), step.before.get(req.row, (0,))[0]
+        share = ScheduledReq(req.row, start, num_new, num_samples, 0, held, follows)
+        (step.decode if num_new == num_samples else step.prefill).append((req, share))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
@@ -221,15 +222,13 @@ class Planner:
                 outputs.append(self._finish(end) if vector else self._accept(req, (-1,)))
             if scheduled.num_samples:
                 ids = sampled = next(token_ids)
-                if drafts and (draft := drafts.get(scheduled.row)):
-                    ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
-                if req.num_stale:
+                if req.num_stale:  # how far it got is known
                     req.num_stale -= 1
-                elif req.state is not ended and ids[0] == NOT_READY:
-                    outputs.append(self._sit_out(req))
                 elif req.state is not ended:
+                    if drafts and (draft := drafts.get(scheduled.row)):
+                        ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
                     logprobs = b"".join([told.get(sample + i, b"") for i in range(len(ids))]) if told else b""
-                    outputs.append(self._accept(req, ids, logprobs))
+                    outputs.append(self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids, logprobs))
                 sample += len(sampled)
         self.speculation.hear(reqs, plan, result)
         self._release_leaving()

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import ID_PENDING, Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples, num_right
+from minisgl.core import ID_PENDING, Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
 from minisgl.scheduler.plan import Growing, Ids
@@ -20,13 +20,13 @@ _FIRST_RATE, _ENGINES_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 
 
 class Lengths:
     """How long drafts are to be: what gives most tokens for the time of the whole step (`SchedulerConfig.step_costs`).
-    Thus drafts get shorter the more requests run. room: tokens that all of them may have."""
+    Thus drafts get shorter the more requests run. room: tokens that all may have. pays: whether they gain anything."""
 
     def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int, room: int) -> None:
         self._row_cost, self._verify_cost, self._room = row_cost, verify_cost, room
-        self._plain_tokens, self._plain_cost = float(num_samples), 1 + row_cost * num_rows
-        self._tokens, self._cost = self._plain_tokens, self._plain_cost
+        self._plain = self._tokens, self._cost = float(num_samples), 1 + row_cost * num_rows
         self.least = row_cost * num_samples / self._cost  # the share of right tokens below which no draft pays
+        self.pays = False
 
     def best(self, rate: float, num_pending: int, most: int, asked: int | None = None) -> int:
         """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
@@ -40,11 +40,7 @@ class Lengths:
         """The request has a draft of so many tokens."""
         self._tokens += rate ** (1 + num_pending) * (num if rate == 1 else (1 - rate**num) / (1 - rate))
         self._cost, self._room = self._cost + self._row_cost * num, self._room - num
-
-    @property
-    def pays(self) -> bool:
-        """Whether the whole is more than no draft at all."""
-        return self._tokens * self._plain_cost > self._plain_tokens * (self._cost + self._verify_cost)
+        self.pays = self._tokens * self._plain[1] > self._plain[0] * (self._cost + self._verify_cost)
 
 
 class Speculation:
@@ -84,11 +80,11 @@ class Speculation:
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
-        size = 0 if step.prefill[0] else len(step.decode[0])
+        size = 0 if step.prefill else len(step.decode)
         self._num_steps += (is_resting := 0 < size == self._resting <= len(self._rates) and self._num_steps < _REST)
         if is_resting or not self.is_on:
             return
-        shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
+        shares = [*step.decode, *step.prefill]
         num_samples, config = sum(share.num_samples for _, share in shares), self._config
         # Where a request's tokens belong together, no captured step holds a draft of each of so many.
         are_many = 0 < config.cuda_graph_max_bs < num_samples * (1 + config.draft_len)
@@ -98,7 +94,7 @@ class Speculation:
         self._resting, self._num_steps = size * may_rest, 1
         if not drafts and not wanted:
             return
-        step.decode, step.prefill = ([], []), ([], [])
+        step.decode, step.prefill = [], []
         for req, share in shares:
             row, start, num_new, num_samples, num_drafts, num_held, follows = share
             end = start + num_new + step.before.get(row, (0, 0))[1]  # at most
@@ -107,9 +103,8 @@ class Speculation:
                 num_new, num_samples, end = num_new + num, num_samples + num, end + num
             if (most := min(wanted.get(row, 0), req.max_len - end - 1)) > 0:
                 num_drafts = max(0, self._room(req, end, most + 1, pages) - 1)  # behind one that is sampled
-            some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
-            some_reqs.append(req)
-            some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held, follows))
+            share = ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held, follows)
+            (step.decode if num_new == num_samples == 1 else step.prefill).append((req, share))
 
     def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
         """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
@@ -122,13 +117,9 @@ class Speculation:
                 lengths.add(rate, 0, length)
         return wanted if lengths.pays else {}
 
-    def awaits(self, plan: StepPlan) -> bool:
-        """Whether how far a step's requests get, or what may come next, is not known before its result is."""
-        return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
-
     def can_follow(self, plan: StepPlan) -> bool:
-        """Whether the next one may follow all the same: all drafts are the engine's, and nobody has more than these."""
-        is_own = self._asks and not (self._makers or self._drafters or self._forced or plan.masked)
+        """Whether a step may follow one whose end is not known: all drafts are the engine's, and it has no prompts."""
+        is_own = self._asks and not (self._makers or self._drafters or self._forced)
         return is_own and all(share.num_new == share.num_samples for share in plan.reqs)
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
@@ -139,8 +130,6 @@ class Speculation:
     def settle(self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: Ids, pages: Pages) -> Ids:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
-        if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
-            return ids
         draft = (self._told.get(req.uid) or [0] * len(draft))[: len(draft)] if draft[0] == ID_PENDING else draft
         name, right = self._names.get(req.uid, ""), num_right(draft, ids)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
@@ -175,17 +164,15 @@ class Speculation:
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
                     continue
-                num_pending = req.num_tokens - 1 - len(req.tokens)
+                _, num_before, num_told = step.before.get(share.row, (0, 0, 0))
+                told = [ID_PENDING] * num_told if share.follows else self._told.get(req.uid, ())
+                num_pending = 0 if share.follows else req.num_tokens - 1 - len(req.tokens)
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
-                most = min(self._config.draft_len, req.max_len - req.num_tokens)
-                if share.follows:
-                    _, num_before, num_told = step.before[share.row]
-                    forced = [ID_PENDING] * min(num_told, req.max_len - req.num_tokens - num_before)
-                    most, num_pending, self._names[req.uid] = len(forced), 0, self._config.speculate
+                most = min(self._config.draft_len, req.max_len - req.num_tokens - num_before)
                 length = lengths.best(rate, num_pending, most, req.params.speculate)
-                if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
+                if length and (ids := forced[:length] or self._propose(req, told, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
         for uid in (req.uid for req, share in shares if not (lengths.pays and share.row in drafts)):
@@ -201,8 +188,8 @@ class Speculation:
                 pages.give(req, pages.allocator.allocate(missing))
         return min(num, len(req.pages) * pages.page_size - end)
 
-    def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
+    def _propose(self, req: Req, told: Sequence[int], num_pending: int, most: int) -> Sequence[int]:
+        """Of the first who has a guess: a client comes before the server, and what the engine has told is the last."""
         try:
             own = self._drafters.setdefault(req.uid, {}) if self._makers else self._drafters.get(req.uid, {})
             own |= {name: make(req) for name, make in self._makers.items() if name not in own}
@@ -211,7 +198,7 @@ class Speculation:
                     self._names[req.uid] = name
                     return ids
             self._names[req.uid] = self._config.speculate
-            return self._told.get(req.uid, ())[num_pending : num_pending + most]
+            return told[num_pending : num_pending + most]
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0
