@@ -108,8 +108,14 @@ def test_no_other_length_gives_more(rate: float) -> None:
     def value(length: int) -> float:
         return (1 + sum(rate**i for i in range(1, length + 1))) / (1 + 0.2 * (1 + length))
 
-    best = Lengths(0.2, 0.0, 1, 1, 32).best(rate, 0, 16)
+    best = Lengths((0.2, 0.0, False), 1, 1, 32).best(rate, 0, 16)
     assert value(best) == max(value(length) for length in range(17))
+
+
+@pytest.mark.parametrize(("rate", "asked", "length"), [(0.5, None, 8), (0.5, 2, 2), (0.5, 0, 0), (0.1, None, 0)])
+def test_drafts_are_whole_where_steps_have_room_for_no_less(rate: float, asked: int | None, length: int) -> None:
+    assert Lengths((0.2, 0.0, True), 1, 1, 32).best(rate, 0, 8, asked) == length
+    assert Lengths((0.2, 0.0, False), 1, 1, 32).best(rate, 0, 8, asked) <= min(length, 2)
 
 
 def test_a_drafter_that_fails_costs_drafts(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,14 +19,14 @@ _FIRST_RATE, _ENGINES_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 
 
 
 class Lengths:
-    """How long drafts are to be: what gives most tokens for the time of the whole step (`SchedulerConfig.step_costs`).
-    Thus drafts get shorter the more requests run. room: tokens that all may have. pays: whether they gain anything."""
+    """How long drafts are to be: what gives most tokens for the time of the whole step. Thus they get shorter the more
+    requests run. costs: `SchedulerConfig.step_costs`, and whether steps have room for whole drafts only, as captured
+    ones have. room: tokens that all of them may have. pays: whether drafts gain anything."""
 
-    def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int, room: int) -> None:
-        self._row_cost, self._verify_cost, self._room = row_cost, verify_cost, room
-        self._plain = self._tokens, self._cost = float(num_samples), 1 + row_cost * num_rows
-        self.least = row_cost * num_samples / self._cost  # the share of right tokens below which no draft pays
-        self.pays = False
+    def __init__(self, costs: tuple[float, float, bool], num_rows: int, num_samples: int, room: int) -> None:
+        (self._row_cost, self._verify_cost, self._whole), self._room = costs, room
+        self._plain = self._tokens, self._cost = float(num_samples), 1 + self._row_cost * num_rows
+        self.pays, self.least = False, self._row_cost * num_samples / self._cost  # of less right tokens no draft pays
 
     def best(self, rate: float, num_pending: int, most: int, asked: int | None = None) -> int:
         """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
@@ -34,7 +34,7 @@ class Lengths:
         length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
         while length < most and chance * cost > self._row_cost * tokens:
             length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
-        return length
+        return most if length and self._whole else length
 
     def add(self, rate: float, num_pending: int, num: int) -> None:
         """The request has a draft of so many tokens."""
@@ -53,6 +53,7 @@ class Speculation:
         own = None if drafter is None else {config.speculate: lambda _: drafter}
         self._makers = own or (ngram if config.speculate == "ngram" else {})  # who comes first is asked first
         self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
+        self._costs = *config.step_costs, self._asks and config.cuda_graph_max_bs > 0
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
@@ -106,10 +107,9 @@ class Speculation:
             share = ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held, follows)
             (step.decode if num_new == num_samples == 1 else step.prefill).append((req, share))
 
-    def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
-        """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
-        room, wanted = self._most_samples - num_samples, dict[int, int]()
-        lengths = Lengths(*self._config.step_costs, num_samples, num_samples, room)
+    def _wanted(self, shares: Shares, num: int) -> dict[int, int]:
+        """By row, how many tokens the engine is to tell of the next step, of `num` samples; empty: they do not pay."""
+        lengths, wanted = Lengths(self._costs, num, num, self._most_samples - num), dict[int, int]()
         for req, share in shares:
             if share.num_samples and not req.num_stale and (req.params.grammar is None or not self._asks):
                 rate = self._rates.get(req.uid, _FIRST_RATE)
@@ -154,7 +154,7 @@ class Speculation:
     def _drafts(self, shares: Shares, num_samples: int, step: Growing) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
         num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
-        lengths, drafts = Lengths(*self._config.step_costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
+        lengths, drafts = Lengths(self._costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         may_pay = self._forced or not self._makers or self._wanted(shares, num_samples)  # if all have a draft
