@@ -38,7 +38,8 @@ class SimulatedHandle:
 class SimulatedEngine:
     """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite;
     `unready`: masks of these rows are not there; `missing`: nor those of these samples of the next step. `told`: of
-    what is asked for behind a request's tokens, so many tokens are right; None: the head fails.
+    what is asked for behind a request's tokens, so many tokens are right; below 0: none is told, as by captured steps
+    that have no room for drafts; None: the head fails.
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     With `has_states` each row has a state, too, which remembers the tokens that it has seen and for which salt; so do
@@ -119,10 +120,10 @@ class SimulatedEngine:
                 end = share.start + share.num_new - share.num_samples + 1 + kept
                 tokens = [*self._tokens[share.row, :end].tolist(), sampled[kept]]
                 right = self.told(tuple(tokens))
-                for place in range(share.num_drafts):
+                for place in range(share.num_drafts * (right >= 0)):
                     token = next_token(tuple(tokens), self.vocab_size)
                     tokens.append(token if place < right else (token + 1) % self.vocab_size)
-                told[i] = tokens[-share.num_drafts :]
+                told[i] = tokens[-share.num_drafts :] if right >= 0 else []
         return told
 
     def _vectors(self, plan: StepPlan) -> dict[int, bytes]:

@@ -31,6 +31,7 @@ HEADS: dict[str, Callable[[tuple[int, ...]], int]] = {  # of what they tell, so 
     "right head": lambda tokens: 64,
     "head of noise": lambda tokens: 0,
     "some head": lambda tokens: hash(tokens) % 7,
+    "head of few words": lambda tokens: hash(tokens) % 4 - 2,
 }
 
 
