@@ -4,11 +4,11 @@
 
 The scheduler, and what a GPU's engine does on the host, with the captured steps of a small hybrid that has a head, but
 replays compute nothing: the head tells drafts of three, and a seeded coin says which of their tokens are sampled. Times
-are of the thread (CPU time): `gap` from when a step's results can be read to when the next one's graph is launched;
-`rest` what else a turn of the loop takes, while the device computes: telling outputs, and text. Parts of the gap:
-`result`, `retire`, `plan`, `launch` (as far as that). Prints medians in milliseconds of steps of all streams, and in
-brackets what a tenth of them is below: other programs on the same core only add. What a GPU's driver takes for three to
-five launches comes on top. --observed: with a server's observers, and without text.
+are of the thread (CPU time): `gap` from when a step's results can be read to when the next one's graph is launched,
+below zero where that was before; `rest` what else a turn of the loop takes, while the device computes: telling outputs,
+and text. Parts of the gap: `result`, `retire`, `plan`, `launch` (as far as that). Prints medians in milliseconds of
+steps of all streams, and in brackets what a tenth of them is below: other programs on the same core only add. What a
+GPU's driver takes for three to five launches comes on top. --observed: with a server's observers, and without text.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ class Ops(TorchOps):
 
 
 class Steps(cuda.CapturedSteps):
-    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+    def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Prompts are not computed."""
         if any(share.num_new != share.num_samples for share in plan.reqs):
             num = sum(share.num_samples for share in plan.reqs)
             told = torch.full((len(plan.reqs), DRAFT_LEN), TOKEN, dtype=torch.int32)
             return Launched(torch.full((num,), TOKEN, dtype=torch.int32), drafts=told)
-        return super()._launch(plan, masks)
+        return super()._launch(plan, masks, before)
 
 
 class Engine:

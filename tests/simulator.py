@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, Masks, Req, StepPlan, StepResult
+from minisgl.core import NOT_READY, Masks, Req, StepPlan, StepResult, num_right
+from minisgl.engine.tables import resolved
 from minisgl.errors import EngineError
 
 
@@ -36,7 +37,9 @@ class SimulatedHandle:
 
 class SimulatedEngine:
     """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite;
-    `unready`: masks of these rows are not there; `missing`: nor those of these samples of the next step.
+    `unready`: masks of these rows are not there; `missing`: nor those of these samples of the next step. `told`: of
+    what is asked for behind a request's tokens, so many tokens are right; below 0: none is told, as by captured steps
+    that have no room for drafts; None: the head fails.
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     With `has_states` each row has a state, too, which remembers the tokens that it has seen and for which salt; so do
@@ -52,8 +55,10 @@ class SimulatedEngine:
         self.poison: list[int] = []
         self.unready: list[int] = []
         self.missing: list[int] = []
-        self.num_steps = 0
+        self.told: Callable[[tuple[int, ...]], int] | None = len
+        self.num_steps = self.num_following = 0  # those that go on where the one before has got to
         self.max_step_tokens = 0
+        self._before = StepPlan(-1, (), (), ()), StepResult(-1, [])
         max_pages = -(-(config.max_seq_len + 1) // config.page_size)
         self._tokens = np.full((config.max_running_requests, config.max_seq_len + 1), -1, np.int64)
         self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
@@ -66,6 +71,9 @@ class SimulatedEngine:
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.num_steps += 1
+        self.num_following += any(share.follows for share in plan.reqs)
+        plan = resolved(plan, *self._before, [], self.config.has_states)
+        self._before = StepPlan(-1, (), (), ()), StepResult(-1, [])
         self.max_step_tokens = max(self.max_step_tokens, plan.num_tokens)
         assert plan.reqs
         assert all(req.num_new > 0 for req in plan.reqs), "a share of nothing"
@@ -96,7 +104,27 @@ class SimulatedEngine:
             failed, self.fail_next, self.broken = self.fail_next, False, True
             sampled = self._run_broken(plan)
             return SimulatedHandle(EngineError("simulated") if failed else StepResult(plan.step_id, sampled))
-        return SimulatedHandle(StepResult(plan.step_id, self._run(plan), pooled=self._vectors(plan)))
+        result = StepResult(plan.step_id, self._run(plan), pooled=self._vectors(plan))
+        self._before = plan, result._replace(drafts=self._drafts(plan, result))
+        return SimulatedHandle(self._before[1])
+
+    def _drafts(self, plan: StepPlan, result: StepResult) -> dict[int, list[int]]:
+        """What a head tells behind the last token that is kept of each request that asks."""
+        if self.told is None:
+            return {}
+        guesses, ids, told = {draft.row: draft.ids for draft in plan.drafts}, iter(result.token_ids), {}
+        for i, share in enumerate(plan.reqs):
+            sampled = next(ids) if share.num_samples else ()
+            if share.num_drafts:
+                kept = num_right(guesses.get(share.row, ()), sampled)
+                end = share.start + share.num_new - share.num_samples + 1 + kept
+                tokens = [*self._tokens[share.row, :end].tolist(), sampled[kept]]
+                right = self.told(tuple(tokens))
+                for place in range(share.num_drafts * (right >= 0)):
+                    token = next_token(tuple(tokens), self.vocab_size)
+                    tokens.append(token if place < right else (token + 1) % self.vocab_size)
+                told[i] = tokens[-share.num_drafts :] if right >= 0 else []
+        return told
 
     def _vectors(self, plan: StepPlan) -> dict[int, bytes]:
         """Of a prompt's mean all its tokens as they were computed, else the one that would come next."""
@@ -113,7 +141,7 @@ class SimulatedEngine:
 
     def _run(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
-        for row, start, num_new, num_samples, _, num_held in plan.reqs:
+        for row, start, num_new, num_samples, _, num_held, _ in plan.reqs:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):

@@ -28,14 +28,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minisgl import LLM, SamplingParams
 from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import describe_machine
 from minisgl.benchmark.offline import engine_options, model_options
 from minisgl.config.args import parse_args
-from minisgl.core import Req, ScheduledReq
+from minisgl.core import Masks, Req, ScheduledReq, StepPlan
+from minisgl.engine.step import Launched
 from minisgl.kvcache.pages import Pages
-from minisgl.scheduler.speculation import Speculation
 
 TEXT = """The keeper of the lighthouse counts the ships that pass in the night and writes each one into a long list.
 In winter there are few of them, and the list of a week fits on one page; in summer the fishermen of four villages go
@@ -139,18 +141,38 @@ def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict
     return {"streams": num, "speeds": speeds, "ratios": ratios, "drafted": drafted, "right": right}
 
 
-def toss(speculation: Speculation, rate: float) -> None:
-    """Let a coin say which drafted tokens hold, to see what drafts of some quality would gain: what is generated then
-    makes no sense."""
-    coin, settle = random.Random(1), speculation.settle
+class Coin:
+    """Says which drafted tokens hold, to see what drafts of some quality would gain: what is generated then makes no
+    sense. A step that follows one whose end is not known on the host is told by the coin, too."""
 
-    def tossed(
-        req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
+    def __init__(self, engine: LLM, rate: float) -> None:
+        self._coin, self._rate, self._tossed = random.Random(1), rate, dict[ScheduledReq, int]()
+        executor: Any = engine.rank.engine
+        self._steps = executor.steps
+        speculation = engine.scheduler.planner.speculation
+        self._settle, self._launch, self._last = speculation.settle, self._steps.launch, tuple[ScheduledReq, ...]()
+        speculation.settle, self._steps.launch = self.settle, self.launch  # type: ignore[method-assign]
+
+    def toss(self, share: ScheduledReq) -> int:
+        """How many tokens of its draft hold."""
+        draft = range(share.num_samples - 1)
+        if share not in self._tossed:
+            self._tossed[share] = next((i for i in draft if self._coin.random() >= self._rate), len(draft))
+        return self._tossed[share]
+
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
+        last, self._last = self._last, plan.reqs
+        if any(share.follows for share in plan.reqs) and getattr(self._steps, "left", None):
+            kept = torch.tensor([self.toss(share) for share in last], dtype=torch.int32, pin_memory=True)
+            self._steps.left[0][: len(kept)].copy_(kept, non_blocking=True)
+        return self._launch(plan, masks)
+
+    def settle(
+        self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
     ) -> tuple[int, ...]:
-        said = [ids[i] if coin.random() < rate else ids[i] + 1 for i in range(len(draft))]
-        return settle(req, share, said, ids, pages)
-
-    speculation.settle = tossed  # type: ignore[method-assign]
+        right = self.toss(share)
+        del self._tossed[share]
+        return self._settle(req, share, [id + (i >= right) for i, id in enumerate(ids[: len(draft)])], ids, pages)
 
 
 def main() -> None:
@@ -162,7 +184,7 @@ def main() -> None:
         kinds = {"plain": plain, "drafts": options}
         engines = {name: stack.enter_context(LLM(**kind)) for name, kind in kinds.items()}
         if args.accept is not None:
-            toss(engines["drafts"].scheduler.planner.speculation, args.accept)
+            Coin(engines["drafts"], args.accept)
         reports = [compare(engines, args, num) for num in args.streams]
     if args.json:
         args.json.write_text(json.dumps({"runs": reports, **describe_machine()}, indent=1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -46,8 +46,7 @@ class Grammar:
     whitespace: of "json", beside what is in strings: "compact" (at most a space after commas and colons, which models
     write and need), or "any". reasoning: whether text between two tags comes before all that: "" never, "optional", or
     "always" (the first tag may be missing then), with the tags behind it: "optional <think> </think>"; what the end of
-    the prompt says comes first (`config.chat.reasoning_after`). param: the field of the request that it came from.
-    """
+    the prompt says comes first (`config.chat.reasoning_after`). param: the field of the request that it came from."""
 
     kind: str
     text: str
@@ -112,8 +111,7 @@ class SamplingParams:
 
     Log-probabilities are the model's own: of the logits as they were before temperature, penalties and biases.
 
-    Raises: RequestError naming the field whose value is out of range.
-    """
+    Raises: RequestError naming the field whose value is out of range."""
 
     max_tokens: int | None = None
     temperature: float = 1.0
@@ -185,8 +183,7 @@ class Req:
     tokens: prompt, then the output ids that are known on the host. prefix: those of them that were known when it was
     last queued, as an array, so that neither admission nor a chunk of prefill costs a conversion. `num_tokens` counts
     those that have been planned but whose ids are still on the device, too. `num_computed` of them have their KV in
-    `pages` (or will, once the steps already planned have run).
-    """
+    `pages` (or will, once the steps already planned have run)."""
 
     uid: int
     tokens: list[int]
@@ -255,8 +252,7 @@ class ScheduledReq(NamedTuple):
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
     them (one, and one for each drafted token; none in prefill chunks but the last) yields the token at the position
     after it, which the engine writes into the buffer. A request for a vector has none. Of so many tokens behind those
-    the engine tells what they may be: its `num_drafts`, for which the row has pages.
-    """
+    the engine tells what they may be: its `num_drafts`, for which the row has pages."""
 
     row: int
     start: int
@@ -264,11 +260,13 @@ class ScheduledReq(NamedTuple):
     num_samples: int
     num_drafts: int = 0
     num_held: int = 0  # tokens of its last draft, which states only keep, that these take in before all else
+    follows: int = 0  # 1 + its place in the step before: behind what that keeps of its draft; `start`: if it keeps none
 
 
 class Draft(NamedTuple):
     """What a row's next tokens may be, the last of its share: written to the token buffer from `position` on before
-    the step's tokens are computed. What the token before samples says whether one was right."""
+    the step's tokens are computed. What the token before samples says whether one was right. ids: `ID_PENDING` where
+    they are those that the engine tells in the step before (`ScheduledReq.follows`)."""
 
     row: int
     position: int
@@ -278,8 +276,7 @@ class Draft(NamedTuple):
 class StateCopy(NamedTuple):
     """The state in slot `source`, of all layers that have one, and what it keeps, is in slot `target`, too; -1: zeros.
 
-    Slots are rows, one more for padding, and then those of snapshots.
-    """
+    Slots are rows, one more for padding, and then those of snapshots."""
 
     source: int
     target: int
@@ -303,8 +300,7 @@ class StepPlan(NamedTuple):
     """What the engine computes in one step. Plans are executed in order; a later one may rely on an earlier one's KV.
 
     Within a step, all KV is stored before any of it is read, so requests in one plan may share pages. Before that, the
-    copies of `states` are made, one after the other.
-    """
+    copies of `states` are made, one after the other."""
 
     step_id: int
     admissions: tuple[Admission, ...]
@@ -333,8 +329,7 @@ class StepResult(NamedTuple):
     Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by their number among the
     step's samples; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
     plan's requests. pooled: on all ranks, of the requests for vectors whose prompts end, float32; b"": not finite.
-    drafts: on all ranks, what may follow the last token that is kept, by index into the plan's requests.
-    """
+    drafts: on all ranks, what may follow the last token that is kept, by index into the plan's requests."""
 
     step_id: int
     token_ids: list[tuple[int, ...]]
@@ -342,6 +337,11 @@ class StepResult(NamedTuple):
     prompt_logprobs: Mapping[int, Logprobs] = {}
     pooled: Mapping[int, bytes] = {}
     drafts: Mapping[int, list[int]] = {}
+
+
+def num_right(draft: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens of a draft hold, in whose places a step has sampled `ids`: each one before which it was right."""
+    return next((i for i in range(len(draft)) if draft[i] != ids[i] or ids[i + 1] < -1), len(draft))
 
 
 class StepHandle(Protocol):
@@ -370,8 +370,7 @@ class ReqOutput(NamedTuple):
     error_status: what an HTTP client is told of whose fault the error is.
     num_hidden: how many of the last ids are end-of-sequence tokens that ended it (0 or 1).
     logprobs: of `token_ids`; prompt_logprobs: of all prompt tokens but the first, with the first output. On rank 0, for
-    requests that want them. pooled: a vector, in float32.
-    """
+    requests that want them. pooled: a vector, in float32."""
 
     req: Req
     token_ids: tuple[int, ...]

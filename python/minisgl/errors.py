@@ -5,16 +5,14 @@ MiniSGLError
 ├── RequestError    the client's fault: one request is refused (HTTP 400), everyone else goes on
 ├── EngineError     our fault: a step failed on the device; its requests end with an error (HTTP 500)
 ├── IntegrityError  our fault: what we remember contradicts itself; running requests end with an error (HTTP 500)
-└── WorkerDied      a child process is gone (HTTP 503); it is started again, or the server ends
-"""
+└── WorkerDied      a child process is gone (HTTP 503); it is started again, or the server ends"""
 
 
 class MiniSGLError(Exception):
     """Base of all errors raised on purpose.
 
     What clients are told: `status` is the HTTP status, `param` names the offending field and `code` the kind of fault
-    (as in OpenAI's error objects).
-    """
+    (as in OpenAI's error objects)."""
 
     status = 500
     param: str | None = None

@@ -50,8 +50,7 @@ class RequestOutput:
     """One finished request. `token_ids` includes the end-of-sequence token that ended it; `text` does not.
 
     error: why the request failed, if `finish_reason` is `error`; the others of a batch are not affected.
-    logprobs: of `token_ids`; prompt_logprobs: of `prompt_token_ids`. Empty unless the parameters ask for them.
-    """
+    logprobs: of `token_ids`; prompt_logprobs: of `prompt_token_ids`. Empty unless the parameters ask for them."""
 
     text: str
     token_ids: list[int]
@@ -111,8 +110,7 @@ class LLM(AbstractContextManager["LLM"]):
     LLM under `if __name__ == "__main__":`.
     A program with a loop of its own calls `submit`, then `turn` again and again, which returns the requests that ended.
 
-    Raises: ConfigError when an option, or the model, cannot be used.
-    """
+    Raises: ConfigError when an option, or the model, cannot be used."""
 
     def __init__(self, model: str | None = None, **engine_options: Any) -> None:
         named = {} if model is None else {"model_path": str(model)}
@@ -155,8 +153,7 @@ class LLM(AbstractContextManager["LLM"]):
         sampling_params: one for all or one per prompt; None takes the model's recommended ones. progress: True shows
         a bar, None does so for 16 prompts and more, a callable is told (finished, total).
 
-        Raises: RequestError before anything runs when a prompt cannot be served.
-        """
+        Raises: RequestError before anything runs when a prompt cannot be served."""
         return self._run([_wrapped(prompt) for prompt in _several(prompts)], sampling_params, progress)
 
     def chat(
@@ -188,8 +185,7 @@ class LLM(AbstractContextManager["LLM"]):
     ) -> Iterator[Increment]:
         """Complete one prompt (or answer one conversation), yielding text as it comes.
 
-        Several streams may be read in turn. Leaving the loop early ends the request.
-        """
+        Several streams may be read in turn. Leaving the loop early ends the request."""
         wrapped = wire.ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
         (pending,) = self.submit([wrapped], sampling_params)
         for reply in self.replies(pending):
@@ -249,8 +245,7 @@ class LLM(AbstractContextManager["LLM"]):
     def turn(self) -> list[Pending]:
         """One turn of the scheduler's loop. Returns the requests that ended in it, which are not pending any more.
 
-        A step that is half planned, or half launched, could not be gone on from: Ctrl-C waits for a better moment.
-        """
+        A step that is half planned, or half launched, could not be gone on from: Ctrl-C waits for a better moment."""
         ended = []
         with held_interrupts() as self._release_interrupts:
             self.scheduler.turn()

@@ -94,10 +94,12 @@ def test_drafts_change_nothing(family: str, options: dict[str, Any], monkeypatch
 
 
 @needs_gpu
-@pytest.mark.parametrize("max_batch", [0, 32])
-def test_a_head_tells_what_its_formula_says(made: tuple[Path, Any, Head], max_batch: int) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("max_batch", [0, 8, 32])
+def test_a_head_tells_what_its_formula_says(made: tuple[Path, Any, Head], max_batch: int, ahead: int) -> None:
+    """Also where steps follow one whose end the host does not know."""
     path, model, head = made
-    told, drafts = generate(path, "mtp", cuda_graph_max_bs=max_batch, **ON_DEVICE)
+    told, drafts = generate(path, "mtp", ahead=ahead, cuda_graph_max_bs=max_batch, **ON_DEVICE)
     assert told == generate(path, "off")[0]
     assert len(drafts) > 5
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_an_eagle_head_tells_what_its_formula_says(case: str, max_batch: int, tm
 def test_a_second_model_tells_what_it_says(family: str, max_batch: int) -> None:
     """In the pages of another, whose heads it need not have."""
     path, second = tiny_model(family), tiny_model("llama")
-    told, drafts = generate(path, "model", draft_model=second, cuda_graph_max_bs=max_batch, **ON_DEVICE)
+    told, drafts = generate(path, "model", draft_model=second, ahead=1, cuda_graph_max_bs=max_batch, **ON_DEVICE)
     assert told == generate(path, "off")[0]
     assert_said_by(second, drafts)
 

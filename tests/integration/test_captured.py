@@ -52,6 +52,7 @@ from minisgl.kernel.ops import PagedSequences, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
 from minisgl.kvcache.pool import LayerCache
 from minisgl.scheduler.speculation import Speculation
+from tests.draft_kernels import DraftKernels
 from tests.driver import engine_config
 from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
 from tests.integration.test_speculation import NUM_TOKENS, Knowing, ids_of, logprobs_of, run
@@ -157,6 +158,14 @@ class RuleOps(Ops):
         return changed
 
 
+class DraftOps(RuleOps):
+    """A step goes on where the one before it has got, as that is found on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draft = DraftKernels()
+
+
 class Engine:
     """A `core.Executor` of captured steps."""
 
@@ -198,6 +207,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
         create = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *size, pin_memory=False, create=create, **how: create(*size, **how))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: event)
     monkeypatch.setattr(cuda, "DecodeGraphs", make)
     return made
 
@@ -271,9 +281,9 @@ def test_short_prompts_are_captured_too(
     by_hand = list[StepPlan]()
     launch = StepRunner._launch
 
-    def counted(runner: StepRunner, plan: StepPlan, masks: Masks | None) -> Any:
+    def counted(runner: StepRunner, plan: StepPlan, *known: Any) -> Any:
         by_hand.append(plan)
-        return launch(runner, plan, masks)
+        return launch(runner, plan, *known)
 
     monkeypatch.setattr(StepRunner, "_launch", counted)
     monkeypatch.setattr(cuda, "_PROMPT_READS", reads)
@@ -320,6 +330,24 @@ def test_a_head_of_a_hybrid_changes_nothing(max_batch: int, graphs: list[Graphs]
     assert outputs == generate(path, "off", dummy_weight=True)[0]
     assert drafts == generate(path, "mtp", dummy_weight=True)[1]
     assert any(shape.is_wide for shape in graphs[-1].replayed) == (max_batch > 0)
+
+
+@pytest.mark.parametrize("max_batch", [0, 8, 32])
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_steps_that_follow_one_whose_end_is_not_known(
+    made: tuple[Path, Any, Head], family: str, by_kernel: bool, max_batch: int, graphs: list[Graphs]
+) -> None:
+    """Captured steps find on the device where they go on; others, and those whose rules the host has, wait for it."""
+    is_hybrid = family == "qwen3_5_text"
+    path = tiny_model(family, mtp_num_hidden_layers=1) if is_hybrid else made[0]
+    ops, weights = DraftOps() if by_kernel else Ops(), {"dummy_weight": True} if is_hybrid else {}
+    config = {"draft_len": NUM_DRAFTS, "cuda_graph_max_bs": max_batch, "max_running_requests": 4}
+    create = functools.partial(Engine, ops=ops)
+    outputs, drafts = generate(path, "mtp", create=create, ahead=1, **config, **weights)
+    assert outputs == generate(path, "off", **weights)[0]
+    assert drafts == generate(path, "mtp", ahead=1, **weights)[1]
+    assert not isinstance(ops, DraftOps) or max_batch < 32 or ops.draft.num_followed > 3
 
 
 @pytest.mark.parametrize(("draft_len", "most"), [(3, 64), (8, 24)])

@@ -12,6 +12,8 @@ import torch
 from minisgl.core import ScheduledReq
 from minisgl.engine.draft import HeadDrafter
 from minisgl.engine.tables import StepIndex
+from minisgl.kernel.sampling import records
+from tests.draft_kernels import DraftKernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]  # the first test compiles
 
@@ -42,8 +44,10 @@ def planned(ops: Any, reqs: list[ScheduledReq], head: Any, most: int, seed: int)
     ids = table[tensors.token_rows.long(), tensors.positions.long() + 1][tensors.logit_tokens.long()].clone()
     ids[torch.rand(len(ids), generator=generator).cuda() < 0.3] += 1
     tables = SimpleNamespace(token_ids=table, padding_row=PADDING_ROW)
-    drafter = HeadDrafter(head, SimpleNamespace(tables=tables, shard=SimpleNamespace(ops=ops)), None)  # type: ignore[arg-type]
-    return drafter._plan(SimpleNamespace(tensors=tensors, index=index), input_ids, ids, slice(None), most)  # type: ignore[arg-type]
+    shard = SimpleNamespace(ops=ops, config=SimpleNamespace(draft_len=most), device=table.device)
+    drafter = HeadDrafter(head, SimpleNamespace(tables=tables, shard=shard), None)  # type: ignore[arg-type]
+    batch = SimpleNamespace(tensors=tensors, index=index)
+    return *drafter._plan(batch, input_ids, ids, slice(None), most), drafter.left[0][: len(reqs)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 7])
@@ -61,12 +65,37 @@ def test_what_is_told_stands_where_torch_says(
             wanted = int(numbers.integers(most + 1))
             reqs.append(ScheduledReq(row, int(numbers.integers(1, 30)), num_new, samples, wanted))
         head = SimpleNamespace(skips_last=skips_last, block=block)
-        expected = planned(SimpleNamespace(draft=None), reqs, head, most, seed=num_reqs)
-        actual = planned(ops, reqs, head, most, seed=num_reqs)
+        expected = planned(SimpleNamespace(draft=None), reqs, head, most, seed=num_reqs)[:4]
+        *actual, kept = planned(ops, reqs, head, most, seed=num_reqs)
+        assert torch.equal(kept, planned(SimpleNamespace(draft=DraftKernels()), reqs, head, most, seed=num_reqs)[4])
         for name, one, other in zip(("following", "last", "token", "numbers"), actual, expected, strict=True):
             if most or name == "following":
                 assert one.dtype == other.dtype
                 assert torch.equal(one, other), f"{name} of {num_reqs} requests"
+
+
+@pytest.mark.parametrize("longest", [1, 3, 8])
+def test_a_step_is_moved_to_where_the_one_before_has_got(ops: Any, longest: int) -> None:
+    generator = np.random.default_rng(longest)
+    for num_reqs in (1, 5, 33):
+        reqs = []
+        for row in range(num_reqs):
+            num_new, follows = int(generator.integers(1, longest + 2)), int(generator.integers(num_reqs + 1))
+            reqs.append(ScheduledReq(row, int(generator.integers(1, 150)), num_new, num_new, 0, 0, follows))
+        kept = torch.from_numpy(generator.integers(0, longest + 1, num_reqs + 3).astype(np.int32)).cuda()
+        told = torch.from_numpy(generator.integers(0, 999, (num_reqs + 3, longest))).cuda()
+        index, found = StepIndex.of(reqs), []
+        for kernels in (ops.draft, DraftKernels()):
+            names = "follows", "offsets", "rows", "positions", "ends", "seq_lens", "drafted"
+            numbers = [torch.from_numpy(getattr(index, name).astype(np.int32)).cuda() for name in names]
+            values = {"seed": 5, "position": index.sample_positions, "mask": 7}
+            params = torch.from_numpy(records(len(index.positions), **values)).cuda()
+            table = torch.full((NUM_ROWS, LENGTH), -1, dtype=torch.int32).cuda()
+            kernels.follow(kept, told, *numbers, params, table)
+            found.append([*numbers, params, table])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        num_moved = sum(share.num_new for share in reqs if share.follows and kept[share.follows - 1])
+        assert int((found[0][3].cpu() != torch.from_numpy(index.positions)).sum()) == num_moved
 
 
 def test_requests_without_samples_are_nobodys(ops: Any) -> None:
@@ -77,6 +106,7 @@ def test_requests_without_samples_are_nobodys(ops: Any) -> None:
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[3], expected[3])
     assert all(0 <= last < 20 for last in actual[1].tolist())
+    assert actual[4].tolist()[::2] == [0, 0]
     assert actual[3][0].tolist() == [[PADDING_ROW, 1, PADDING_ROW], [PADDING_ROW] * 3]
 
 

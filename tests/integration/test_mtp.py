@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from minisgl.kernel.packed import Grouped
 from minisgl.layers.base import CpuSpec
 from minisgl.llm import LLM
 from minisgl.models import heads
+from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.planner import Planner
 from tests.driver import CPU_KERNELS, engine_config
 from tests.models import random_prompt, tiny_model
@@ -96,10 +98,10 @@ Drafts = list[tuple[list[int], list[int]]]
 
 def generate(
     path: Path, speculate: str, breaks: bool = False, create: Callable[[EngineConfig], Any] = create_engine,
-    draft_model: Path | None = None, **kernels: Any,
+    draft_model: Path | None = None, ahead: int = 0, **kernels: Any,
 ) -> tuple[list[list[int]], Drafts]:  # fmt: skip
     """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
-    breaks: the head fails, each time."""
+    breaks: the head fails, each time; ahead: so many steps are planned before the result of one is looked at."""
     model = read_model_config(path, mtp=speculate == "mtp")
     kernels = {"draft_len": NUM_DRAFTS if speculate in ("mtp", "model", "eagle", "dflash") else 0, **kernels}
     if draft_model is not None:
@@ -119,23 +121,31 @@ def generate(
     drafts: list[tuple[list[int], list[int]]] = []
     for uid, params in enumerate(PARAMS):
         planner.add(uid, random_prompt(21 + 9 * uid, seed=uid), params)
-    req = planner.reqs[0]
+    req, submitted, num_following = planner.reqs[0], deque[tuple[Planned, Any]](), 0
     while not planner.is_idle:
-        planned = planner.plan()
-        assert planned is not None
-        result = engine.submit(planned.plan).result()
+        next_one = planner.plan()
+        if next_one is not None:
+            submitted.append((next_one, engine.submit(next_one.plan)))
+            num_following += any(share.follows for share in next_one.plan.reqs)
+        if len(submitted) <= ahead and next_one is not None:
+            continue
+        planned, handle = submitted.popleft()
+        result = handle.result()
         for output in planner.retire(result):
             told[output.req.uid] += output.token_ids
         if req in planned.reqs and (draft := result.drafts.get(planned.reqs.index(req))):
             drafts.append((list(req.tokens), draft))
     engine.close()
+    assert breaks or speculate == "off" or (num_following > 3) == (ahead > 0)
     return told, drafts
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_drafts_are_the_heads_and_change_nothing(made: tuple[Path, Any, Head], setup: str) -> None:
+def test_drafts_are_the_heads_and_change_nothing(made: tuple[Path, Any, Head], setup: str, ahead: int) -> None:
+    """Also where a step is planned before it is known how far the one before gets."""
     path, model, head = made
-    told, drafts = generate(path, "mtp", **SETUPS[setup])
+    told, drafts = generate(path, "mtp", ahead=ahead, **SETUPS[setup])
     assert told == generate(path, "off", **SETUPS[setup])[0]
     assert len(drafts) > 5
     with torch.no_grad():
@@ -164,8 +174,11 @@ def test_few_bits_choose_some_tokens_and_all_bits_one_of_these(
     assert sum(right) > 0.9 * len(right)
 
 
-def test_a_head_that_fails_costs_drafts_only(made: tuple[Path, Any, Head], caplog: pytest.LogCaptureFixture) -> None:
-    told, drafts = generate(made[0], "mtp", breaks=True)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_head_that_fails_costs_drafts_only(
+    made: tuple[Path, Any, Head], caplog: pytest.LogCaptureFixture, ahead: int
+) -> None:
+    told, drafts = generate(made[0], "mtp", breaks=True, ahead=ahead)
     assert told == generate(made[0], "off")[0] and not drafts
     assert [record.message for record in caplog.records] == ["there are no more drafts: their drafter has failed"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -26,6 +27,12 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "some": lambda: GuessingDrafter(lambda uid, position: hash((uid, position)) % 5),
     "failing": lambda: GuessingDrafter(lambda uid, position: 2 if position % 5 else -1),
 }
+HEADS: dict[str, Callable[[tuple[int, ...]], int]] = {  # of what they tell, so many tokens are right
+    "right head": lambda tokens: 64,
+    "head of noise": lambda tokens: 0,
+    "some head": lambda tokens: hash(tokens) % 7,
+    "head of few words": lambda tokens: hash(tokens) % 4 - 2,
+}
 
 
 class PlannerMachine(RuleBasedStateMachine):
@@ -40,10 +47,11 @@ class PlannerMachine(RuleBasedStateMachine):
         depth=st.integers(0, 2),
         snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 30]),
         snapshot_tokens=st.sampled_from([1, 4, 10]),
-        drafter=st.sampled_from([None, *DRAFTERS, "ngram", "ngram"]),
+        drafter=st.sampled_from([None, *DRAFTERS, "ngram", "ngram", *HEADS, *HEADS]),
         draft_len=st.sampled_from([1, 3, 8]),
         window=st.sampled_from([None, None, 1, 3, 7, 20]),
         spare=st.sampled_from([0, 1, 5, 100]),
+        alike=st.booleans(),
     )
     def start(
         self,
@@ -61,7 +69,10 @@ class PlannerMachine(RuleBasedStateMachine):
         draft_len: int,
         window: int | None,
         spare: int,
+        alike: bool = False,
     ) -> None:
+        """alike: no request has a grammar or a prediction, without which steps follow those that verify drafts."""
+        self.alike = alike
         num_pages = -(-num_tokens // page_size)
         # As few as one request needs alone, or some more.
         num_window_pages = min(num_pages, -(-((window or 0) + min(budget, 40)) // page_size) + 2 + spare)
@@ -79,12 +90,13 @@ class PlannerMachine(RuleBasedStateMachine):
             schedule_policy=policy,
             eos_token_ids=(3,),
             draft_len=draft_len,
-            speculate="ngram" if drafter == "ngram" else "off",
+            speculate="ngram" if drafter == "ngram" else "mtp" if drafter in HEADS else "off",
             window=window or 0,
             num_window_pages=num_window_pages if window else 0,
         )
         self.planner = Planner(self.config, DRAFTERS[drafter]() if drafter in DRAFTERS else None)
         self.engine = SimulatedEngine(self.config)
+        self.engine.told = HEADS.get(drafter or "", self.engine.told)
         self.depth = depth  # steps that may be in flight when the next one is planned
         self.inflight: deque[tuple[StepPlan, SimulatedHandle]] = deque()
         self.touched: dict[int, dict[int, str]] = {}
@@ -155,7 +167,8 @@ class PlannerMachine(RuleBasedStateMachine):
         known = [*self.history, *self.turns, *self.turns]
         base = known[shared % len(known)] if known else []
         prompt = (base[:keep] + fresh)[: 40 if pooling else 39] or [1]
-        uid, grammar = len(self.prompts), grammar and not pooling
+        uid, predicted = len(self.prompts), 0 if self.alike else predicted
+        grammar = grammar and not pooling and not self.alike
         self.kinds |= {uid: pooling} if pooling else {}
         self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos and not grammar)
         self.outputs[uid] = []
@@ -234,6 +247,12 @@ class PlannerMachine(RuleBasedStateMachine):
         self.step(1)
         self.engine.fail_next = False
 
+    @rule()
+    def failing_head(self) -> None:
+        told, self.engine.told = self.engine.told, None
+        self.step(1)
+        self.engine.told = told
+
     @rule(row=st.integers(0, 5))
     def not_finite(self, row: int) -> None:
         self.engine.poison = [row]
@@ -281,10 +300,32 @@ class PlannerMachine(RuleBasedStateMachine):
         assert self.planner.pages.windows.num_free == self.config.num_window_pages
 
 
-PlannerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=120, deadline=None, report_multiple_bugs=False
-)
-TestPlannerMachine = PlannerMachine.TestCase
+class FollowingMachine(PlannerMachine):
+    """Steps are planned behind those that verify drafts, as often as that can be."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4, 16]),
+        num_tokens=st.integers(80, 300),
+        rows=st.integers(1, 6),
+        budget=st.sampled_from([7, 64]),
+        cache=st.sampled_from(["radix", "radix", "naive"]),
+        depth=st.integers(1, 2),
+        snapshots=st.sampled_from([None, None, 2, 30]),
+        snapshot_tokens=st.sampled_from([1, 4, 10]),
+        drafter=st.sampled_from([*HEADS]),
+        draft_len=st.sampled_from([1, 3, 8]),
+        window=st.sampled_from([None, None, 1, 7, 20]),
+        spare=st.sampled_from([5, 100]),
+    )
+    def start(self, **chosen: Any) -> None:
+        super().start(attention=1 << 40, policy="fcfs", alike=True, **chosen)
+
+
+for machine in (PlannerMachine, FollowingMachine):
+    machine.TestCase.settings = settings(
+        max_examples=150, stateful_step_count=120, deadline=None, report_multiple_bugs=False
+    )
+TestPlannerMachine, TestFollowingMachine = PlannerMachine.TestCase, FollowingMachine.TestCase
 
 
 # What a `PlannerMachine` was told, a word each. a: a request (shared, keep, fresh, max_tokens, pooling, salt, client);

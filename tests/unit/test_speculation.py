@@ -16,6 +16,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Grammar, Req, ReqOutput, SamplingParams, ScheduledReq
 from minisgl.kvcache.radix import PrefixCache
 from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, Lookup, Prediction, TreePath, find_repeated
+from minisgl.scheduler.plan import Growing
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Lengths, Speculation
 from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
@@ -107,8 +108,14 @@ def test_no_other_length_gives_more(rate: float) -> None:
     def value(length: int) -> float:
         return (1 + sum(rate**i for i in range(1, length + 1))) / (1 + 0.2 * (1 + length))
 
-    best = Lengths(0.2, 0.0, 1, 1, 32).best(rate, 0, 16)
+    best = Lengths((0.2, 0.0, False), 1, 1, 32).best(rate, 0, 16)
     assert value(best) == max(value(length) for length in range(17))
+
+
+@pytest.mark.parametrize(("rate", "asked", "length"), [(0.5, None, 8), (0.5, 2, 2), (0.5, 0, 0), (0.1, None, 0)])
+def test_drafts_are_whole_where_steps_have_room_for_no_less(rate: float, asked: int | None, length: int) -> None:
+    assert Lengths((0.2, 0.0, True), 1, 1, 32).best(rate, 0, 8, asked) == length
+    assert Lengths((0.2, 0.0, False), 1, 1, 32).best(rate, 0, 8, asked) <= min(length, 2)
 
 
 def test_a_drafter_that_fails_costs_drafts(caplog: pytest.LogCaptureFixture) -> None:
@@ -406,7 +413,7 @@ def test_who_has_failed_gets_guesses_again_in_time() -> None:
     shares = [(req, ScheduledReq(0, 11, 1, 1))]
     speculation._rates[1], num = 0.42, 0
     while not speculation._wanted(shares, 1):
-        assert not speculation._drafts(shares, 1, 8)
+        assert not speculation._drafts(shares, 1, Growing(8))
         num += 1
         assert num < 1000
     assert num > 30

@@ -26,7 +26,6 @@ from minisgl.env import PREFIX, VARIABLES, boolean
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
 Parser = Callable[[Any], Any]
 
 
@@ -188,8 +187,7 @@ _NAMES = {flag[2:].replace("-", "_"): name for name, flags in _FLAGS.items() for
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ, prog: str = "minisgl") -> ServerArgs:
     """The options from all sources. Raises: ConfigError naming the flag, variable or file key that is wrong.
 
-    `--help` and `--version` print and raise SystemExit.
-    """
+    `--help` and `--version` print and raise SystemExit."""
     given = vars(make_parser(prog).parse_args(argv))
     config_file = given.pop("config", None) or environ.get("MINISGL_CONFIG")
     values = _from_file(config_file) if config_file else {}

@@ -13,7 +13,6 @@ from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
 logger = logging.getLogger(__name__)
-
 _FORMATS = msgspec.yaml.decode(Path(__file__).with_name("formats.yaml").read_bytes())
 HARMONY = "harmony"  # of gpt-oss: the format of calls and of reasoning in one
 TOOL_PARSERS = tuple(_FORMATS["tools"])
@@ -53,8 +52,7 @@ def template_problem(text: str) -> str | None:
 def read_chat_template(path: Path) -> str:
     """All chat templates of a model directory, one after the other; "" when it has none.
 
-    Raises: ConfigError when a file that may hold them is no JSON.
-    """
+    Raises: ConfigError when a file that may hold them is no JSON."""
     files = [path / "chat_template.jinja", *sorted(path.glob("additional_chat_templates/*.jinja"))]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     for name in ("tokenizer_config.json", "chat_template.json"):

@@ -137,8 +137,7 @@ def dotted(version: tuple[int, ...]) -> str:
 def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
     """Everything that depends on the device. seq_len: the longest request that is wanted, in tokens.
 
-    Raises: ConfigError naming the flag that cannot be honoured.
-    """
+    Raises: ConfigError naming the flag that cannot be honoured."""
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
     speculate = args.speculate or ("mtp" if model.mtp else "off")
@@ -215,9 +214,7 @@ def _kernel_problem(machine: Capabilities) -> str:
         return "MINISGL_DISABLE_CPU_KERNELS is set"
     if machine.cxx is None and not machine.has_compiled:
         return "there is no C++ compiler (c++, or what CXX names)"
-    if "tvm_ffi" not in machine.packages:
-        return "the package apache-tvm-ffi is missing"
-    return ""
+    return "the package apache-tvm-ffi is missing" if "tvm_ffi" not in machine.packages else ""
 
 
 def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:
@@ -276,8 +273,7 @@ def _graph_max_bs(args: ServerArgs, wanted: EngineConfig, decode: str, moe_backe
 def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machine: Capabilities) -> tuple[str, str]:
     """Prefill and decode backend, told in one line of the log. lack: why our CPU kernels do not compute; "" if they do.
 
-    Raises: ConfigError naming what cannot be had, and why.
-    """
+    Raises: ConfigError naming what cannot be had, and why."""
     fitting = {name: backend for name, backend in BACKENDS.items() if wanted.device in backend.devices}
     why_not = {name: _unfit(backend, wanted, machine) for name, backend in fitting.items()}
     why_not |= {"cpu": f"cannot be had: {lack}"} if lack else {}
@@ -363,8 +359,7 @@ def kept_as(config: EngineConfig) -> str:
 def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     """Tokens that the KV cache will hold at least, by estimate: the engine measures what a step takes.
 
-    Raises: ConfigError when the weights, or the pages that were asked for, do not fit.
-    """
+    Raises: ConfigError when the weights, or the pages that were asked for, do not fit."""
     ratio, model, tp_size = config.memory_ratio, config.model, config.tp_size
     # One rank may take this share of the whole, less what other programs hold.
     budgets = [gpu.free_memory - int(gpu.total_memory * (1 - ratio)) for gpu in gpus]

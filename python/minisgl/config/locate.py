@@ -19,7 +19,6 @@ from minisgl.utils.fields import Fields
 from minisgl.utils.log import told
 
 logger = logging.getLogger(__name__)
-
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _FILES = msgspec.yaml.decode(Path(__file__).with_name("files.yaml").read_bytes())
 _LFS_POINTER, _TIKTOKEN_LINE = b"version https://git-lfs", re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
@@ -138,8 +137,7 @@ def load_tokenizer(model_path: str) -> Any:
     """A tokenizer of transformers, never from the network, and never by running code of the repo. `tokenizer.json` is
     complete by itself, so it is loaded with the plain class: `AutoTokenizer` first imports all models' configurations.
 
-    Raises: ConfigError naming the directory when there is no usable tokenizer in it, or the package that it needs.
-    """
+    Raises: ConfigError naming the directory when there is no usable tokenizer in it, or the package that it needs."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     path = Path(model_path)

@@ -1,7 +1,6 @@
 """From what the user asked for to what runs: every "auto" is decided here, and nowhere else.
 
-`resolve` is a pure function of the options, the model's shape and the machine, so each decision can be tested.
-"""
+`resolve` is a pure function of the options, the model's shape and the machine, so each decision can be tested."""
 
 import importlib
 import socket
@@ -64,8 +63,7 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
     """The sampling parameters that the model's authors recommend, from `generation_config.json`.
 
     Without sampling (`do_sample: false`, `top_p: 0`) it is greedy, as in transformers. Raises: ConfigError for values
-    that no request could have.
-    """
+    that no request could have."""
     given = read_fields(path / "generation_config.json")
     values: dict[str, float | int | None] = {
         name: given.integer(name, None, -1) if kind is int else given.number(name, None)

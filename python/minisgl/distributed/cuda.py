@@ -49,8 +49,7 @@ class CudaCommunicator(Communicator):
     that shall go through peer memory, which rank 0 sets aside. Ranks wait for one another as long as
     `meeting.timeout` says, at start and in kernels over peer memory, which then fail.
 
-    Raises: ConfigError when the ranks do not find one another; EngineError with NCCL's words.
-    """
+    Raises: ConfigError when the ranks do not find one another; EngineError with NCCL's words."""
 
     def __init__(self, meeting: Rendezvous, use_pynccl: bool = True, gather_bytes: int = 0) -> None:
         super().__init__(meeting)
@@ -109,8 +108,7 @@ class CudaCommunicator(Communicator):
     def close(self) -> None:
         """Leave. Waits for others a few seconds at most: they may be gone already.
 
-        Raises: RuntimeError when the device has failed; EngineError when it still waits for a rank that is gone.
-        """
+        Raises: RuntimeError when the device has failed; EngineError when it still waits for a rank that is gone."""
         torch.cuda.set_device(self._device)
         has_finished = self._finished()
         if has_finished and self.peers is not None:

@@ -1,8 +1,7 @@
 """The runner of a GPU: steps are launched and not waited for; sampled ids stay on the device for the next step.
 
 A decode step is one host-to-device copy, one graph replay and one copy of the ids back. Everything else of a step
-that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op.
-"""
+that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op."""
 
 import ctypes
 import logging
@@ -33,7 +32,6 @@ from minisgl.kernel.cuda import create_cuda_ops
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
-
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS, _NO_STEP = 2e-5, StepPlan(0, (), (), ())
@@ -84,8 +82,7 @@ class CudaHandle:
 class CudaRunner:
     """steps: what it computes with, for tests.
 
-    Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory.
-    """
+    Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._device = open_gpu(rank)
@@ -179,30 +176,30 @@ class CapturedSteps(StepRunner):
         kv = shard.create_kv(*num_pages)
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        config, head, layers = shard.config, second or shard.head, self._layers
-        if second is not None:
-            layers = layers.of(second, second.create_kv(*num_pages), second.create_attention())
-        if head is not None:
-            self.propose = HeadDrafter(head, self, layers).propose
-        longest, kinds = config.draft_len, config.model.states
+        self.left: tuple[Tensor, Tensor] | None = None  # of `HeadDrafter`
+        if (head := second or shard.head) is not None:
+            drafter = HeadDrafter(head, self, self._layers, *num_pages)
+            self.propose, self.left = drafter.propose, drafter.left if shard.ops.draft is not None else None
+        longest, kinds = shard.config.draft_len, shard.config.model.states
         self._has_states, self._belong = bool(kinds), bool(kinds) or head is not None  # tokens of a request, in layers
         can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
-        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
+        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), shard.config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
-    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+    def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
+        num, row = sum(share.num_samples for share in plan.reqs), self.tables.padding_row
+        if before.kept is None or self.tables.places is None or self._backend.plans_captured or num < plan.num_tokens:
+            plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
         asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
-        reqs, num = plan.reqs, len(plan.reqs)
-        if (size := num) > plan.num_decode:
-            reqs, num, size = self._as_captured(plan), sum(req.num_samples for req in plan.reqs), plan.num_tokens
+        reqs, size = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan), plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
-        shapes, row = self._wide if any(share.num_held for share in reqs) else self._shapes, self.tables.padding_row
+        shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
-            return super()._launch(plan, masks)
+            return super()._launch(plan, masks, before)
         (shape, padding), few = found, 1 + self.shard.config.draft_len
         index = StepIndex.of((*reqs, *padding))
         if num < size:
@@ -217,7 +214,9 @@ class CapturedSteps(StepRunner):
             self.tables.fresh.fill_(few)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
-        return launched if told is None or self.propose is None else launched._replace(drafts=told[: len(plan.reqs)])
+        drafts = None if told is None or self.propose is None else told[: len(plan.reqs)]
+        kept = self.left[0][: len(plan.reqs)] if self.left and drafts is not None and shape.is_wide else None
+        return launched._replace(drafts=drafts, plan=plan, kept=kept)
 
     def _as_captured(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step with drafts, or with prompts for which it would take longer to launch op by op than it
@@ -256,8 +255,12 @@ class CapturedSteps(StepRunner):
         self.tables.send(_NO_STEP, index)
         batch, propose, most = self._batch(index, shape), self.propose, self.shard.config.draft_len * shape.is_wide
         metadata = self._backend.prepare_both(batch.attention, captured=True)
+        step, left = batch.tensors, self.left if shape.is_wide else None
 
         def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+            if left is not None:
+                numbers = step.follows, step.cu_q, step.rows, step.positions, step.ends, step.seq_lens, step.drafted
+                self.shard.ops.draft.follow(*left, *numbers, step.sampling.words, self.tables.token_ids)
             computed = self._layers(batch, metadata)
             logits = computed.logits(None)
             ids = self._sample(logits, batch.tensors)

@@ -7,6 +7,7 @@ import torch
 
 from minisgl.attention.base import StepContext, to_device
 from minisgl.config.model import ModelConfig
+from minisgl.core import most_samples
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -37,9 +38,13 @@ class SecondModel(ModelShard):
 class HeadDrafter:
     """Says what may come after the last token that will be kept of each request. All of it can be captured."""
 
-    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer) -> None:
-        """layers: with the tables that the steps have, and the cache that the head reads."""
-        self._head, self._steps, self._layers = head, steps, layers
+    def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, *num_pages: int) -> None:
+        """layers: of the steps, whose cache a head reads, too; num_pages: of a second model's own."""
+        self._head, self._steps = head, steps
+        self._layers = layers.of(head, *num_pages) if isinstance(head, SecondModel) else layers
+        # What a captured step leaves to the next: of each request's draft so many tokens held, and what it tells.
+        kept = torch.zeros(most_samples(steps.tables.padding_row) + 1, dtype=torch.int32, device=steps.shard.device)
+        self.left = kept, kept.new_zeros(len(kept), steps.shard.config.draft_len, dtype=torch.int64)
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
         """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
@@ -58,7 +63,8 @@ class HeadDrafter:
         for of_pass in numbers.unbind(1):
             x = head.forward(told[-1], x, self._context(batch, *of_pass))
             told.append(head.choose(x))
-        drafts = torch.stack(told[not head.skips_last :], 1).view(-1, most)
+        told = [each.view(len(last), -1) for each in told[not head.skips_last :]]
+        drafts = torch.cat(told, 1, out=self.left[1][: len(last), :most])
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
     def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
@@ -71,7 +77,7 @@ class HeadDrafter:
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
             known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
-            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers)
+            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers, self.left[0][:num])
             return *parts, numbers.flatten(2)
         following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]
@@ -100,10 +106,9 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
-    if isinstance(head, SecondModel):
-        layers = layers.of(head, head.create_kv(shard.config.num_pages + 1, shard.config.num_window_pages + 1), None)
     if ops is None or spec is None:
-        steps.propose = HeadDrafter(head, steps, layers).propose if head else None
+        num_pages = shard.config.num_pages + 1, shard.config.num_window_pages + 1
+        steps.propose = HeadDrafter(head, steps, layers, *num_pages).propose if head else None
         return
     layer: int = ops.module.add_draft_head(model, *spec.numbers, *spec.norms)
     spec.build(ops.module, layer, shard.config.model.num_layers, steps.kv)

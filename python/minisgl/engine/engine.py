@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 def create_engine(config: EngineConfig, rank: int = 0) -> "CpuRunner | CudaRunner":
     """The `core.Executor` of one rank. A failed step does not stop later ones.
 
-    Raises: ConfigError when the model cannot be loaded, or the configuration does not fit the device.
-    """
+    Raises: ConfigError when the model cannot be loaded, or the configuration does not fit the device."""
     if config.device == "cuda":
         from minisgl.engine.cuda import CudaRunner
 

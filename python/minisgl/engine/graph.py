@@ -12,9 +12,7 @@ from minisgl.engine.shapes import GraphShape
 from minisgl.kernel.cuda import tensor_at
 
 Tensor = torch.Tensor
-
 logger = logging.getLogger(__name__)
-
 Results = tuple[Tensor, Tensor | None]  # ids [num_samples] int32; drafts, as of `step.Launched`
 RunStep = Callable[[], tuple[Results, Tensor]]
 

@@ -101,8 +101,7 @@ def gather_logprobs(
     """ids: of all samples, which `step.index` counts; None: the tokens are `step.targets`.
 
     logits_of: [m] int64 of `step.index` → logits, valid until the next call: of all samples, or where ids are None of
-    these m. The copies to the host are not waited for.
-    """
+    these m. The copies to the host are not waited for."""
     parts, num_top = [], max(wanted.num_top for wanted in step.wanted)
     index = step.on_device = to_device(step.index, device) if step.on_device is None else step.on_device
     if ids is None:

@@ -14,7 +14,6 @@ from minisgl.errors import ConfigError
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
-
 WARM_UP_TOKENS = (64, 512, 2048)
 _GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
 
@@ -51,8 +50,7 @@ def pages_that_fit(config: EngineConfig, comm: Communicator, activations: int) -
     """How many pages the KV cache has, and layers whose windows slide, the same on every rank; one more of each, for
     padding, fits beside them.
 
-    Raises: ConfigError where these are fewer than are asked for, or than one request may need.
-    """
+    Raises: ConfigError where these are fewer than are asked for, or than one request may need."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     budget = free - int(total * (1 - config.memory_ratio)) - activations - _GRAPH_RESERVE

@@ -20,7 +20,6 @@ from minisgl.models.decoder import DecoderModel
 from minisgl.models.heads import Head
 
 logger = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHES = {**DTYPES, "int8": torch.int8, "fp8": torch.uint8}
 

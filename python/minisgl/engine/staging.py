@@ -71,7 +71,7 @@ class DeviceTables:
         angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
         num_tokens = max(config.max_prefill_length, most_samples(num_rows) + 1)
-        num_words = most_samples(num_rows) * (NUM_WORDS + 8) + 1 + 3 * num_tokens  # `StepTensors`, prompts and pages
+        num_words = most_samples(num_rows) * (NUM_WORDS + 9) + 1 + 3 * num_tokens  # `StepTensors`, prompts and pages
         self._drafted, self._sent = list[Tensor](), tuple[Tensor, ...]()
         self._staging = Staging(2 * NUM_PLACES + num_words + 2 * max(num_tokens, 64 * num_rows), device)
         places, takes_rules = self._staging.device[: 2 * NUM_PLACES], config.model.vocab_size <= ops.most_ruled
@@ -102,8 +102,9 @@ class DeviceTables:
         pages = [page for one in updates for page in one.pages], [page for one in updates for page in one.window_pages]
         gained = [put(np.array(values, np.int32)) for values in (entries, *pages) if values]
         width = self.token_ids.shape[1]
-        places = [row * width + position + i for row, position, ids in plan.drafts for i in range(len(ids))]
-        drafted = places, [token for draft in plan.drafts for token in draft.ids]
+        known = [draft for draft in plan.drafts if draft.ids[0] != ID_PENDING]
+        places = [row * width + position + i for row, position, ids in known for i in range(len(ids))]
+        drafted = places, [token for draft in known for token in draft.ids]
         self._drafted = [put(np.array(values, np.int32)) for values in drafted if values]
         self._staging.flush()
         for row, ids in prompts:

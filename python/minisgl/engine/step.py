@@ -15,16 +15,14 @@ from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
 from minisgl.engine.pooling import Computed, pooled_bytes
 from minisgl.engine.rules import StepRules
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
+from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, resolved
 from minisgl.kernel.ops import PagedSequences, RopeAngles, Tensors
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
 
 Tensor = torch.Tensor
-
 logger = logging.getLogger(__name__)
-
 Sequences = tuple[IntArray, IntArray, IntArray, IntArray]  # rows, starts, num_new and offsets of `AttentionStep`
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
 Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
@@ -38,6 +36,8 @@ class Launched(NamedTuple):
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
     drafts: Tensor | None = None  # [m, longest] int32: of all m requests, as far as they have `num_drafts`
+    plan: StepPlan = StepPlan(-1, (), (), ())  # as it was computed
+    kept: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
@@ -87,9 +87,10 @@ class LayerByLayer:
             context,
         )
 
-    def of(self, shard: ModelShard, kv: KVPool, backend: Backend | None) -> "LayerByLayer":
-        """Another model, which reads the same pages. backend: its own, if it needs one."""
-        return LayerByLayer(shard, kv, backend or self._backend, self._inputs)
+    def of(self, shard: ModelShard, *num_pages: int) -> "LayerByLayer":
+        """Another model, which has a cache of the same pages. On a GPU attention is made for one shape."""
+        backend = self._backend if shard.device.type == "cpu" else shard.create_attention()
+        return LayerByLayer(shard, shard.create_kv(*num_pages), backend, self._inputs)
 
     def context(self, batch: Batch, metadata: Sequence[object] | None = None, captured: bool = False) -> StepContext:
         """For the model's layers, and for those that are computed beside them. captured: where the backend has prepared
@@ -107,18 +108,30 @@ class StepRunner:
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
         self.propose: Callable[[Batch, Computed, Tensor, int], Tensor | None] | None = None
+        self._before = Launched(tables.token_ids[0, :0])
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Its results are on their way to the host, from a GPU to pinned memory."""
         self.tables.host.apply(plan)
         self.kv.states.copy(plan.states)
-        launched = self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
+        nothing = Launched(self.tables.token_ids[0, :0])
+        before, self._before = self._before, nothing  # also after a failure
+        launched = self._launch(plan, masks, before) if plan.reqs else nothing
         drafts = None if launched.drafts is None else launched.drafts.to("cpu", non_blocking=True)
-        return launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=drafts)
+        self._before = launched._replace(ids=launched.ids.to("cpu", non_blocking=True), drafts=drafts)
+        return self._before
 
-    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+    def _resolved(self, plan: StepPlan, before: Launched) -> StepPlan:
+        """With what the step before has left; it waits for that."""
+        if not any(share.follows for share in plan.reqs):
+            return plan
+        self.tables.token_ids[0, 0].item()  # what is on its way from a device is there then
+        kept = [] if before.kept is None else before.kept.tolist()
+        return resolved(plan, before.plan, before.result(before.plan), kept, bool(self.shard.config.model.states))
+
+    def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Launch a step that computes something, op by op."""
-        index = StepIndex.of(plan.reqs)
+        index = StepIndex.of((plan := self._resolved(plan, before)).reqs)
         self.tables.send(plan, index, masks)
         batch = self.batch(index, plan.num_decode)
         computed, prompts = self.forward(batch), None
@@ -130,7 +143,7 @@ class StepRunner:
         if len(logits):
             launched = self._finish(plan, masks, index, None, lambda: (logits, batch.tensors))
         drafts = self._drafts(batch, computed, launched.ids)
-        return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
+        return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts, plan=plan)
 
     def _drafts(self, batch: Batch, computed: Computed, ids: Tensor) -> Tensor | None:
         try:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import AttentionStep, IntArray
-from minisgl.core import MAX_COUNT, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import MAX_COUNT, Draft, SamplingParams, ScheduledReq, StepPlan, StepResult, num_right
 from minisgl.engine.logprobs import LogprobRules
 from minisgl.engine.pooling import PooledRows
 from minisgl.engine.rules import LogitRules
@@ -32,6 +32,7 @@ class StepIndex(NamedTuple):
     rows: IntArray  # [m] of the tables
     num_drafts: IntArray  # [m]
     drafted: IntArray  # [2 * m]: of each, how many tokens of its last draft held; then of each, those of this one
+    follows: IntArray  # [m]: `ScheduledReq.follows`
     seq_lens: IntArray  # [m] tokens, this step's included
     offsets: IntArray  # [m + 1]: request i has tokens [offsets[i], offsets[i + 1])
     token_rows: IntArray  # [t]
@@ -48,9 +49,9 @@ class StepIndex(NamedTuple):
         """reqs: not empty."""
         words = pack(f"{len(reqs) * len(reqs[0])}q", *chain.from_iterable(reqs))  # numpy's own ways take twice as long
         table = np.frombuffer(words, np.int64).reshape(len(reqs), -1)
-        rows, starts, num_new, num_samples, num_drafts, num_held = table.T.copy()
+        rows, starts, num_new, num_samples, num_drafts, num_held, follows = table.T.copy()
         seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
-        counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0)))
+        counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0))), follows
         if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
             rest = offsets[:-1], rows, *counts
             return StepIndex(starts, num_new, seq_lens, rows, *rest, seq_lens, offsets, rows, starts, seq_lens)
@@ -80,6 +81,7 @@ class StepTensors(NamedTuple):
     rows: torch.Tensor
     num_drafts: torch.Tensor
     drafted: torch.Tensor
+    follows: torch.Tensor
     seq_lens: torch.Tensor
     cu_q: torch.Tensor  # offsets
     token_rows: torch.Tensor
@@ -129,6 +131,24 @@ class RowTables:
         records = words.view(RECORD)[:, 0]
         records["position"], records["mask"][list(masked)] = index.sample_positions, range(len(masked))
         return words
+
+
+def resolved(plan: StepPlan, before: StepPlan, result: StepResult, kept: list[int], has_states: bool) -> StepPlan:
+    """A plan with what was not known when it was made: how far the step before has got, and what it tells. kept: tokens
+    of that one's drafts, by request; empty: its own plan says which these were."""
+    guesses, ids = {draft.row: draft.ids for draft in before.drafts}, iter(result.token_ids)
+    kept = kept or [num_right(guesses.get(one.row, ()), next(ids)) if one.num_samples else 0 for one in before.reqs]
+    drafts, reqs = {draft.row: draft for draft in plan.drafts}, list[ScheduledReq]()
+    for share in plan.reqs:
+        if share.follows:
+            row, i = share.row, share.follows - 1
+            num = sum(kept[i : i + 1])  # there is none if that step has failed
+            share = share._replace(start=share.start + num, num_held=num * has_states, follows=0)
+            if row in drafts:
+                told = result.drafts.get(i) or [0] * share.num_samples
+                drafts[row] = Draft(row, drafts[row].position + num, tuple(told[: share.num_samples - 1]))
+        reqs.append(share)
+    return plan._replace(reqs=tuple(reqs), drafts=tuple(drafts.values()))
 
 
 def record_of(params: SamplingParams, prompt_len: int) -> Words:

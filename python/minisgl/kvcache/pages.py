@@ -53,8 +53,7 @@ class WindowPages:
     """Pages of layers whose windows slide: fewer than of the others, so each is lent to a page of these, with the same
     tokens, while a running request needs it, and as long after that as there is room.
 
-    window: tokens that a position sees, itself included; 0: there are no such layers, and no such pages.
-    """
+    window: tokens that a position sees, itself included; 0: there are no such layers, and no such pages."""
 
     def __init__(self, num_pages: int, page_size: int, window: int) -> None:
         self.window, self._page_size, self.allocator = window, page_size, PageAllocator(num_pages)

@@ -12,7 +12,6 @@ from minisgl.errors import EngineError
 from minisgl.message.messages import Codec
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 DETOKENIZER = "detokenizer-0"  # the name of its process

@@ -25,7 +25,6 @@ from minisgl.utils.log import setup_logging
 from minisgl.utils.process import handled
 
 logger = logging.getLogger(__name__)
-
 HEARTBEAT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 STOP_SIGNAL = signal.SIGUSR1  # from the supervisor
@@ -174,8 +173,7 @@ class Launcher:
 def signals_deferred() -> Iterator[None]:
     """Signals that end us wait until the end of the block. A child that is half started would complain about them.
 
-    Children are born with them blocked, so that a Ctrl-C during their first moments is the parent's to handle.
-    """
+    Children are born with them blocked, so that a Ctrl-C during their first moments is the parent's to handle."""
     caught, signums = list[int](), ENDING_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     try:
         with handled(lambda number, _: caught.append(number), signums):

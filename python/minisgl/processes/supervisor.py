@@ -17,7 +17,6 @@ from minisgl.processes.control import Launcher, Worker, WorkerSpec, signals_defe
 from minisgl.utils.process import UNGUARDED
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 Tell = Callable[..., None]
 LATE_SECONDS = 10.0

@@ -126,8 +126,7 @@ class Rank:
 def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: str, rank: int) -> Rank:
     """Load one rank, of a server or of an `LLM`. rendezvous: where all ranks find one another now.
 
-    For tests: what the integrity walk finds is fatal with MINISGL_INTEGRITY_FATAL.
-    """
+    For tests: what the integrity walk finds is fatal with MINISGL_INTEGRITY_FATAL."""
     with told(f"loading the model, rank {rank}"):
         set_cuda_environment(engine_config)
         from minisgl.engine.engine import create_engine

@@ -3,8 +3,7 @@
 The other ranks hear of such a request when its grammar is ready, and never of one that is refused: when that is depends
 on the clock, and the planner must not. So it is with masks: one that is not ready in time sits the step out, and all
 ranks are told when it is there (docs/adr/0018-rows-that-wait.md). And so it is with tokens that a grammar prescribes,
-which the planners draft (docs/adr/0027-prescribed-tokens.md).
-"""
+which the planners draft (docs/adr/0027-prescribed-tokens.md)."""
 
 import logging
 import os
@@ -27,7 +26,6 @@ from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
-
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 # Of the time between the masks of two steps, what masks may take; and what cheap ones may: a row that sits out has been
@@ -43,8 +41,7 @@ class Grammars:
     """Owns the matcher of every request with a grammar that was let in, by uid.
 
     store: None refuses them all. is_gpu: a GPU computes meanwhile. tells_forced: planners are told which tokens are
-    prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
-    """
+    prescribed. A matcher knows the output that it has seen, so a retraction does not touch it."""
 
     def __init__(self, store: GrammarStore | None, is_gpu: bool = False, tells_forced: bool = False) -> None:
         self._store, self._tells_forced = store, tells_forced

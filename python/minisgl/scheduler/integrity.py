@@ -49,13 +49,13 @@ def check_integrity(planner: Planner) -> None:
 def _check_req(planner: Planner, req: Req, num_inflight: int) -> None:
     """One that has a row: that its state, counts, pages and lock fit together."""
     runs, num_known, num_pages = req.state is ReqState.RUNNING, len(req.tokens), len(req.pages)
-    computed = 0 <= req.num_computed <= min(req.num_tokens, num_pages * planner.config.page_size)
+    computed = 0 <= req.num_computed <= num_pages * planner.config.page_size
     placed = runs == (planner.reqs.get(req.uid) is req) and req.state is not ReqState.WAITING
     counts = req.prompt_len <= num_known <= req.num_tokens <= min(req.max_len, num_known + num_inflight)
     cache = planner.pages.cache
     for holds, contradiction in (
         (placed, f"is {req.state.value}, and in the wrong place"),
-        (computed, "has computed beyond its pages"),
+        (computed and (not runs or req.num_computed <= req.num_tokens), "has computed beyond its pages"),
         (counts or not runs, f"has {req.num_tokens} tokens, {num_known} known"),
         (req.num_inflight == num_inflight, f"is in {num_inflight} steps, not {req.num_inflight}"),
         (cache.spells(req.namespace, req.handle, req.prefix), "holds a prefix of other tokens"),

@@ -36,7 +36,6 @@ class Observer:
 
 
 logger = logging.getLogger(__name__)
-
 _SECONDS = 10.0  # of work between two lines, and at least that from any line to the one that says that the work is done
 _REQUEST_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

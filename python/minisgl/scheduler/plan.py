@@ -7,7 +7,7 @@ from minisgl.core import Admission, Draft, PageUpdate, Req, ScheduledReq, StepPl
 from minisgl.kvcache.pages import Pages
 
 Ids = tuple[int, ...]
-Shares = tuple[list[Req], list[ScheduledReq]]
+Shares = list[tuple[Req, ScheduledReq]]
 
 
 class Planned(NamedTuple):
@@ -25,13 +25,15 @@ class Planned(NamedTuple):
 
 @dataclass(slots=True)
 class Growing:
-    """What a step has so far. budget: tokens that it may still have."""
+    """What a step has so far. budget: tokens that it may still have. before: by row, where the step before is still to
+    tell how far it gets: 1 + its place there, how many tokens it verifies, and how many it tells."""
 
     budget: int
-    decode: Shares = field(default_factory=lambda: ([], []))
-    prefill: Shares = field(default_factory=lambda: ([], []))
+    decode: Shares = field(default_factory=list)
+    prefill: Shares = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
+    before: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def admit(self, req: Req, eos: tuple[int, ...]) -> None:
         ends = req.params.end_ids(eos) if req.params.min_tokens else ()
@@ -39,14 +41,13 @@ class Growing:
 
     def planned(self, step_id: int, pages: Pages, checked: list[Req]) -> Planned:
         """The step, with what became of pages since the one before. checked: those whose pages the engine compares."""
-        (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
-        reqs = decode + prefill
+        reqs, shares = map(list, zip(*self.decode, *self.prefill, strict=True))
         plan = StepPlan(
             step_id,
             tuple(self.admissions),
             tuple(pages.updates),
-            tuple(decode_shares + prefill_shares),
-            num_decode=len(decode),
+            tuple(shares),
+            num_decode=len(self.decode),
             expected=tuple(PageUpdate(req.row, 0, tuple(req.pages), tuple(req.window_pages)) for req in checked),
             states=tuple(pages.states),
             drafts=tuple(self.drafts),

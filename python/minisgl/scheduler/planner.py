@@ -5,8 +5,7 @@ tensor-parallel rank runs its own copy and reaches the same plans.
 
 A request has `num_tokens` and `num_computed`; a step grants it `min(num_tokens - num_computed, budget left)`. Prefill,
 chunked prefill, cache hits and decode are that one subtraction. `plan` advances the counts as if the step had run
-already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids.
-"""
+already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids."""
 
 from collections import Counter, deque
 from collections.abc import KeysView
@@ -32,16 +31,14 @@ _TELLING_COST = 8
 _READING = 3  # new tokens: their attention takes as long as it takes to read and widen what lies before them
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
-_LPM_WINDOW = 128
-_LPM_OLDEST_EVERY = 8
+_LPM_WINDOW, _LPM_OLDEST_EVERY = 128, 8
 _SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
 
 
 class Planner:
     """Owns the queues, every `Req`, and `pages`. Others only look at them: the integrity walk, dumps, and tests.
 
-    The configuration must satisfy max_seq_len <= num_pages * page_size, so that any single request can run alone.
-    """
+    The configuration must satisfy max_seq_len <= num_pages * page_size, so that any single request can run alone."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         assert config.max_seq_len <= config.num_pages * config.page_size
@@ -115,9 +112,9 @@ class Planner:
 
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
-        if self.inflight and self.speculation.awaits(self.inflight[-1].plan):
-            return None
         step = Growing(self.config.max_prefill_length)
+        if (self.speculation.is_on or any(plan.drafts for plan, _ in self.inflight)) and not self._may_follow(step):
+            return None
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
         if self.waiting.is_shared and self.waiting and self.running:
@@ -127,7 +124,7 @@ class Planner:
             self._plan_waiting(step)
             if not (self.running or self.leaving):  # who ran alone has just made way
                 self._plan_waiting(step)
-        if not step.decode[0] and not step.prefill[0]:
+        if not step.decode and not step.prefill:
             return None
         self.speculation.lengthen(step, self.pages)
         checked = self._check_every and self._step_id % self._check_every == 0
@@ -135,6 +132,18 @@ class Planner:
         self.inflight.append(planned)
         self._step_id += 1
         return planned
+
+    def _may_follow(self, step: Growing) -> bool:
+        """Whether it is known how far the steps in flight get and what may come next. If not: the same requests go on
+        behind the only one, and there are pages for all that they may keep."""
+        shares = [one for plan, _ in self.inflight for one in enumerate(plan.reqs, 1)]
+        if not (shares := [(i, share) for i, share in shares if share.num_samples > 1 or share.num_drafts]):
+            return True
+        step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
+        others = [r for r in self.running if r.held or r.params.grammar or r.num_tokens > r.num_computed + 1]
+        can = len(self.inflight) == 1 and not (self.waiting or others)
+        num = len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
+        return can and self.speculation.can_follow(self.inflight[0].plan) and self.pages.missing(num, num) <= 0
 
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
@@ -154,7 +163,8 @@ class Planner:
                     num_new = min([num_new, *(border - start for border in req.borders if border > start)])
             if num_new > 1:  # what a token of everyone's output takes is no less if it comes a step later
                 num_new, cost = self._share(req, start, num_new, budget - (len(self.running) - index - 1))
-            if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
+            most = num_new + step.before.get(req.row, (0, 0))[1]
+            if start + most > len(req.pages) * page_size and not self._grow(req, most):
                 has_pages = False
                 continue
             budget -= cost
@@ -193,9 +203,9 @@ class Planner:
             pages.share(req, end)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
-        reqs, shares = step.decode if num_new == num_samples else step.prefill
-        reqs.append(req)
-        shares.append(ScheduledReq(req.row, start, num_new, num_samples, 0, pages.held.pop(req.row, 0)))
+        held, follows = pages.held.pop(req.row, 0), step.before.get(req.row, (0,))[0]
+        share = ScheduledReq(req.row, start, num_new, num_samples, 0, held, follows)
+        (step.decode if num_new == num_samples else step.prefill).append((req, share))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
@@ -212,15 +222,13 @@ class Planner:
                 outputs.append(self._finish(end) if vector else self._accept(req, (-1,)))
             if scheduled.num_samples:
                 ids = sampled = next(token_ids)
-                if drafts and (draft := drafts.get(scheduled.row)):
-                    ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
-                if req.num_stale:
+                if req.num_stale:  # how far it got is known
                     req.num_stale -= 1
-                elif req.state is not ended and ids[0] == NOT_READY:
-                    outputs.append(self._sit_out(req))
                 elif req.state is not ended:
+                    if drafts and (draft := drafts.get(scheduled.row)):
+                        ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
                     logprobs = b"".join([told.get(sample + i, b"") for i in range(len(ids))]) if told else b""
-                    outputs.append(self._accept(req, ids, logprobs))
+                    outputs.append(self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids, logprobs))
                 sample += len(sampled)
         self.speculation.hear(reqs, plan, result)
         self._release_leaving()

@@ -17,7 +17,6 @@ from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.transport import Transport
 
 logger = logging.getLogger(__name__)
-
 PUMP_SECONDS = 0.1
 _LATE_SECONDS = 10.0  # beyond its estimate: a step that takes longer makes us unhealthy
 _CHECK_EVERY = 16  # spells of work: after so many of them there is a walk
@@ -57,8 +56,7 @@ class Scheduler:
         handles.append(executor.submit(plan, masks))
         result = handles.popleft().result()         # of step n - 1, while the device computes step n
         outputs = planner.retire(result)
-        transport.send(outputs)
-        """
+        transport.send(outputs)"""
         try:
             self._turn()
         except (EngineError, WorkerDied):

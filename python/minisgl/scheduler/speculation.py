@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Draft, Req, ReqState, ScheduledReq, StepPlan, StepResult, most_samples
+from minisgl.core import ID_PENDING, Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
 from minisgl.scheduler.plan import Growing, Ids
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
-
 Shares = Sequence[tuple[Req, ScheduledReq]]
 # The share of drafted tokens that is right: at first, and if the engine guesses; how much of it one changes, or a step
 # without, where none would pay, and where some might. If nobody wanted any, so many steps are not looked at.
@@ -20,14 +19,14 @@ _FIRST_RATE, _ENGINES_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 
 
 
 class Lengths:
-    """How long drafts are to be: what gives most tokens for the time of the whole step (`SchedulerConfig.step_costs`).
-    Thus drafts get shorter the more requests run. room: tokens that all of them may have."""
+    """How long drafts are to be: what gives most tokens for the time of the whole step. Thus they get shorter the more
+    requests run. costs: `SchedulerConfig.step_costs`, and whether steps have room for whole drafts only, as captured
+    ones have. room: tokens that all of them may have. pays: whether drafts gain anything."""
 
-    def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int, room: int) -> None:
-        self._row_cost, self._verify_cost, self._room = row_cost, verify_cost, room
-        self._plain_tokens, self._plain_cost = float(num_samples), 1 + row_cost * num_rows
-        self._tokens, self._cost = self._plain_tokens, self._plain_cost
-        self.least = row_cost * num_samples / self._cost  # the share of right tokens below which no draft pays
+    def __init__(self, costs: tuple[float, float, bool], num_rows: int, num_samples: int, room: int) -> None:
+        (self._row_cost, self._verify_cost, self._whole), self._room = costs, room
+        self._plain = self._tokens, self._cost = float(num_samples), 1 + self._row_cost * num_rows
+        self.pays, self.least = False, self._row_cost * num_samples / self._cost  # of less right tokens no draft pays
 
     def best(self, rate: float, num_pending: int, most: int, asked: int | None = None) -> int:
         """The length for one request of the step, of whose drafted tokens such a share is right, within all limits."""
@@ -35,17 +34,13 @@ class Lengths:
         length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
         while length < most and chance * cost > self._row_cost * tokens:
             length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
-        return length
+        return most if length and self._whole else length
 
     def add(self, rate: float, num_pending: int, num: int) -> None:
         """The request has a draft of so many tokens."""
         self._tokens += rate ** (1 + num_pending) * (num if rate == 1 else (1 - rate**num) / (1 - rate))
         self._cost, self._room = self._cost + self._row_cost * num, self._room - num
-
-    @property
-    def pays(self) -> bool:
-        """Whether the whole is more than no draft at all."""
-        return self._tokens * self._plain_cost > self._plain_tokens * (self._cost + self._verify_cost)
+        self.pays = self._tokens * self._plain[1] > self._plain[0] * (self._cost + self._verify_cost)
 
 
 class Speculation:
@@ -58,6 +53,7 @@ class Speculation:
         own = None if drafter is None else {config.speculate: lambda _: drafter}
         self._makers = own or (ngram if config.speculate == "ngram" else {})  # who comes first is asked first
         self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
+        self._costs = *config.step_costs, self._asks and config.cuda_graph_max_bs > 0
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
@@ -85,36 +81,35 @@ class Speculation:
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
-        size = 0 if step.prefill[0] else len(step.decode[0])
+        size = 0 if step.prefill else len(step.decode)
         self._num_steps += (is_resting := 0 < size == self._resting <= len(self._rates) and self._num_steps < _REST)
         if is_resting or not self.is_on:
             return
-        shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
+        shares = [*step.decode, *step.prefill]
         num_samples, config = sum(share.num_samples for _, share in shares), self._config
         # Where a request's tokens belong together, no captured step holds a draft of each of so many.
         are_many = 0 < config.cuda_graph_max_bs < num_samples * (1 + config.draft_len)
-        drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step.budget)
+        drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step)
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
         may_rest = not (drafts or wanted or self._makers or self._forced or any(self._drafters.values()))
         self._resting, self._num_steps = size * may_rest, 1
         if not drafts and not wanted:
             return
-        step.decode, step.prefill = ([], []), ([], [])
+        step.decode, step.prefill = [], []
         for req, share in shares:
-            row, start, num_new, num_samples, num_drafts, num_held = share
-            if (ids := drafts.get(row)) and (num := self._room(req, start + num_new, len(ids), pages)):
+            row, start, num_new, num_samples, num_drafts, num_held, follows = share
+            end = start + num_new + step.before.get(row, (0, 0))[1]  # at most
+            if (ids := drafts.get(row)) and (num := self._room(req, end, len(ids), pages)):
                 step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
-                num_new, num_samples = num_new + num, num_samples + num
-            if (most := min(wanted.get(row, 0), req.max_len - start - num_new - 1)) > 0:
-                num_drafts = max(0, self._room(req, start + num_new, most + 1, pages) - 1)  # behind one that is sampled
-            some_reqs, some_shares = step.decode if num_new == num_samples == 1 else step.prefill
-            some_reqs.append(req)
-            some_shares.append(ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held))
+                num_new, num_samples, end = num_new + num, num_samples + num, end + num
+            if (most := min(wanted.get(row, 0), req.max_len - end - 1)) > 0:
+                num_drafts = max(0, self._room(req, end, most + 1, pages) - 1)  # behind one that is sampled
+            share = ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held, follows)
+            (step.decode if num_new == num_samples == 1 else step.prefill).append((req, share))
 
-    def _wanted(self, shares: Shares, num_samples: int) -> dict[int, int]:
-        """By row, how many tokens the engine is to tell for about the next step; empty if they would not pay."""
-        room, wanted = self._most_samples - num_samples, dict[int, int]()
-        lengths = Lengths(*self._config.step_costs, num_samples, num_samples, room)
+    def _wanted(self, shares: Shares, num: int) -> dict[int, int]:
+        """By row, how many tokens the engine is to tell of the next step, of `num` samples; empty: they do not pay."""
+        lengths, wanted = Lengths(self._costs, num, num, self._most_samples - num), dict[int, int]()
         for req, share in shares:
             if share.num_samples and not req.num_stale and (req.params.grammar is None or not self._asks):
                 rate = self._rates.get(req.uid, _FIRST_RATE)
@@ -122,9 +117,10 @@ class Speculation:
                 lengths.add(rate, 0, length)
         return wanted if lengths.pays else {}
 
-    def awaits(self, plan: StepPlan) -> bool:
-        """Whether how far a step's requests get, or what may come next, is not known before its result is."""
-        return bool(plan.drafts) or (self._asks and any(share.num_drafts for share in plan.reqs))
+    def can_follow(self, plan: StepPlan) -> bool:
+        """Whether a step may follow one whose end is not known: all drafts are the engine's, and it has no prompts."""
+        is_own = self._asks and not (self._makers or self._drafters or self._forced)
+        return is_own and all(share.num_new == share.num_samples for share in plan.reqs)
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
         """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
@@ -134,22 +130,20 @@ class Speculation:
     def settle(self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: Ids, pages: Pages) -> Ids:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
         remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
-        if req.num_stale or req.state is ReqState.FINISHED:  # how far it got is known
-            return ids
-        num, name = len(draft), self._names.get(req.uid, "")
-        num_right = next((i for i in range(num) if draft[i] != ids[i] or ids[i + 1] < -1), num)
+        draft = (self._told.get(req.uid) or [0] * len(draft))[: len(draft)] if draft[0] == ID_PENDING else draft
+        name, right = self._names.get(req.uid, ""), num_right(draft, ids)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
-        num_wrong = num - num_right if num_right < num and draft[num_right] != ids[num_right] else 0
-        self.num_drafted[name] += num_right + num_wrong
-        self.num_right[name] += num_right
-        req.drafted = req.drafted[0] + num_right, req.drafted[1] + num_wrong
+        num_wrong = len(draft) - right if right < len(draft) and draft[right] != ids[right] else 0
+        self.num_drafted[name] += right + num_wrong
+        self.num_right[name] += right
+        req.drafted = req.drafted[0] + right, req.drafted[1] + num_wrong
         kind = req.params.temperature > 0 if self._asks and name == self._config.speculate else -1
         for rates, key, kept in (self._rates, req.uid, 1 - _LEARNING), (self._first_rates, kind, 1 - _LEARNING / 2):
             if (rate := rates.get(key, -1.0)) >= 0 and name != "grammar":
-                rates[key] = (1 - (1 - rate) * kept**num_right) * (kept if num_wrong else 1)
-        req.num_computed += num_right
-        pages.held[share.row] = num_right * self._config.has_states
-        return ids[: num_right + 1]
+                rates[key] = (1 - (1 - rate) * kept**right) * (kept if num_wrong else 1)
+        req.num_computed += right
+        pages.held[share.row] = right * (self._config.has_states and not req.num_inflight)  # else those who follow know
+        return ids[: right + 1]
 
     def forget(self, uids: Collection[int]) -> None:
         """These requests have ended, or begin anew."""
@@ -157,10 +151,10 @@ class Speculation:
             for uid in uids:
                 known.pop(uid, None)
 
-    def _drafts(self, shares: Shares, num_samples: int, budget: int) -> dict[int, Sequence[int]]:
+    def _drafts(self, shares: Shares, num_samples: int, step: Growing) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
-        num_rows, room = sum(share.num_new for _, share in shares), min(budget, self._most_samples - num_samples)
-        lengths, drafts = Lengths(*self._config.step_costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
+        num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
+        lengths, drafts = Lengths(self._costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
         may_pay = self._forced or not self._makers or self._wanted(shares, num_samples)  # if all have a draft
@@ -170,13 +164,15 @@ class Speculation:
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
                     continue
-                num_pending = req.num_tokens - 1 - len(req.tokens)
+                _, num_before, num_told = step.before.get(share.row, (0, 0, 0))
+                told = [ID_PENDING] * num_told if share.follows else self._told.get(req.uid, ())
+                num_pending = 0 if share.follows else req.num_tokens - 1 - len(req.tokens)
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
                 if forced := forced[req.num_tokens - 1 - begin :] if begin < req.num_tokens else []:
                     rate, self._names[req.uid] = 1.0, "grammar"
-                most = min(self._config.draft_len, req.max_len - req.num_tokens)
+                most = min(self._config.draft_len, req.max_len - req.num_tokens - num_before)
                 length = lengths.best(rate, num_pending, most, req.params.speculate)
-                if length and (ids := forced[:length] or self._propose(req, num_pending, length)):
+                if length and (ids := forced[:length] or self._propose(req, told, num_pending, length)):
                     lengths.add(rate, num_pending, len(ids))
                     drafts[share.row] = ids
         for uid in (req.uid for req, share in shares if not (lengths.pays and share.row in drafts)):
@@ -192,8 +188,8 @@ class Speculation:
                 pages.give(req, pages.allocator.allocate(missing))
         return min(num, len(req.pages) * pages.page_size - end)
 
-    def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        """Of the first who has a guess; what a client predicts comes before what the server makes of it."""
+    def _propose(self, req: Req, told: Sequence[int], num_pending: int, most: int) -> Sequence[int]:
+        """Of the first who has a guess: a client comes before the server, and what the engine has told is the last."""
         try:
             own = self._drafters.setdefault(req.uid, {}) if self._makers else self._drafters.get(req.uid, {})
             own |= {name: make(req) for name, make in self._makers.items() if name not in own}
@@ -202,7 +198,7 @@ class Speculation:
                     self._names[req.uid] = name
                     return ids
             self._names[req.uid] = self._config.speculate
-            return self._told.get(req.uid, ())[num_pending : num_pending + most]
+            return told[num_pending : num_pending + most]
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
             self._rates[req.uid] = -1.0

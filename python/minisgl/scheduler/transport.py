@@ -22,8 +22,7 @@ class Transport(ABC):
     """One rank's connection to the rest of the system. Ranks above 0 say nothing.
 
     beat: called now and then, to show that this process is alive. grammars: on rank 0, of its requests: see that what
-    they have to match is compiled before anyone hears of them.
-    """
+    they have to match is compiled before anyone hears of them."""
 
     def __init__(self, beat: Beat, grammars: Grammars | None = None) -> None:
         self._beat, self.grammars = beat, grammars or Grammars(None)

@@ -19,7 +19,6 @@ from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 
 logger = logging.getLogger(__name__)
-
 POLL_SECONDS = 0.5
 MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
 SHORT = 2**14  # bytes of a batch's prompts that are encoded at once: some milliseconds

@@ -20,7 +20,6 @@ from minisgl.message import messages as wire
 from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, Message, learn
 
 logger = logging.getLogger(__name__)
-
 _END = f"\ue000{secrets.token_hex(8)}\ue001"  # put behind a message that goes on: what a template adds is cut off there
 _GUARD = "\n"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

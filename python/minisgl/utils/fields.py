@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 from minisgl.errors import ConfigError
 
 T = TypeVar("T")
-MAX_INT = 2**31 - 1
-MAX_NUMBER = 1e300
+MAX_INT, MAX_NUMBER = 2**31 - 1, 1e300
 _PLURALS: dict[type, str] = {str: "strings", int: "whole numbers", float: "numbers"}
 
 

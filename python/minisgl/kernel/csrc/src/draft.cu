@@ -1,6 +1,7 @@
 // What a drafter on the GPU does beside its layers: where the tokens stand that it is to tell, and which token is the most
 // probable. Between products it is such small things that a captured step waits for.
 #include <minisgl/common.cuh>
+#include <minisgl/sampling_params.h>
 
 #include <tvm/ffi/optional.h>
 
@@ -32,6 +33,7 @@ struct PlanArgs {
   int64_t* last;                // [n]
   int64_t* token;               // [n]
   int32_t* numbers;             // [3, passes, n, places]
+  int32_t* kept;                // [n]
   int64_t max_len;
   int num_tokens, num_samples, passes, places, first_told, padding_row;
 };
@@ -66,7 +68,10 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs args)
   }
   __syncthreads();
   const int last = args.logit_tokens[first_wrong], position = args.positions[last];
-  if (threadIdx.x == 0) args.last[req] = last, args.token[req] = tokens[position];
+  if (threadIdx.x == 0) {
+    args.last[req] = last, args.token[req] = tokens[position];
+    args.kept[req] = max(first_wrong - first, 0);
+  }
   const int64_t size = int64_t(args.passes) * num_reqs * args.places;
   for (int i = threadIdx.x; i < args.passes * args.places; i += kPlanThreads) {
     const int told = args.first_told + i / args.places, place = i % args.places;
@@ -77,6 +82,40 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs args)
     out[size] = is_wanted ? at + place : 0;
     out[2 * size] = is_wanted ? at + min(wanted, args.places - 1) + 1 : 1;
   }
+}
+
+struct FollowArgs {
+  const int32_t* kept;     // [n]
+  const int64_t* told;     // [n, longest]
+  const int32_t* follows;  // [m]
+  const int32_t* cu_q;     // [m + 1]
+  const int32_t* rows;     // [m] of the table
+  int32_t* positions;      // [t]
+  int32_t* ends;           // [t]
+  int32_t* seq_lens;       // [m]
+  int32_t* held;           // [m]
+  SamplingParams* params;  // [t]
+  int32_t* token_ids;      // [num_rows, max_len]
+  int64_t max_len;
+  int longest;
+};
+
+// One block of a warp per request. It does not trigger: kernels behind it may read lengths before they wait.
+__global__ void __launch_bounds__(32) follow_kernel(const FollowArgs args) {
+  const int req = blockIdx.x;
+  pdl_wait();
+  const int before = args.follows[req] - 1;
+  if (before < 0) return;
+  const int kept = args.kept[before], begin = args.cu_q[req], end = args.cu_q[req + 1];
+  int32_t* tokens = args.token_ids + args.rows[req] * args.max_len;
+  for (int i = begin + threadIdx.x; i < end; i += 32) {
+    const int position = args.positions[i] + kept, place = i - begin - 1;
+    args.positions[i] = position, args.ends[i] = position + 1;
+    args.params[i].position += kept;
+    if (place >= 0 && place < args.longest) tokens[position] = args.told[int64_t(before) * args.longest + place];
+  }
+  if (threadIdx.x == 0) args.seq_lens[req] += kept, args.held[req] = kept;
+  __threadfence();
 }
 
 // Sums over the block, of two at once. Every thread calls it, once per kernel.
@@ -217,10 +256,11 @@ const T* gains_of(const TensorView& t, const TensorView& x, int64_t size) {
 // positions and lengths of sequences (numbers: [3, passes, n, places]), nobody's where a request wants no more.
 // rows, wanted: [n]; cu_q: [n + 1]; positions: [t]; logit_tokens, ids: [m], m > 0; input_ids, following: [t] int64;
 // last, token: [n] int64; token_ids: [num_rows, tokens]; int32 unless it says so. Without samples, a request's last
-// token is any. skips_last: the step itself tells the first token of a draft.
+// token is any. skips_last: the step itself tells the first token of a draft. kept: [n], how many tokens of its draft a
+// request keeps.
 void plan(TensorView rows, TensorView wanted, TensorView cu_q, TensorView positions, TensorView logit_tokens,
           TensorView input_ids, TensorView ids, TensorView token_ids, int64_t padding_row, bool skips_last,
-          TensorView following, TensorView last, TensorView token, TensorView numbers) {
+          TensorView following, TensorView last, TensorView token, TensorView numbers, TensorView kept) {
   const int64_t n = rows.numel(), t = positions.numel(), m = ids.numel();
   if (n == 0) return;
   MINISGL_CHECK(m > 0 && token_ids.ndim() == 2 && numbers.ndim() == 4 && numbers.size(0) == 3 && numbers.size(2) == n);
@@ -237,11 +277,42 @@ void plan(TensorView rows, TensorView wanted, TensorView cu_q, TensorView positi
   args.last = const_cast<int64_t*>(numbers_of<int64_t>(last, n));
   args.token = const_cast<int64_t*>(numbers_of<int64_t>(token, n));
   args.numbers = const_cast<int32_t*>(numbers_of<int32_t>(numbers, numbers.numel()));
+  args.kept = const_cast<int32_t*>(numbers_of<int32_t>(kept, n));
   args.max_len = token_ids.size(1);
   args.num_tokens = static_cast<int>(t), args.num_samples = static_cast<int>(m);
   args.passes = static_cast<int>(numbers.size(1)), args.places = static_cast<int>(numbers.size(3));
   args.first_told = skips_last, args.padding_row = static_cast<int>(padding_row);
   launch(LaunchConfig{dim3(n), dim3(kPlanThreads)}, current_stream(rows), plan_kernel, args);
+}
+
+// Moves a step of m requests and t tokens, all of which sample, to where the step before has got: its request i - 1 has
+// kept kept[i - 1] tokens of its draft, and told[i - 1] is the next one, where follows[req] is i; 0: it is where it is to
+// be. Positions, ends and lengths, the positions of the records (params: [t, words]) and what states are to take in
+// (held: the first m) are so many more, and the tokens of drafts are written to the table. kept: [n]; told: [n, longest]
+// int64; follows, rows, seq_lens: [m]; cu_q: [m + 1]; positions, ends: [t]; token_ids: [num_rows, tokens]; int32.
+void follow(TensorView kept, TensorView told, TensorView follows, TensorView cu_q, TensorView rows,
+            TensorView positions, TensorView ends, TensorView seq_lens, TensorView held, TensorView params,
+            TensorView token_ids) {
+  const int64_t m = follows.numel(), t = positions.numel();
+  if (m == 0) return;
+  MINISGL_CHECK(told.ndim() == 2 && told.size(0) == kept.numel() && token_ids.ndim() == 2 && held.numel() >= m);
+  FollowArgs args{};
+  args.kept = numbers_of<int32_t>(kept, kept.numel());
+  args.told = numbers_of<int64_t>(told, told.numel());
+  args.follows = numbers_of<int32_t>(follows, m);
+  args.cu_q = numbers_of<int32_t>(cu_q, m + 1);
+  args.rows = numbers_of<int32_t>(rows, m);
+  args.positions = const_cast<int32_t*>(numbers_of<int32_t>(positions, t));
+  args.ends = const_cast<int32_t*>(numbers_of<int32_t>(ends, t));
+  args.seq_lens = const_cast<int32_t*>(numbers_of<int32_t>(seq_lens, m));
+  args.held = const_cast<int32_t*>(numbers_of<int32_t>(held, held.numel()));
+  const int32_t* words = numbers_of<int32_t>(params, t * int64_t(sizeof(SamplingParams) / sizeof(int32_t)));
+  MINISGL_CHECK(reinterpret_cast<uintptr_t>(words) % alignof(SamplingParams) == 0);
+  args.params = reinterpret_cast<SamplingParams*>(const_cast<int32_t*>(words));
+  args.token_ids = const_cast<int32_t*>(numbers_of<int32_t>(token_ids, token_ids.numel()));
+  args.max_len = token_ids.size(1), args.longest = static_cast<int>(told.size(1));
+  const LaunchConfig config{dim3(m), dim3(32), 0, false};
+  launch(config, current_stream(follows), follow_kernel, args);
 }
 
 // out [n] int64: the token of each row of logits [n, vocab] whose logit is the largest; with a weight [vocab, hidden]:
@@ -278,6 +349,7 @@ void best(TensorView logits, Optional<TensorView> weight, TensorView x, TensorVi
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, minisgl::plan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(follow, minisgl::follow);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(best, minisgl::best);
 
 }  // namespace minisgl
