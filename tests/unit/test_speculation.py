@@ -266,7 +266,7 @@ def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
     assert longest_draft("off", None, is_free=True) == 8
     assert longest_draft("mtp", None, is_free=False) == 3 and longest_draft("mtp", None, is_free=True) == 8
     assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5
-    assert longest_draft("ngram", None, is_free=False) == 16, "on a GPU"
+    assert longest_draft("ngram", None, is_free=False) == 31, "on a GPU"
     assert longest_draft("ngram", None, is_free=True) == longest_draft("ngram", None, is_free=False, states=(1,)) == 8
 
 
