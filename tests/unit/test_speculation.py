@@ -15,7 +15,7 @@ from minisgl.config.draft import longest_draft
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Grammar, Req, ReqOutput, SamplingParams, ScheduledReq
 from minisgl.kvcache.radix import PrefixCache
-from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, Lookup, Prediction, TreePath, find_repeated
+from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, QUOTED, Lookup, Prediction, TreePath, find_repeated
 from minisgl.scheduler.plan import Growing
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Lengths, Speculation
@@ -49,21 +49,56 @@ def test_the_longest_suffix_that_came_before(ids: list[int]) -> None:
         return [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
 
     lengths = [length for length in range(MIN_MATCH, min(MAX_MATCH, len(ids) - 1) + 1) if ends(length)]
-    found = find_repeated(array := np.array(ids, np.int32), array[:-1])
-    assert found == ((ends(max(lengths)), max(lengths)) if lengths else ((), 0))
+    array = np.array(ids, np.int32)
+    assert find_repeated(array, array, len(ids)) == ((ends(max(lengths)), max(lengths)) if lengths else ([], 0))
+    for place in range(len(ids)):
+        near = [end for end in range(place + 1, min(place + QUOTED + 1, len(ids))) if ids[end - 1] == ids[-1]]
+        assert lengths or find_repeated(array, array, place) == (near, bool(near))
 
 
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=20), st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=20)
 )
 def test_a_text_that_grows_is_searched_as_if_it_was_new(prompt: list[int], more: list[list[int]]) -> None:
-    req = Mock(tokens=[*prompt], prefix=np.array(prompt, np.int32))
-    drafter = Lookup(req)
+    req, longest = Mock(tokens=[*prompt], prefix=np.array(prompt, np.int32)), 0
+    drafter, tokens = Lookup(req), req.tokens
     for ids in more:
-        req.tokens += ids
-        ends, length = find_repeated(array := np.array(req.tokens, np.int32), array[:-1])
-        end = ends[-1] if length else 0
-        assert list(drafter.propose(req, 0, 4)) == req.tokens[end : end + min(4, max(0, 2 * length - 3))]
+        tokens += ids
+        ends, length = find_repeated(array := np.array(tokens, np.int32), array, len(tokens))
+        draft, longest = list(drafter.propose(req, 0, 4)), max(longest, length)
+        if longest < QUOTED:
+            end = ends[-1] if length else 0
+            assert draft == tokens[end : end + min(4, max(0, 2 * length - 3))]
+        else:  # a place that holds is not left for a later one
+            places = [end for end in range(1, len(tokens)) if tokens[end - min(2, length) : end] == tokens[-2:]]
+            places = places or [end for end in range(1, len(tokens)) if tokens[end - 1] == tokens[-1]]
+            assert any(draft == tokens[end : end + 4] for end in places) if length else len(draft) <= 4
+
+
+def test_who_has_said_much_again_is_expected_to_go_on() -> None:
+    """Also behind a word that is another one: the next one that is the text's is enough there."""
+    text = [*range(100, 140)]
+    req = Mock(tokens=[*text, 1, *text[:2]], prefix=np.array([*text, 1], np.int32))
+    drafter = Lookup(req)
+    assert drafter.propose(req, 0, 15) == text[2:3]
+    req.tokens += text[2 : QUOTED - 1]
+    assert drafter.propose(req, 0, 15) == text[QUOTED - 1 :][: 2 * QUOTED - 5]
+    assert drafter.propose(req, 1, 15) == text[QUOTED:][: 2 * QUOTED - 6]
+    req.tokens += text[QUOTED - 1 : 10]
+    assert drafter.propose(req, 0, 15) == text[10:25], "as many as there may be"
+    req.tokens += [*text[10:12], 7]
+    assert drafter.propose(req, 0, 15) == [], "nobody knows what this is"
+    req.tokens += [text[13]]
+    assert drafter.propose(req, 0, 15) == text[14:29]
+    assert drafter.propose(req, 1, 15) == text[15:30]
+    req.tokens += [8, text[20]]
+    assert drafter.propose(req, 0, 15) == text[21:36]
+    req.tokens += [9, text[39 - QUOTED // 2]]
+    assert drafter.propose(req, 0, 15) == [], "it is too far from where the text was left"
+    req.tokens += [text[3]]
+    assert drafter.propose(req, 0, 15) == [], "and so is this"
+    req.tokens += [text[4]]
+    assert drafter.propose(req, 0, 8) == [*text[5:12], 7], "two are found anywhere, and what was said last comes next"
 
 
 def test_a_request_says_how_long_its_drafts_may_be() -> None:
@@ -152,7 +187,7 @@ def test_a_wrong_draft_in_the_first_share_of_a_model_with_states(is_left: bool) 
 
 
 def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
-    ends, length = find_repeated(same := np.full(100_000, 7, np.int32), same[:-1])
+    ends, length = find_repeated(same := np.full(100_000, 7, np.int32), same, 0)
     assert (ends[-1], length) == (99_999, MAX_MATCH)
     req = Mock(tokens=[5, 6, 7, 8, 5, 6], prefix=np.array([5, 6, 7], np.int32))
     drafter = Lookup(req)
@@ -173,7 +208,7 @@ def test_a_prediction_is_the_draft_and_finds_its_place_again() -> None:
     req.tokens += [99, 98]
     assert prediction.propose(req, 0, 8) == [], "it has left the prediction, where the prompt is not looked for"
     req.tokens += [10, 11, 12]
-    assert prediction.propose(req, 0, 8) == text[3:5], "fewer than have come again, of the next place"
+    assert prediction.propose(req, 0, 8) == text[3:11], "of the next place"
     req.tokens += [30, 31, 32]
     assert prediction.propose(req, 0, 8) == text[14:]
     req.tokens += [33, 34, 35]
@@ -187,7 +222,8 @@ def test_a_prediction_says_what_it_has_behind_the_last_tokens(text: list[int], m
         req.tokens += ids
         output = req.tokens[1:]
         draft = list(prediction.propose(req, 0, 4))
-        places = [end for end in range(2, len(text) + 1) if text[end - 2 : end] == output[-2:]]
+        places = [end for end in range(2, len(text)) if text[end - 2 : end] == output[-2:]]
+        places = places or [end for end in range(1, len(text)) if text[end - 1 : end] == output[-1:]]
         begins = output == text[: len(output)]
         assert draft == [] or begins or any(draft == text[end : end + len(draft)] for end in places)
         assert not begins or draft == text[len(output) : len(output) + 4]
@@ -237,7 +273,7 @@ def test_drafts_without_a_drafter_only_where_nobody_pays_for_them() -> None:
     assert longest_draft("off", None, is_free=True) == 8
     assert longest_draft("mtp", None, is_free=False) == 3 and longest_draft("mtp", None, is_free=True) == 8
     assert longest_draft("off", 5, is_free=True) == longest_draft("ngram", 5, is_free=False) == 5
-    assert longest_draft("ngram", None, is_free=False) == 16, "on a GPU"
+    assert longest_draft("ngram", None, is_free=False) == 31, "on a GPU"
     assert longest_draft("ngram", None, is_free=True) == longest_draft("ngram", None, is_free=False, states=(1,)) == 8
 
 
@@ -351,7 +387,7 @@ def test_a_path_that_was_left_for_another_is_found_again() -> None:
         drafts.append(list(drafter.propose(req, 0, 4)))
         req.tokens.append(token)
     assert drafts[0] == [], "it was wrong"
-    assert drafts[1] == [0] and drafts[2] == [1, 2] and drafts[-1] == [19, 20, 21, 22]
+    assert drafts[1] == [0] and drafts[2] == [1, 2, 3] and drafts[-1] == [19, 20, 21, 22]
 
 
 def test_a_draft_of_a_request_that_has_ended_is_nobodys() -> None:

@@ -30,9 +30,8 @@ class GraphShape(NamedTuple):
 
 
 def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[GraphShape]:
-    """Of steps of up to `max_batch` tokens, by size. draft_len: of the longest draft, where it matters which tokens are
-    of one request, to layers with states and a head that tells drafts: for them there are further shapes, of requests
-    with a whole draft each, and of one more, nobody's, for what others lack. To others a token is a request."""
+    """Of steps of up to `max_batch` tokens, by size. draft_len: of the longest draft, where layers with states or heads
+    must know which tokens are of one request: there are further shapes, of whole drafts and of one more, nobody's."""
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
     each, most = 1 + draft_len, min(max_batch, max_seq_len) * (draft_len > 0)
     wide = [GraphShape(size * each, size + more) for size in sizes for more in (0, 1) if size * each <= most]

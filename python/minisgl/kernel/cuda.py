@@ -26,6 +26,7 @@ KERNELS = ("elementwise", "sampling", "logprobs", "step", "draft", "routing")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
+TINY_WEIGHTS = 15 << 17  # and four times of one with so few elements
 FEW_OUTPUTS = 1024  # of a router and all tokens, each by a block of its own
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
@@ -58,7 +59,8 @@ class CudaMatrix(TorchMatrix):
         if around.gated and (around.bias is not None or self._activation != "silu"):
             return None
         (m, k), n = x.shape, around.num_out(len(self.weight))
-        few = SKINNY_TOKENS * (2 if self.weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
+        size = self.weight.numel()
+        few = SKINNY_TOKENS * (4 if size <= TINY_WEIGHTS else 2 if size <= decode_gemm.SMALL_WEIGHTS else 1)
         if m <= few and self.weight.is_contiguous() and skinny.takes(x, n, around.norm is not None):
             return skinny.linear(x, self.weight, around)
         if around.norm is None:  # otherwise it is asked again, with what is normalised

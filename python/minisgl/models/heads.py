@@ -26,13 +26,11 @@ _MTP = "mtp.fc.", "mtp.layers.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_h
 class Head:
     """One decoder layer that says which token follows the next one. Fed with its own result instead of the model's, it
     goes on. It has keys and values like a layer after the model's last one; embedding and LM head may be the model's.
-
-    For multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2), as Qwen3-Next's and Qwen3.5's checkpoints
-    have one, `fc` makes its stream of the model's result for a token and the token after it. EAGLE's (EAGLE-3, arXiv
-    2503.01840, section 3) makes it of what some of the model's layers say; the token after it stands beside that in
-    attention alone. It may know some of the model's tokens only (`d2t`). DFlash's (arXiv 2602.06036) is some layers,
-    whose keys and values of a token are made of what the model's say of it. One pass, over the last token and masks in
-    the place of those to come, which all see one another, says a whole draft (`block`)."""
+    For multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2), `fc` makes its stream of the model's result
+    for a token and the token after it. EAGLE's (EAGLE-3, arXiv 2503.01840, section 3) makes it of what some of the
+    model's layers say; the token after it stands beside that in attention alone. It may know some of the model's tokens
+    only (`d2t`). DFlash's (arXiv 2602.06036) is some layers, whose keys and values are made of what the model's say. A
+    pass over the last token and masks for those to come, which all see one another, says a whole draft (`block`)."""
 
     def __init__(self, env: LayerEnv, model: DecoderModel, stored: Mapping[str, Header]) -> None:
         """stored: the tensors of the checkpoint."""

@@ -1,8 +1,8 @@
 """Where drafts come from: guesses of a request's next tokens, which the next step verifies."""
 
-from array import array
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
+from operator import eq
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +13,8 @@ from minisgl.kvcache.radix import RadixNode, path_up
 
 TokenIds = npt.NDArray[np.int32]
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
-_MOST_PLACES = 1024  # where the last tokens came before, that are looked at: a text may consist of one token
-_MOST_CHILDREN = 32  # of a node, that are looked at for one that begins with less than a page
+QUOTED = 8  # tokens: who has said so many again goes on to; so far behind its place a text is looked at for one
+_MOST_PLACES, _MOST_CHILDREN = 1024, 32  # that are looked at: of the last tokens; of a node's, for less than a page
 
 
 class Drafter(Protocol):
@@ -24,47 +24,51 @@ class Drafter(Protocol):
         """At most `most` ids behind those known and `num_pending` (0, 1) in flight. What it raises switches it off."""
 
 
-class Lookup:
-    """What followed a request's last tokens when they came before ("prompt lookup"): of the places where most of them
-    did, the last. Drafts grow with what came again, from one token. All tokens are searched where the last two did."""
-
-    def __init__(self, req: Req) -> None:
-        first = req.prefix[: max(1, len(req.prefix) - 1)].astype(np.int64)  # of its tokens
-        self._ids = array("i", first.astype(np.int32).tobytes())
-        self._pairs, self._repeats = {*(first[:-1] << 32 | first[1:]).tolist()}, False  # whether the last two are in it
-
-    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        self._ids.extend(new := req.tokens[len(self._ids) :])
-        for pair in (a << 32 | b for a, b in pairwise(self._ids[-len(new) - 1 :])):
-            self._repeats = pair in self._pairs
-            self._pairs.add(pair)
-        ids = np.frombuffer(self._ids, np.int32)
-        ends, num = find_repeated(ids, ids[:-1]) if self._repeats else ((), 0)
-        return ids[ends[-1] + num_pending : ends[-1] + min(num_pending + most, 2 * num - 3)].tolist() if num else ()
-
-
 class Prediction:
     """What a client expects behind a request's first `num_seen` tokens (OpenAI's `prediction`). After a difference, the
-    place is looked for where most of the last tokens are, next behind the last place."""
+    place is looked for where most of the last tokens are, next behind the last place, where one token is enough."""
 
-    def __init__(self, text: Sequence[int], num_seen: int) -> None:
-        self._text, self._place, self._num_seen = np.array(text, np.int32), 0, num_seen
-        self._length = MAX_MATCH  # so many of the last tokens are before the place
+    def __init__(self, text: Sequence[int] | TokenIds, num_seen: int) -> None:
+        self._text, self._place, self._begin, self._num_seen = np.array(text, np.int32), 0, num_seen, num_seen
+        self._length = self._longest = MAX_MATCH  # so many of the last tokens are before the place; the most so far
+        self._repeats = True  # whether it may be that the last two are in the text
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        new, place = req.tokens[self._num_seen :], self._place
-        self._num_seen += len(new)
-        self._place, self._length = place + len(new), self._length + len(new)
-        if self._text[place : self._place].tolist() != new or not self._length:
-            self._seek(req, place)
-        num = min(num_pending + most, max(0, self._length - 1))
-        return self._text[self._place + num_pending : self._place + num].tolist()
+        new, self._num_seen = req.tokens[self._num_seen :], len(req.tokens)
+        num = int(sum(takewhile(bool, map(eq, new, self._text[self._place :])))) if self._length else -1
+        self._place, self._length = self._place + max(0, num), self._length + num if num == len(new) else 0
+        if not self._length and (self._repeats or self._longest >= QUOTED):
+            self._seek(req)
+        self._longest = max(self._longest, self._length)
+        num = most * (self._length > 0) if self._longest >= QUOTED else 2 * self._length - 3 - num_pending
+        return self._text[self._place + num_pending :][: max(0, min(most, num))].tolist()
 
-    def _seek(self, req: Req, place: int) -> None:
-        """Find where the output goes on, which has left the text behind this place. Nowhere: a length of 0."""
-        last = np.array(req.tokens[max(req.prompt_len, len(req.tokens) - MAX_MATCH) :], np.int32)
-        ends, self._length = find_repeated(last, self._text)
-        self._place = int(next((end for end in ends if end > place), ends[-1])) if self._length else place
+    def _seek(self, req: Req) -> None:
+        """Find where the output goes on, which has left the text at its place. Nowhere: a length of 0."""
+        last = np.array(req.tokens[max(self._begin, len(req.tokens) - MAX_MATCH) :], np.int32)
+        behind = self._place if self._longest >= QUOTED else len(self._text)
+        ends, self._length = find_repeated(last, self._text, behind)
+        self._place = next((end for end in ends if end > behind), ends[-1]) if ends else self._place
+
+
+class Lookup(Prediction):
+    """What followed a request's last tokens when they came before ("prompt lookup"): where most of them did, the last
+    time. Drafts grow with what came again, from one token, until that was `QUOTED` once; then it is a prediction."""
+
+    def __init__(self, req: Req) -> None:
+        super().__init__(first := req.prefix[: max(1, len(req.prefix) - 1)], len(first))  # of its tokens
+        self._begin = self._length = self._longest = 0
+        self._ids, wide = self._text, first.astype(np.int64)
+        self._pairs = {*(wide[:-1] << 32 | wide[1:]).tolist()}
+
+    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        begin, num = self._num_seen, len(req.tokens)
+        self._ids = self._ids if num <= len(self._ids) else np.resize(self._ids, 2 * num)
+        self._ids[begin:num], self._text = req.tokens[begin:], self._ids[:num]
+        for pair in (a << 32 | b for a, b in pairwise(self._text[begin - 1 :].tolist())):
+            self._repeats = pair in self._pairs
+            self._pairs.add(pair)
+        return super().propose(req, num_pending, most)
 
 
 class TreePath(Prediction):
@@ -75,9 +79,10 @@ class TreePath(Prediction):
         super().__init__((), 0)
         self._page_size, self._again = page_size, 0  # so many tokens are there to be before another search
 
-    def _seek(self, req: Req, place: int) -> None:  # noqa: ARG002
+    def _seek(self, req: Req) -> None:
         """Go down from the request's handle; once for each eighth that the tokens behind it have become more."""
-        self._length, self._text, self._place = 1 if self._again else MAX_MATCH, self._text[:0], 0
+        self._length = self._longest = 1 if self._again else MAX_MATCH
+        self._text, self._place = self._text[:0], 0
         if len(req.tokens) < self._again:
             return
         node, behind = req.handle, [self._text]
@@ -90,22 +95,21 @@ class TreePath(Prediction):
 
     def _child(self, node: RadixNode, req: Req, rest: TokenIds) -> RadixNode | None:
         """The one that begins with these tokens, or with the first page of them; of several the newest."""
-        size, namespace = self._page_size, b"" if node.parent else req.namespace
-        first = rest[:size].tobytes()
-        if len(rest) >= size:
+        first, namespace = rest[: self._page_size].tobytes(), b"" if node.parent else req.namespace
+        if len(first) == (size := self._page_size * rest.itemsize):
             return node.children.get(first + namespace)
         last = islice(reversed(node.children.items()), _MOST_CHILDREN)
-        return next((x for key, x in last if key.startswith(first) and key[size * rest.itemsize :] == namespace), None)
+        return next((x for key, x in last if key.startswith(first) and key[size:] == namespace), None)
 
 
-def find_repeated(ids: TokenIds, text: TokenIds) -> tuple[Sequence[int], int]:
-    """Where a text has the longest end of `ids`: ends, ascending, and its length, up to `MAX_MATCH`; (), 0: none."""
-    if min(len(ids), len(text)) < MIN_MATCH:
-        return (), 0
-    ends, longest = np.flatnonzero((text[1:] == ids[-1]) & (text[:-1] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH, 0
-    for length in range(MIN_MATCH, min(MAX_MATCH, len(ids)) + 1):
-        places = ends[ends >= length]
-        if not len(places := places[text[places - length] == ids[-length]]):
-            break
-        ends, longest = places, length
-    return ends.tolist() if longest else (), longest
+def find_repeated(ids: TokenIds, text: TokenIds, near: int) -> tuple[Sequence[int], int]:
+    """Where a text that goes on has the longest end of `ids`: ends, ascending, and its length, up to `MAX_MATCH`; of
+    one token only those up to `QUOTED` behind `near`. [], 0: none. ids: not empty."""
+    ends, back = np.flatnonzero(text[:-1] == ids[-1]) + 1, np.arange(1, min(MAX_MATCH, len(ids)) + 1)
+    places = ends[(ends > 1) & (text[ends - 2] == ids[max(-2, -len(ids))])][-_MOST_PLACES:, None]
+    same = (places >= back) & (text[np.maximum(places - back, 0)] == ids[-back])
+    lengths = same.cumprod(1).sum(1)
+    if (longest := int(lengths.max(initial=0))) >= MIN_MATCH:
+        return places[lengths == longest, 0].tolist(), longest
+    ends = ends[(ends > near) & (ends <= near + QUOTED)]
+    return ends.tolist(), len(ends[:1])
