@@ -215,9 +215,7 @@ def _kernel_problem(machine: Capabilities) -> str:
         return "MINISGL_DISABLE_CPU_KERNELS is set"
     if machine.cxx is None and not machine.has_compiled:
         return "there is no C++ compiler (c++, or what CXX names)"
-    if "tvm_ffi" not in machine.packages:
-        return "the package apache-tvm-ffi is missing"
-    return ""
+    return "" if "tvm_ffi" in machine.packages else "the package apache-tvm-ffi is missing"
 
 
 def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:
