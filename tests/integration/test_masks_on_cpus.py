@@ -19,13 +19,25 @@ from llguidance import LLMatcher
 
 import minisgl
 from minisgl import LLM, SamplingParams
-from minisgl.core import ID_PENDING, MASK_NOT_READY, MASK_PENDING, MASK_READY, Grammar
-from minisgl.engine.cpu import Asked, CpuHandle, WholeStep
+from minisgl.core import (
+    ID_PENDING,
+    MASK_NOT_READY,
+    MASK_PENDING,
+    MASK_READY,
+    Admission,
+    Grammar,
+    PageUpdate,
+    ScheduledReq,
+    StepPlan,
+)
+from minisgl.engine.cpu import Asked, CpuHandle, CpuRunner, CpuTables, WholeStep
+from minisgl.engine.tables import StepIndex
 from minisgl.errors import ConfigError
 from minisgl.grammar import source
 from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
 from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher, Words, tell
 from minisgl.scheduler.matching import walk
+from tests.driver import CPU_KERNELS, engine_config
 
 VOCAB, WORDS = 4096, 128
 ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
@@ -200,3 +212,84 @@ def test_drafts_behind_plain_steps_have_masks_of_their_own(num: int, monkeypatch
             assert [output.token_ids for output in outputs] == plain and time.monotonic() - start < 50
         # How far a draft is looked at is a matter of the time that its masks take.
         assert llm.scheduler.planner.speculation.num_right["prediction"] > 0
+
+
+class There:
+    """Masks that are there before the step is, but for one that comes too late for its head."""
+
+    def __init__(self, words: Words, late: int) -> None:
+        self.shape, self._words, self._late = words.shape, words, late
+
+    def __call__(self, words: Words, states: Words, ids: Words | None) -> None:
+        words[:], states[:] = self._words, MASK_READY
+        states[self._late : self._late + 1] = MASK_PENDING
+
+
+def some_masks(num: int) -> Words:
+    """One token, few, most of a part, all but some; and nothing at all."""
+    random, masks = np.random.default_rng(num), np.zeros((num, 32 * WORDS), np.bool_)
+    for i, mask in enumerate(masks):
+        if i % 5 < 2:
+            mask[random.choice(VOCAB, (1, 9)[i % 5], replace=False)] = True
+        else:
+            mask[: (1000, VOCAB - 40, 0)[i % 5 - 2]] = True
+    return np.packbits(masks, axis=1, bitorder="little").view(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
+)
+@pytest.mark.parametrize("num", [1, 2, 3, 14, 40])
+def test_logits_that_no_mask_allows_are_left_out(num: int, dtype: str, quantization: str | None) -> None:
+    """All others are what they are without masks, to the bit, as are all of rows whose mask is not there yet."""
+    model = Path(minisgl.__file__).parent / "demo_model"
+    options = {"num_threads": 2, "max_running_requests": num, "quantization": quantization, "dtype": dtype}
+    runner = CpuRunner(engine_config(model, **{**CPU_KERNELS, **options}), rank=0)
+    steps, tables, masked = runner.steps, runner.steps.tables, [i for i in range(num) if i % 7 != 3]
+    given = [Admission(i, np.array([10 + i, 20, 30 + i], np.int32), SamplingParams(8, 0.0, seed=0)) for i in range(num)]
+    updates = [PageUpdate(i, 0, tuple(range(3 * i, 3 * i + 3))) for i in range(num)]
+    plan = StepPlan(
+        0, tuple(given), tuple(updates), tuple(ScheduledReq(i, 0, 3, 1) for i in range(num)), masked=tuple(masked)
+    )
+    words, late = some_masks(len(masked)), min(5, len(masked))
+    with torch.inference_mode():
+        assert isinstance(steps.forward, WholeStep)
+        index = StepIndex.of(plan.reqs)
+        tables.host.apply(plan)
+        found = []
+        for masks in (None, Asked(There(words, late), plan.masked)):
+            tables.send(plan, index, masks)
+            steps.forward._logits = torch.full((num, VOCAB), torch.nan)
+            found.append(steps.forward(steps.batch(index, 0)).logits(None).clone().numpy())
+    runner.close()
+    plain, ours = found
+    assert np.isfinite(plain).all()
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :VOCAB].astype(np.bool_)
+    wanted = np.ones((num, VOCAB), np.bool_)
+    wanted[masked] = allowed
+    wanted[masked[late : late + 1]] = True
+    assert np.array_equal(ours[wanted], plain[wanted])
+    if num < 3:
+        assert np.isnan(ours[~wanted]).sum() > 0.9 * VOCAB
+
+
+def test_log_probabilities_beside_grammars_are_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a stream with a grammar, too: they are told of the logits before its mask."""
+
+    def told() -> list[Any]:
+        each = [SamplingParams(24, 0.8, seed=i, ignore_eos=True, grammar=GRAMMARS[i % 2]) for i in range(4)]
+        each = [replace(params, logprobs=5) if i % 2 else params for i, params in enumerate(each)]
+        with LLM(device="cpu", dtype="float32", max_running_requests=8, speculate="off") as llm:
+            for _ in range(2):  # the first time masks are not known to be cheap
+                outputs = llm.generate([[10 + i, 20, 30] for i in range(4)], each, progress=False)
+            return [(output.token_ids, output.logprobs) for output in outputs]
+
+    ours = told()
+    send = CpuTables.send
+
+    def without(self: CpuTables, *args: Any) -> None:
+        send(self, *args)
+        self.masks = (None,) * 3
+
+    monkeypatch.setattr(CpuTables, "send", without)
+    assert told() == ours and ours[1][1]

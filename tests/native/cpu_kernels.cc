@@ -90,7 +90,7 @@ struct PackedWeight {
       rows.emplace_back(out * size);
       for (auto& byte : rows.back()) byte = uint8_t(generator() % 60);
       data.emplace_back(new char[packed_bytes(format, out, in)]);
-      pack_blocks(workers, name, rows.back().data(), size, out, in, data.back().get());
+      pack_blocks(workers, name, rows.back().data(), size, out, in, nullptr, data.back().get());
       linear.parts.push_back({format, first, out, data.back().get()});
     }
   }
@@ -233,8 +233,9 @@ struct TinyModel {
   }
 };
 
-// Sequences that start, go on and end at different times.
-std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
+// Sequences that start, go on and end at different times. Of every second row's logits the first and the last few, which masks
+// allow, if these are told: `uses_masks`.
+std::vector<float> steps(Type type, bool is_narrow_cache, int threads, bool uses_masks) {
   generator.seed(2);
   TinyModel tiny(type, is_narrow_cache, threads);
   std::vector<float> all;
@@ -260,11 +261,20 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     step.ids = ids.data(), step.positions = positions.data(), step.all.slots = slots.data(), step.logit_tokens = last.data();
     step.windowed = step.all;
     step.page_size = kPage, step.logits = logits.data();
+    int64_t num_masks = (step.num_logits + 1) / 2;
+    std::vector<uint32_t> words;
+    std::vector<int32_t> states(num_masks, kMaskReady);
+    std::vector<int64_t> samples;
+    for (int64_t i = 0; i < num_masks; ++i) words.insert(words.end(), {5, 0, 1u << (kWords % 32 - 1)}), samples.push_back(2 * i);
+    if (uses_masks) step.masks = {num_masks, 3, words.data(), states.data(), samples.data()};
     forward(*tiny.model, step);
+    for (int64_t r = 0; r < step.num_logits; r += 2)
+      for (int64_t i = 0; i < kWords; ++i)
+        if (i != 0 && i != 2 && i != kWords - 1) logits[r * kWords + i] = 0;
     all.insert(all.end(), logits.begin(), logits.end());
     std::vector<minisgl::SamplingParams> params(last.size(), {11, 3, 0.7f, 0.9f, 0.01f, 30});
     std::vector<int32_t> sampled(last.size());
-    sample_rows(*tiny.workers, logits.data(), int64_t(last.size()), kWords, kWords, params.data(), sampled.data());
+    sample_rows(*tiny.workers, logits.data(), int64_t(last.size()), kWords, kWords, params.data(), {}, sampled.data());
     for (int64_t id : sampled) check(id >= 0 && id < kWords, "a sampled id");
   }
   return all;
@@ -280,9 +290,9 @@ int main() {
     for (int threads : {2, 5}) products(type, threads);
     precision(type);
     for (bool is_narrow : {false, true}) {
-      std::vector<float> alone = steps(type, is_narrow, 1);
+      std::vector<float> alone = steps(type, is_narrow, 1, false);
       for (int threads : {2, 5})
-        for (int turn = 0; turn < 3; ++turn) near(steps(type, is_narrow, threads), alone, "logits of a step");
+        for (int turn = 0; turn < 3; ++turn) near(steps(type, is_narrow, threads, turn > 0), alone, "logits of a step");
     }
   }
   std::puts("CPU kernels: clean");

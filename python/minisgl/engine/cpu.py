@@ -28,7 +28,7 @@ from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.masks import Words, tell
-from minisgl.kernel.ops import RopeAngles, TorchOps
+from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import CpuSpec
@@ -46,14 +46,17 @@ class CpuTables:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests
         self.places: Tensor | None = None
         self.fresh = torch.ones(1, dtype=torch.int32)  # nobody looks
+        self.masks: tuple[Tensor | None, ...] = (None,) * 3  # words, states and samples, if no other logits are told
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
         self._ids = np.zeros((num_rows + 1, config.max_seq_len + 2), np.int32)  # memory is used later
         self.token_ids = torch.from_numpy(self._ids)
 
-    def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:  # noqa: ARG002
-        """Its numbers are read where they are."""
+    def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:
+        """Its numbers are read where they are, and so are masks, as far as they are there when the head begins."""
+        told = self.host.logprob_rules.sampled(index.sample_rows)
+        self.masks = masks.board if told is None and isinstance(masks, Asked) else (None,) * 3
         for admission in plan.admissions:
             self._ids[admission.row, : len(admission.token_ids)] = admission.token_ids
         for row, position, ids in plan.drafts:
@@ -92,11 +95,11 @@ class WholeStep:
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
         self._angles.reach(int((batch.index.seq_lens + batch.index.num_drafts).max()))
-        logits = self._logits[:num_logits]
+        logits, tables = self._logits[:num_logits], self._tables
         sequences, pages, page_size = self._backend.prepare(batch.attention)
-        numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, self._tables.window_table, page_size
+        numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, tables.window_table, page_size
         self.begins()
-        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, batch.tensors.drafted)
+        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits, batch.tensors.drafted, *tables.masks)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         hidden = partial(self._rows, "hidden_rows", width=self._hidden_size)
@@ -112,9 +115,8 @@ def rank_cores(rank: int, tp_size: int) -> list[int]:
     """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all. Few cores are
     left to the scheduler of the system, which knows what else has to run on them."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if tp_size == 1 or len(cores) < 4 * tp_size:
-        return []
-    return cores[rank * len(cores) // tp_size : (rank + 1) * len(cores) // tp_size]
+    num = len(cores)
+    return [] if tp_size == 1 or num < 4 * tp_size else cores[rank * num // tp_size : (rank + 1) * num // tp_size]
 
 
 def create_steps(config: EngineConfig, rank: int) -> StepRunner:
@@ -126,11 +128,9 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     kv, tables = shard.create_kv(config.num_pages + 1, config.num_window_pages + 1), CpuTables(config)
     own = kernels if {config.prefill_backend, config.decode_backend} == {"cpu"} else None
     backend = shard.create_attention() if own is None else cast(Backend, CpuBackend(own))
-
-    def inputs(batch: Batch) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
-        return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
-
-    layers = LayerByLayer(shard, kv, backend, inputs)
+    layers = LayerByLayer(
+        shard, kv, backend, lambda batch: (*tables.inputs(batch), [r(batch.tensors.positions) for r in shard.ropes])
+    )
     forward: LayerByLayer | WholeStep = layers
     if own is not None and comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
         forward = WholeStep(shard, kv, tables, own, specs)
@@ -145,6 +145,7 @@ class Asked:
     def __init__(self, masks: Masks, masked: tuple[int, ...]) -> None:
         self.shape, self._masked, states = masks.shape, np.array(masked), np.zeros(len(masked), np.int32)
         self._board = np.empty(self.shape, np.int32), states, np.full(len(masked), ID_PENDING, np.int32)
+        self.board: tuple[Tensor, ...] = (*map(torch.from_numpy, (*self._board[:2], self._masked)),)
         masks(*self._board)
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:  # noqa: ARG002
@@ -177,8 +178,8 @@ class CpuRunner:
         self._queue: queue.SimpleQueue[tuple[CpuHandle, StepPlan, Asked | None] | None] = queue.SimpleQueue()
         self._ended: Callable[[], None] = lambda: None  # tells of the last step
         loaded: futures.Future[StepRunner] = futures.Future()
-        args = config, rank, loaded
-        self._thread = threading.Thread(target=self._work, args=args, name="minisgl-engine", daemon=True)
+        task = partial(self._work, config, rank, loaded)
+        self._thread = threading.Thread(target=task, name="minisgl-engine", daemon=True)
         self._thread.start()
         self.steps = loaded.result()
 

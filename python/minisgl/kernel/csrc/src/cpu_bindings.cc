@@ -264,7 +264,7 @@ void py_add_mlp(int64_t model, int64_t gate_up, Optional<TensorView> gate_up_bia
 
 void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView window_slots, TensorView sequences,
                 TensorView pages, TensorView window_pages, int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits,
-                TensorView drafted) {
+                TensorView drafted, Optional<TensorView> words, Optional<TensorView> states, Optional<TensorView> samples) {
   Step step{};
   step.num_tokens = ids.size(0);
   step.ids = data_of<int64_t>(ids);
@@ -276,6 +276,8 @@ void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView 
   step.num_logits = logits.size(0);
   step.logits = data_of<float>(logits);
   step.held = data_of<int64_t>(drafted), step.tried = step.held + drafted.numel() / 2;
+  if (words.has_value())
+    step.masks = {words.value().size(0), words.value().size(1), data_of<uint32_t>(words), data_of<int32_t>(states), data_of<int64_t>(samples)};
   forward(at<Model>(model), step);
 }
 

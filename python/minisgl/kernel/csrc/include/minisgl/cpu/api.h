@@ -203,6 +203,16 @@ struct Places {
   std::vector<Sequence> sequences;
 };
 
+// Masks of some logits' rows, as `core.Masks` says; who computes them may do so until the head is reached. samples: [count], of
+// each mask whose logits need no other tokens' numbers than those that it allows; negative: all are wanted.
+struct LogitMasks {
+  int64_t count, num_words;
+  const uint32_t* words;   // [count, num_words]
+  const int32_t* states;   // [count]
+  const int64_t* samples;
+};
+constexpr int32_t kMaskReady = 1;
+
 struct Step {
   int64_t num_tokens;
   const int64_t *ids, *positions;  // [num_tokens]
@@ -212,6 +222,7 @@ struct Step {
   int64_t num_logits;
   float* logits;  // [num_logits, vocab]
   const int64_t *held, *tried;  // of each sequence, as in `StateSequence`; or null
+  LogitMasks masks;             // what they do not allow is left as it was
 };
 
 // What a head for multi-token prediction begins with (draft.h): both: [hidden, 2 * hidden], of the next token's embedding and

@@ -19,6 +19,7 @@ struct AllTokens {
 
   Floats vector(int64_t i) const { return load(logits + i); }
   float operator[](int64_t i) const { return logits[i]; }
+  static constexpr bool is_empty(int64_t, int64_t) { return false; }
 };
 
 struct AllowedTokens {
@@ -32,6 +33,13 @@ struct AllowedTokens {
     return (bits & lane) != 0u ? load(logits + i) : broadcast(kNone);
   }
   float operator[](int64_t i) const { return words[i / 32] >> (i % 32) & 1 ? logits[i] : kNone; }
+
+  // Whether none of begin … end - 1 is allowed; begin: a multiple of 32.
+  bool is_empty(int64_t begin, int64_t end) const {
+    uint32_t any = 0;
+    for (int64_t w = begin / 32; w < blocks_of(end, 32); ++w) any |= words[w];
+    return any == 0;
+  }
 
   // The token that alone is allowed; -1: there are others, or none.
   int64_t only(int64_t count) const {
@@ -54,6 +62,7 @@ int64_t arg_max(const Row& row, int64_t count) {
   int64_t at = 0;
   for (int64_t begin = 0; begin < count; begin += kSumBlock) {
     int64_t end = std::min(count, begin + kSumBlock), i = begin;
+    if (row.is_empty(begin, end)) continue;
     Floats high = broadcast(kNone);
     for (; i + kLanes <= end; i += kLanes) {
       Floats v = row.vector(i);

@@ -6,6 +6,7 @@
 #include "conv.h"
 #include "delta.h"
 #include "ops.h"
+#include "wanted.h"
 
 namespace minisgl::cpu {
 
@@ -112,6 +113,7 @@ class Model {
       plan(step);
     }
     last_.reserve(step.num_logits * hidden_stride());
+    if (step.masks.count > 0) wanted_.reserve(step.masks, step.num_logits, head_);
     workers_.reserve_rows(step.num_logits, embedding_.in);
   }
 
@@ -216,12 +218,16 @@ class Model {
   void logits(int thread, const Step& step) {
     int64_t count = step.num_logits;
     if (count == 0) return;
-    workers_.pool.share(count, 16, [&](int64_t r) {
+    bool has_masks = step.masks.count > 0;
+    if (has_masks) workers_.pool.share(1, 1, [&](int64_t) { wanted_.choose(step.masks, count, head_); });
+    PanelRows chosen = has_masks ? wanted_.rows() : PanelRows{};
+    workers_.pool.share(count, 16, [&](int64_t i) {
+      int64_t r = has_masks ? chosen.places[i] : i;
       const float* from = x_.get() + (step.logit_tokens == nullptr ? r : step.logit_tokens[r]) * hidden_stride();
-      std::copy(from, from + embedding_.in, last_.get() + r * hidden_stride());
+      std::copy(from, from + embedding_.in, last_.get() + i * hidden_stride());
     });
     Input in{last_.get(), count, head_.in, hidden_stride(), norm_, eps_};
-    linear(workers_, thread, head_, in, Into::kStore, step.logits, head_.out);
+    linear(workers_, thread, head_, in, Into::kStore, step.logits, head_.out, chosen);
   }
 
   Workers& workers_;
@@ -237,6 +243,7 @@ class Model {
   int64_t page_size_ = 0;
   std::vector<StateSequence> states_;
   PartialRoom partial_;
+  WantedLogits wanted_;
 };
 
 }  // namespace minisgl::cpu

@@ -161,11 +161,22 @@ class Workers {
   std::vector<InputRoom> few_rows_;
 };
 
-// sums: [rows, kPanel] of a panel's output features → out: [rows, stride].
-inline void write_panel(const float* sums, int64_t rows, PanelRange range, const Linear& w, Into into, float* out, int64_t stride) {
+// Which rows a product is for, where some want few of its features: the first counts[p] of panel p. Row r goes to row places[r].
+struct PanelRows {
+  const int32_t* counts = nullptr;  // null: all
+  const int32_t* places = nullptr;  // null: its own
+
+  int64_t most(int64_t first, int64_t panels, int64_t rows) const {
+    return counts == nullptr ? rows : *std::max_element(counts + first, counts + first + panels);
+  }
+};
+
+// sums: [rows, kPanel] of a panel's output features → out: [rows, stride]. places: of PanelRows, from the first of these rows on.
+inline void write_panel(const float* sums, int64_t rows, PanelRange range, const Linear& w, Into into, float* out, int64_t stride,
+                        const int32_t* places) {
   auto [first, width] = range;
   for (int64_t r = 0; r < rows; ++r) {
-    float* to = out + r * stride + first;
+    float* to = out + (places == nullptr ? r : places[r]) * stride + first;
     const float* from = sums + r * kPanel;
     if (width == kPanel) {
       for (int h = 0; h < kPanel; h += kLanes) {
@@ -199,8 +210,9 @@ inline void write_gated(const float* gates, const float* ups, int64_t rows, Pane
 }
 
 // out (+)= rows * wᵀ + bias, or of a pair activation(gate) * up. A thread prepares a few rows when it has its first item:
-// with that in hand, nobody goes on and changes them.
-inline void linear(Workers& workers, int thread, const Linear& w, const Input& in, Into into, float* out, int64_t stride) {
+// with that in hand, nobody goes on and changes them. chosen: not of a pair.
+inline void linear(Workers& workers, int thread, const Linear& w, const Input& in, Into into, float* out, int64_t stride,
+                   const PanelRows& chosen = {}) {
   bool is_ready = in.count > kFewRows, is_gated = into == Into::kSilu || into == Into::kGelu;
   Rows x{in.count};
   if (is_ready) x = workers.prepare(in, w);
@@ -211,20 +223,26 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Input& i
   float* sums = workers.sums(thread, together * size);
   TileUse use(is_tiled);
   workers.pool.share(blocks * groups, grain_of(blocks * groups, workers.pool.size()), [&](int64_t item) {
-    if (!is_ready) x = workers.prepare_few(thread, in, w), is_ready = true;
     int64_t first = item % groups * together, count = std::min(together, panels - first), row = item / groups * block;
+    int64_t wanted = chosen.most(first, count, in.count) - row;
+    if (wanted <= 0) return;
+    if (!is_ready) x = workers.prepare_few(thread, in, w), is_ready = true;
     Rows rows = is_tiled ? tile_rows(w, x, row) : x;
+    rows.count = std::min(rows.count, wanted);
     if (is_tiled)
       tile_products(w, first, count, rows, sums, size);
     else if (!w.parts.empty())
       packed_products(w, first, count, rows.bytes, rows.count, sums);
     else
       panel_products(w, first, count, rows, sums);
+    int64_t next = is_tiled ? size : rows.count * kPanel;
+    const int32_t* places = chosen.places == nullptr ? nullptr : chosen.places + row;
+    float* to = places == nullptr ? out + row * stride : out;
     for (int64_t p = 0; p < count; ++p) {
       if (!is_gated)
-        write_panel(sums + p * size, rows.count, {w, first + p}, w, into, out + row * stride, stride);
+        write_panel(sums + p * next, rows.count, {w, first + p}, w, into, to, stride, places);
       else if (p % 2 == 0)
-        write_gated(sums + p * size, sums + (p + 1) * size, rows.count, {w, first + p}, w, into, out + row * stride, stride);
+        write_gated(sums + p * next, sums + (p + 1) * next, rows.count, {w, first + p}, w, into, to, stride);
     }
   });
 }

@@ -50,6 +50,11 @@ class Sampler {
     float* tops = tops_.reserve(blocks_of(count, kTopBlock));
     for (int64_t begin = 0; begin < count; begin += kTopBlock) {
       int64_t end = std::min(count, begin + kTopBlock), i = begin;
+      if (row.is_empty(begin, end)) {
+        std::fill(weights + begin, weights + end, 0.0f);
+        tops[begin / kTopBlock] = 0;
+        continue;
+      }
       Floats high{};
       for (; i + kLanes <= end; i += kLanes) {
         Floats weight = exponential((row.vector(i) - best) / temperature);
@@ -64,8 +69,10 @@ class Sampler {
       tops[begin / kTopBlock] = top;
     }
     double total = 0;
-    for (int64_t begin = 0; begin < count; begin += kSumBlock)
-      total += sums[begin / kSumBlock] = sum_of(weights + begin, std::min(kSumBlock, count - begin));
+    for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+      int64_t size = std::min(kSumBlock, count - begin);
+      total += sums[begin / kSumBlock] = row.is_empty(begin, begin + size) ? 0 : sum_of(weights + begin, size);
+    }
     return total;
   }
 
