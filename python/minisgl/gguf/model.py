@@ -273,14 +273,15 @@ class GgufModel:
         )
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        fields, tensors = self._fields("rope_scaling"), self._divisors.items()
-        if divisors := {key: self._numbers_of(tensor) for key, tensor in tensors if tensor is not None}:
+        fields = self._fields("rope_scaling")
+        kind, factor = fields["rope_type"] or "linear", fields["factor"] or fields["scale_linear"]
+        if divisors := {key: self._numbers_of(tensor) for key, tensor in self._divisors.items() if tensor is not None}:
             longrope = {"rope_type": "longrope", "attention_factor": fields["temperature"]}
             return divisors if "factors" in divisors else fields | divisors | longrope
-        temperature, factor = fields["temperature"], fields["factor"]
-        if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
+        if kind == "yarn" and type(factor) is type(temperature := fields["temperature"]) is float:
             fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
-        return fields if fields["rope_type"] not in (None, "none") else None
+        is_scaled = factor if kind == "linear" else kind != "none"
+        return fields | {"rope_type": kind, "factor": factor} if is_scaled else None
 
     def _ends(self) -> list[Any]:
         """Ids of the tokens that end a turn, said or known."""
