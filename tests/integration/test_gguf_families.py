@@ -142,6 +142,17 @@ def test_scaling_of_layers_that_see_all(tmp_path: Path) -> None:
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen3", "qwen3_moe"])
+def test_numbers_of_each_layer(family: str, tmp_path: Path) -> None:
+    """A file may say of each layer what is the same in all; that says nothing of windows."""
+    source = tiny_model(family, **SAYS.get(family, {}))
+    config, start = json.loads((source / "config.json").read_text()), f"{ARCHITECTURES[family]}__"
+    keys = {"attention__head_count_kv": "num_key_value_heads", "feed_forward_length": "intermediate_size"}
+    lists = {start + key: [config[ours]] * config["num_hidden_layers"] for key, ours in keys.items()}
+    path = convert(source, tmp_path / "model.gguf", **lists)
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
 def test_layers_of_which_none_has_a_window_are_rotated(tmp_path: Path) -> None:
     path, source = made("exaone4", tmp_path, sliding_window=None, layer_types=["full_attention"] * 5)
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5

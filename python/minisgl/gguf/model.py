@@ -239,8 +239,8 @@ class GgufModel:
     def config(self) -> dict[str, Any]:
         """What config.json would hold, with what stands in other forms in the metadata, or nowhere."""
         fields, data = self._fields("config.json"), self._numbers.data
-        told = (key for key in NAMES["layer_types"] if isinstance(data.get(key), list))  # of each layer
-        kinds = [[NAMES["layer_types"][key][bool(value)] for value in data[key]] for key in told]
+        told = self.layout.get("layer_types", NAMES["layer_types"]).items()  # lists, of each layer
+        kinds = [[names[bool(value)] for value in data[key]] for key, names in told if isinstance(data.get(key), list)]
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
         either = map(data.get, ("attention.head_count_kv", "feed_forward_length"))  # one for all layers, or of each
         heads, inner = (value if value and isinstance(value, list) else [value] for value in either)
