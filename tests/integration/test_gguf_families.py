@@ -142,6 +142,12 @@ def test_scaling_of_layers_that_see_all(tmp_path: Path) -> None:
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 
+def test_a_family_that_is_scaled_by_default(tmp_path: Path) -> None:
+    """A file that says nothing of scaling has none."""
+    path, source = made("gpt_oss", tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 150000.0})
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen3", "qwen3_moe"])
 def test_numbers_of_each_layer(family: str, tmp_path: Path) -> None:
     """A file may say of each layer what is the same in all; that says nothing of windows."""

@@ -272,7 +272,7 @@ class GgufModel:
             }
         )
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
+    def _rope_scaling(self) -> dict[str, Any]:
         fields = self._fields("rope_scaling")
         kind, factor = fields["rope_type"] or "linear", fields["factor"] or fields["scale_linear"]
         if divisors := {key: self._numbers_of(tensor) for key, tensor in self._divisors.items() if tensor is not None}:
@@ -281,7 +281,7 @@ class GgufModel:
         if kind == "yarn" and type(factor) is type(temperature := fields["temperature"]) is float:
             fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
         is_scaled = factor if kind == "linear" else kind != "none"
-        return fields | {"rope_type": kind, "factor": factor} if is_scaled else None
+        return fields | {"rope_type": kind if is_scaled else "default", "factor": factor}
 
     def _ends(self) -> list[Any]:
         """Ids of the tokens that end a turn, said or known."""
