@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -142,9 +143,11 @@ def test_scaling_of_layers_that_see_all(tmp_path: Path) -> None:
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 
-def test_a_family_that_is_scaled_by_default(tmp_path: Path) -> None:
-    """A file that says nothing of scaling has none."""
-    path, source = made("gpt_oss", tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 150000.0})
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_what_a_file_does_not_say_of_positions(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not scaled, and the base is 10,000, whatever is usual in the family."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda self, value: None)
+    path, source = made(family, tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 

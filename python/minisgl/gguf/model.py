@@ -232,7 +232,7 @@ class GgufModel:
     def _fields(self, table: str) -> dict[str, Any]:
         """Of a table in names.yaml, with the values that the metadata has, or else the architecture's usual ones."""
         told = {ours: self._numbers.data.get(key) for ours, key in NAMES[table].items()}
-        usually = self.layout.get(table, {})
+        usually = NAMES["usually"].get(table, {}) | self.layout.get(table, {})
         return usually | {ours: usually.get(ours) if value is None else value for ours, value in told.items()}
 
     @cached_property
