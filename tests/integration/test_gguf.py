@@ -250,6 +250,26 @@ def test_ropes(rope: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(engine_logits(path, PROMPT), hf_logits(reference, PROMPT), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"scaling__factor": 2.0}, 2.0),
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling__type": "linear", "scale_linear": 2.0}, 2.0),
+        ({"scaling__type": "none", "scaling__factor": 2.0}, 1.0),
+        ({"scaling__type": "linear"}, 1.0),
+        ({"scaling__factor": 0.0}, 1.0),
+    ],
+    ids=str,
+)
+def test_ropes_of_older_files(metadata: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    """A factor without a type is linear, as in llama.cpp; one without a value is none."""
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
+    named = {f"llama__rope__{key}": value for key, value in metadata.items()}
+    path, reference = write_gguf(tiny_model("llama", rope_parameters=rope), tmp_path, "F32", **named)
+    torch.testing.assert_close(engine_logits(path, PROMPT), hf_logits(reference, PROMPT), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("low", "high", "factor"), [(1.0, 4.0, 8.0), (1.0, 4.0, 32.0), (0.5, 5.0, 4.0)])
 def test_frequencies_of_llama_3(low: float, high: float, factor: float, tmp_path: Path) -> None:
     """A file has the factor of each frequency, in a tensor."""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -139,6 +140,25 @@ def test_scaling_of_layers_that_see_all(tmp_path: Path) -> None:
     far = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
     rope = {"full_attention": far, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     path, source = made("gemma3_text", tmp_path, rope_parameters=rope)
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_what_a_file_does_not_say_of_positions(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not scaled, and the base is 10,000, whatever is usual in the family."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda self, value: None)
+    path, source = made(family, tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen3", "qwen3_moe"])
+def test_numbers_of_each_layer(family: str, tmp_path: Path) -> None:
+    """A file may say of each layer what is the same in all; that says nothing of windows."""
+    source = tiny_model(family, **SAYS.get(family, {}))
+    config, start = json.loads((source / "config.json").read_text()), f"{ARCHITECTURES[family]}__"
+    keys = {"attention__head_count_kv": "num_key_value_heads", "feed_forward_length": "intermediate_size"}
+    lists = {start + key: [config[ours]] * config["num_hidden_layers"] for key, ours in keys.items()}
+    path = convert(source, tmp_path / "model.gguf", **lists)
     assert distance(engine_logits(path, PROMPT), hf_logits(source, PROMPT)) < 1e-5
 
 

@@ -232,15 +232,15 @@ class GgufModel:
     def _fields(self, table: str) -> dict[str, Any]:
         """Of a table in names.yaml, with the values that the metadata has, or else the architecture's usual ones."""
         told = {ours: self._numbers.data.get(key) for ours, key in NAMES[table].items()}
-        usually = self.layout.get(table, {})
+        usually = NAMES["usually"].get(table, {}) | self.layout.get(table, {})
         return usually | {ours: usually.get(ours) if value is None else value for ours, value in told.items()}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """What config.json would hold, with what stands in other forms in the metadata, or nowhere."""
         fields, data = self._fields("config.json"), self._numbers.data
-        told = (key for key in NAMES["layer_types"] if isinstance(data.get(key), list))  # of each layer
-        kinds = [[NAMES["layer_types"][key][bool(value)] for value in data[key]] for key in told]
+        told = self.layout.get("layer_types", NAMES["layer_types"]).items()  # lists, of each layer
+        kinds = [[names[bool(value)] for value in data[key]] for key, names in told if isinstance(data.get(key), list)]
         there = {f"{match[2]}.{match[3]}" for name in self.stored if (match := _BLOCK.fullmatch(name))}
         either = map(data.get, ("attention.head_count_kv", "feed_forward_length"))  # one for all layers, or of each
         heads, inner = (value if value and isinstance(value, list) else [value] for value in either)
@@ -272,15 +272,16 @@ class GgufModel:
             }
         )
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        fields, tensors = self._fields("rope_scaling"), self._divisors.items()
-        if divisors := {key: self._numbers_of(tensor) for key, tensor in tensors if tensor is not None}:
+    def _rope_scaling(self) -> dict[str, Any]:
+        fields = self._fields("rope_scaling")
+        kind, factor = fields["rope_type"] or "linear", fields["factor"] or fields["scale_linear"]
+        if divisors := {key: self._numbers_of(tensor) for key, tensor in self._divisors.items() if tensor is not None}:
             longrope = {"rope_type": "longrope", "attention_factor": fields["temperature"]}
             return divisors if "factors" in divisors else fields | divisors | longrope
-        temperature, factor = fields["temperature"], fields["factor"]
-        if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
+        if kind == "yarn" and type(factor) is type(temperature := fields["temperature"]) is float:
             fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
-        return fields if fields["rope_type"] not in (None, "none") else None
+        is_scaled = factor if kind == "linear" else kind != "none"
+        return fields | {"rope_type": kind if is_scaled else "default", "factor": factor}
 
     def _ends(self) -> list[Any]:
         """Ids of the tokens that end a turn, said or known."""
