@@ -41,9 +41,11 @@ EXPERTS = {
     "olmoe": "num_experts",
     "granitemoe": "num_local_experts",
 }
+OFTEN = ["qwen3", "llama", "qwen3_moe", "qwen2"]  # which many formats are tried with
 FAMILIES = ["llama", "qwen3", "qwen3_5_text", "gpt_oss", "qwen3_moe", "gemma3_text", "qwen2", "qwen3_next", "mixtral"]
 FAMILIES += ["gemma2", "phi3", "glm4", "lfm2", "qwen3_5_moe_text", "ministral", "olmo3", "granite", "granitemoe"]
 FAMILIES += ["smollm3", "exaone4", "mistral", "qwen2_moe", "olmoe", "gemma", "ernie4_5", "seed_oss"]
+FAMILIES = [family for i in range(0, len(FAMILIES), 3) for family in (*FAMILIES[i : i + 3], OFTEN[i // 3 % len(OFTEN)])]
 OF_RANKS = ["llama", "qwen3_5_text", "gpt_oss", "qwen3_moe", "gemma3_text", "qwen3"]
 ONE_OF_HEADS = (
     "gemma3_text",
@@ -62,7 +64,8 @@ OWN_SIZE = (
     *ONE_OF_HEADS,
     *HYBRIDS,
 )
-OWN_SIZE += ("olmoe", "seed_oss", "ernie4_5")
+OWN_SIZE += ("seed_oss", "ernie4_5")
+DIVIDED = ("llama", *ONE_OF_HEADS)  # transformers wants heads to divide the hidden size all the same
 GGUF = {"llama", "qwen2", "qwen3", "qwen3_moe"}
 
 
@@ -125,6 +128,11 @@ def draw(number: int, tp_size: int, device: str) -> Case:
     if tp_size > 1:
         _divide(fields, tp_size)
     form, packed = _form(family, rng, dtype, fields)
+    if family in DIVIDED and (rest := fields["hidden_size"] % fields["num_attention_heads"]):
+        if form in CASES or "gguf" in form:
+            fields |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        else:
+            fields["hidden_size"] += fields["num_attention_heads"] - rest
     drafts = rng.choice(["off", "off", "off", "ngram", "noise" if tp_size == 1 else "ngram", "mtp"])
     if drafts == "mtp" and (family not in ("qwen3", "qwen3_5_text") or form):
         drafts = "ngram"
