@@ -75,7 +75,7 @@ def prompts_of(case: Case) -> list[list[int]]:
     return prompts
 
 
-def serve(case: Case, path: Path, device: str, tp_size: int) -> list[RequestOutput]:
+def serve(case: Case, path: Path, device: str, tp_size: int) -> tuple[list[RequestOutput], list[str]]:
     """Two rounds: what the second one asks is in part known."""
     prompts = prompts_of(case)
     asked = {"prompt_logprobs": 0} if case.asks_prompts else {}
@@ -93,9 +93,10 @@ def serve(case: Case, path: Path, device: str, tp_size: int) -> list[RequestOutp
         longer = [[*prompt, *output.token_ids[:5]] for prompt, output in zip(prompts, outputs, strict=True)]
         outputs += llm.generate([*longer[::2], *prompts[1::2]], params, progress=False)
         planner = llm.scheduler.planner
+        tags = {"retracted": planner.num_retracted > 0, "hits": any(output.cached_tokens for output in outputs)}
         if planner.pages.num_free != llm.config.engine.num_pages:
             raise AssertionError("pages are lost")
-    return outputs
+    return outputs, [tag for tag, is_so in tags.items() if is_so]
 
 
 def judge(case: Case, made: Made, outputs: Sequence[RequestOutput]) -> tuple[str, dict[str, float]]:
@@ -154,11 +155,11 @@ def work(numbers: Sequence[int], device: str, tp_size: int, deadline: float) -> 
             with tempfile.TemporaryDirectory() as folder:
                 made = make(case, Path(folder))
                 ready = time.time()
-                outputs = serve(case, made.path, device, tp_size)
+                outputs, more = serve(case, made.path, device, tp_size)
                 served = time.time()
                 wrong, figures = judge(case, made, outputs)
             times = [round(at, 1) for at in (ready - begin, served - ready, time.time() - served)]
-            tell(end=number, wrong=wrong, figures=figures, case=str(case), tags=case.tags(), seconds=times)
+            tell(end=number, wrong=wrong, figures=figures, case=str(case), tags=case.tags() + more, seconds=times)
         except ConfigError as error:
             tell(end=number, refused=str(error), case=str(case))
         except BaseException as error:

@@ -12,14 +12,13 @@ from random import Random
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.gguf_files import byte_tokens, write_gguf
 from tests.integration.test_llm import with_tokenizer
 from tests.integration.test_mtp import Head
-from tests.integration.test_quantized_checkpoints import CASES, mxfp4, quantized
+from tests.integration.test_quantized_checkpoints import CASES, E2M1, mxfp4, quantized
 from tests.models import hf_model, randomize, tiny_model
 
 Tensor = torch.Tensor
@@ -125,6 +124,7 @@ def draw(number: int, tp_size: int, device: str) -> Case:
             heads = {"head_dim": dim, "num_key_value_heads": num_kv, "num_attention_heads": num_kv * group}
             fields |= heads
             options |= {"kv_cache_dtype": "fp8"} if is_fp8 else {}
+            options |= {"attention_backend": "triton"} if is_fp8 and "attention_backend" in options else {}
     if tp_size > 1:
         _divide(fields, tp_size)
     form, packed = _form(family, rng, dtype, fields)
@@ -168,7 +168,7 @@ def _sizes(family: str, rng: Random, dtype: str) -> dict[str, Any]:
     }
     dim = rng.choice([32, 48, 64, 64, 72, 80, 96, 112, 128, 128, 160, 192, 256])
     if family in OWN_SIZE:
-        fields |= {"head_dim": dim, "hidden_size": rng.choice([64, 72, 96, 136, 160, 200, 256, 320, 512])}
+        fields |= {"head_dim": dim, "hidden_size": rng.choice([64, 72, 96, 136, 160, 200, 256, 320, 512, 1160])}
     else:
         fields["hidden_size"] = dim * num_kv * group
         if fields["hidden_size"] > 1024:
@@ -235,7 +235,7 @@ def _serving(rng: Random) -> dict[str, Any]:
         if rng.random() < shares.get(name, 0.12):
             options[name] = rng.choice(values)
     if options.get("attention_backend") == "sdpa":
-        options.pop("cuda_graph_max_bs", None)
+        options["cuda_graph_max_bs"] = 0
     return options
 
 
@@ -263,8 +263,8 @@ def _form(family: str, rng: Random, dtype: str, fields: dict[str, Any]) -> tuple
         fields[name] = unit * rng.randint(1, 3)
     if fields["num_attention_heads"] * fields["head_dim"] % unit:
         fields["head_dim"] = 128
-    is_32 = CASES[case][2].get("group_size") == 32 or case == "compressed"
-    return case, is_32 and dtype == "bfloat16" and rng.random() < 0.6
+    is_32 = CASES[case][2].get("group_size") == 32 or case == "compressed" or "fp8" in case or case == "modelopt"
+    return case, is_32 and dtype == "bfloat16" and rng.random() < 0.7
 
 
 def _is_compiled(fields: dict[str, Any], options: dict[str, Any], dtype: str, tp_size: int) -> bool:
@@ -322,17 +322,19 @@ def _rounded(model: nn.Module, case: Case) -> nn.Module:
 def _with_mxfp4(case: Case, target: Path) -> tuple[Path, nn.Module]:
     source = tiny_model("gpt_oss", **case.fields)
     shutil.copytree(source, target)
-    tensors = load_file(source / "model.safetensors")
+    tensors, exact = load_file(source / "model.safetensors"), copy.deepcopy(hf_model(source))
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4(tensors.pop(name).transpose(1, 2))
+        blocks, exponents = mxfp4(tensors.pop(name).transpose(1, 2))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
+        codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).long()
+        values = E2M1[codes & 7] * (1 - 2 * (codes >> 3)) * torch.exp2(exponents[..., None].float() - 127)
+        exact.get_parameter(name).data = values.flatten(-2).transpose(1, 2).contiguous()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
     full = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     fields = json.loads((target / "config.json").read_text())
     fields["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": full}
     (target / "config.json").write_text(json.dumps(fields))
-    kind = transformers.Mxfp4Config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=kind)
-    return with_tokenizer(target), model.eval()
+    return with_tokenizer(target), exact
 
 
 def _add_head(path: Path, model: nn.Module) -> None:

@@ -18,7 +18,7 @@ def test_a_case(number: int, tmp_path: Path) -> None:
     case = draw(number, 1, DEVICE)
     made = make(case, tmp_path)
     try:
-        outputs = serve(case, made.path, DEVICE, 1)
+        outputs, _ = serve(case, made.path, DEVICE, 1)
     except ConfigError as error:
         pytest.skip(str(error))
     wrong, figures = judge(case, made, outputs)

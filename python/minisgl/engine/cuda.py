@@ -15,7 +15,6 @@ import torch
 
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.config.states import DeltaNet
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
@@ -186,7 +185,7 @@ class CapturedSteps(StepRunner):
             self.propose = HeadDrafter(head, self, layers).propose
         longest, kinds = config.draft_len, config.model.states
         self._has_states, self._belong = bool(kinds), bool(kinds) or head is not None  # tokens of a request, in layers
-        can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
+        can = not kinds or shard.ops.captures_chunks(kinds)
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
