@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,32 +39,15 @@ EXPERTS = {
     "olmoe": "num_experts",
     "granitemoe": "num_local_experts",
 }
-OFTEN = ["qwen3", "llama", "qwen3_moe", "qwen2"]  # which many formats are tried with
-FAMILIES = ["llama", "qwen3", "qwen3_5_text", "gpt_oss", "qwen3_moe", "gemma3_text", "qwen2", "qwen3_next", "mixtral"]
-FAMILIES += ["gemma2", "phi3", "glm4", "lfm2", "qwen3_5_moe_text", "ministral", "olmo3", "granite", "granitemoe"]
-FAMILIES += ["smollm3", "exaone4", "mistral", "qwen2_moe", "olmoe", "gemma", "ernie4_5", "seed_oss"]
-FAMILIES = [family for i in range(0, len(FAMILIES), 3) for family in (*FAMILIES[i : i + 3], OFTEN[i // 3 % len(OFTEN)])]
+GGUF = ["qwen3", "llama", "qwen3_moe", "qwen2"]  # and other formats: every fourth case is of one of these families
+OTHERS = ["llama", "qwen3", "qwen3_5_text", "gpt_oss", "qwen3_moe", "gemma3_text", "qwen2", "qwen3_next", "mixtral"]
+OTHERS += ["gemma2", "phi3", "glm4", "lfm2", "qwen3_5_moe_text", "ministral", "olmo3", "granite", "granitemoe"]
+OTHERS += ["smollm3", "exaone4", "mistral", "qwen2_moe", "olmoe", "gemma", "ernie4_5", "seed_oss"]
+FAMILIES = [family for i in range(0, 26, 3) for family in (*OTHERS[i : i + 3], GGUF[i // 3 % 4])]
 OF_RANKS = ["llama", "qwen3_5_text", "gpt_oss", "qwen3_moe", "gemma3_text", "qwen3"]
-ONE_OF_HEADS = (
-    "gemma3_text",
-    "gemma2",
-    "gemma",
-)  # their size of heads, times their number, need not be the hidden size
-OWN_SIZE = (
-    "llama",
-    "qwen3",
-    "qwen3_moe",
-    "gpt_oss",
-    "mistral",
-    "ministral",
-    "glm4",
-    "mixtral",
-    *ONE_OF_HEADS,
-    *HYBRIDS,
-)
-OWN_SIZE += ("seed_oss", "ernie4_5")
-DIVIDED = ("llama", *ONE_OF_HEADS)  # transformers wants heads to divide the hidden size all the same
-GGUF = {"llama", "qwen2", "qwen3", "qwen3_moe"}
+DIVIDED = {"llama", "gemma3_text", "gemma2", "gemma"}  # transformers wants their heads to divide the hidden size
+OWN_SIZE = {"qwen3", "qwen3_moe", "gpt_oss", "mistral", "ministral", "glm4", "mixtral", "seed_oss", "ernie4_5"}
+OWN_SIZE |= DIVIDED | {*HYBRIDS}  # whose heads' size is a field of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +72,10 @@ class Case:
         return "fp8" not in self.form and "modelopt" not in self.form
 
     def tags(self) -> list[str]:
+        """What the hunt counts."""
+        some = [name for name in ("attention_backend", "kv_cache_dtype") if name in self.options]
         own = [self.family, self.dtype, *([self.form] if self.form else []), f"drafts {self.drafts}"]
-        return own + [
-            f"{name}={self.options[name]}" for name in ("attention_backend", "kv_cache_dtype") if name in self.options
-        ]
+        return own + [f"{name}={self.options[name]}" for name in some]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +85,6 @@ class Made:
     path: Path
     exact: nn.Module
     near: nn.Module
-    rounding: Callable[[], Any] | None = field(default=None)
 
     def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.exact(ids).logits, self.near(ids).logits
@@ -114,10 +95,8 @@ def draw(number: int, tp_size: int, device: str) -> Case:
     rng = Random(number * 7919 + tp_size)
     families = OF_RANKS if tp_size > 1 else FAMILIES
     family = families[number % len(families)]
-    dtype = rng.choice(
-        ["bfloat16", "bfloat16", "bfloat16", "float32", "float32", "float16" if tp_size == 1 else "bfloat16"]
-    )
-    fields, options = _sizes(family, rng, dtype), _serving(rng)
+    dtype = rng.choice(["bfloat16"] * 3 + ["float32"] * 2 + ["float16" if tp_size == 1 else "bfloat16"])
+    fields, options = _sizes(family, rng), _serving(rng)
     if "head_dim" in fields and dtype != "float32" and rng.random() < 0.5:
         dim, num_kv, group, is_fp8 = rng.choice(ATTENTION if tp_size == 1 else ATTENTION[:2])
         if dtype == "bfloat16":
@@ -155,7 +134,7 @@ def draw(number: int, tp_size: int, device: str) -> Case:
     )  # fmt: skip
 
 
-def _sizes(family: str, rng: Random, dtype: str) -> dict[str, Any]:
+def _sizes(family: str, rng: Random) -> dict[str, Any]:
     num_kv, group = rng.choice([1, 1, 2, 3, 4, 8]), rng.choice([1, 2, 3, 4, 5, 7, 8, 16])
     group = min(group, 24 // num_kv)
     fields: dict[str, Any] = {
@@ -173,7 +152,7 @@ def _sizes(family: str, rng: Random, dtype: str) -> dict[str, Any]:
         fields["hidden_size"] = dim * num_kv * group
         if fields["hidden_size"] > 1024:
             fields |= {"hidden_size": dim * 3, "num_attention_heads": 3, "num_key_value_heads": rng.choice([1, 3])}
-    if family == "granitemoe" or family == "granite":
+    if family in ("granitemoe", "granite"):
         fields["attention_multiplier"] = 1 / 8
     if family in ("llama", "qwen3", "qwen3_moe") and rng.random() < 0.4:
         fields["attention_bias"] = True
@@ -199,10 +178,11 @@ def _sizes(family: str, rng: Random, dtype: str) -> dict[str, Any]:
         fields["full_attention_interval"] = 2
     if family == "phi3":
         fields["partial_rotary_factor"] = rng.choice([0.5, 0.75, 1.0]) if dim % 16 == 0 else 1.0
-    if family in ("lfm2", "lfm3"):
-        fields["num_hidden_layers"] = 3
-    if family == "exaone4" or family == "olmo3" or family == "smollm3":
-        fields["num_hidden_layers"] = 5
+    fields |= {
+        "num_hidden_layers": {"lfm2": 3, "exaone4": 5, "olmo3": 5, "smollm3": 5}.get(
+            family, fields["num_hidden_layers"]
+        )
+    }
     return fields
 
 
