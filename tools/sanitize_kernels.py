@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -381,6 +382,15 @@ def packed(m: int) -> None:
 
 
 TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile
+
+
+def draft() -> None:
+    """By some of its tests, where torch's kernels are checked beside ours."""
+    some = "mixed-True or nobodys or no_numbers or 509 or 300-64"
+    if pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "tests/integration/test_draft_kernels.py", "-k", some]):
+        raise ValueError("a test failed")
+
+
 GROUPS: dict[str, Callable[[], None]] = {f"decode_gemm_{m}": partial(gemm, m) for m in TOKENS}
 GROUPS |= {
     f"attention_decode_{q}_{kv}_{dim}": partial(attention_decode, q, kv, dim)
@@ -391,7 +401,7 @@ GROUPS |= {f"packed_gemm_{m}": partial(packed, m) for m in (1, 7, 16, 60, 130, 3
 GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step, "sampling": sampling}
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
-GROUPS["triton_grouped_gemm"], GROUPS["experts"] = grouped_gemm, experts
+GROUPS["triton_grouped_gemm"], GROUPS["experts"], GROUPS["draft"] = grouped_gemm, experts, draft
 GROUPS |= {"delta_tokens": partial(delta_net, [1] * 5), "delta_chunks": partial(delta_net, [1, 2, 70, 1, 130])}
 GROUPS["delta_stream"] = partial(delta_net, [1] * 20 + [2] + [1] * 120)
 

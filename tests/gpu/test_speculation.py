@@ -93,6 +93,16 @@ def test_drafts_change_nothing(family: str, options: dict[str, Any], monkeypatch
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("sizes", [{"linear_value_head_dim": 18}, {"linear_key_head_dim": 264}], ids=str)
+def test_drafts_beside_delta_nets_that_have_no_kernel(sizes: dict[str, int]) -> None:
+    """Steps that verify are computed op by op then, and those that only decode in graphs."""
+    path = with_tokenizer(tiny_model("qwen3_5_text", vocab_size=512, mtp_num_hidden_layers=1, **sizes))
+    params = [dataclasses.replace(PARAMS[i % len(PARAMS)], seed=i) for i in range(len(make_prompts()))]
+    expected = outputs_of(path, params, dummy_weight=True, **EAGER)
+    for speculate in ("off", "ngram", "mtp"):
+        assert outputs_of(path, params, dummy_weight=True, speculate=speculate) == expected, speculate
+
+
 @needs_gpu
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("max_batch", [0, 8, 32])

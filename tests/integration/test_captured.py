@@ -7,7 +7,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from minisgl.attention.base import AttentionBackend, AttentionStep
 from minisgl.attention.sdpa import attend
 from minisgl.config.model import AttentionSpec
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
+from minisgl.config.states import DeltaNet, State
 from minisgl.core import (
     ID_PENDING,
     MASK_NOT_READY,
@@ -103,7 +104,8 @@ class Graphs:
 
 
 class Ops(TorchOps):
-    captures_chunks = True
+    def captures_chunks(self, kinds: Sequence[State]) -> bool:
+        return all(isinstance(kind, DeltaNet) for kind in kinds)
 
 
 def at(kind: Any, address: int, num: int) -> Any:

@@ -14,7 +14,6 @@ import torch
 
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.config.states import DeltaNet
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
@@ -182,7 +181,7 @@ class CapturedSteps(StepRunner):
             self.propose, self.left = drafter.propose, drafter.left if shard.ops.draft is not None else None
         longest, kinds = shard.config.draft_len, shard.config.model.states
         self._has_states, self._belong = bool(kinds), bool(kinds) or head is not None  # tokens of a request, in layers
-        can = not kinds or (shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in kinds))
+        can = not kinds or shard.ops.captures_chunks(kinds)
         self._shapes = captured_shapes(max_batch, longest * (self._belong and can), shard.config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from minisgl.config.model import MoE
+from minisgl.config.states import DeltaNet, State
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, delta, float8, packed_gemm, skinny
 from minisgl.kernel.jit import load_kernel, side_by_side
@@ -115,11 +116,13 @@ class CudaOps(delta.DeltaOps, TritonOps):
 
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend, arch)
-        self.captures_chunks = True
         loaded = [load_kernel(name, arch) for name in KERNELS]
         self.elementwise, self._sampling, self._logprobs, self._step, self.draft, _ = loaded
         self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
+
+    def captures_chunks(self, kinds: Sequence[State]) -> bool:
+        return all(isinstance(kind, DeltaNet) and delta.takes(kind.k_dim, kind.v_dim) for kind in kinds)
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         return CudaMatrix(self, weight, activation)

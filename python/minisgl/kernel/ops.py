@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.config.model import MoE
+from minisgl.config.states import State
 from minisgl.kernel.activations import ACTIVATIONS, route
 from minisgl.kernel.packed import Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
@@ -289,7 +290,9 @@ class StepOps:
 class TorchOps(LayerOps, StepOps):
     """The reference of both."""
 
-    captures_chunks = False  # of layers with states: steps of several tokens of a sequence can be captured
+    def captures_chunks(self, kinds: Sequence[State]) -> bool:  # noqa: ARG002
+        """Whether steps of several tokens of a sequence can be captured, where layers have such states."""
+        return False
 
 
 def loop_over_experts(
