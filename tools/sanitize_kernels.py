@@ -98,7 +98,7 @@ def elementwise() -> None:
         x, gain, both = randn(n, hidden), randn(hidden), randn(n, 2 * hidden)
         strided = up(F.pad(x, (0, 16)))[:, :hidden]
         check(("norm", n, hidden), [ops.rms_norm(strided, up(gain), EPS)], [REFERENCE.rms_norm(x, gain, EPS)])
-        weight, others = randn(9, hidden), (EPS, None)
+        weight, others = randn(9, hidden), (Around(eps=EPS),)
         found = ops.matrix(up(weight)).norm_and_apply(strided, up(gain), *others)
         check(("norm and product", n, hidden), found, REFERENCE.matrix(weight).norm_and_apply(x, gain, *others))
         check(("silu_and_mul", n, hidden), [ops.act_and_mul(up(both))], [REFERENCE.act_and_mul(both)])

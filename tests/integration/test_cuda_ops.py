@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from minisgl.config.model import MoE
 from minisgl.kernel.ops import Around, KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, filter_weights, sample_reference, uniform
 
@@ -57,10 +58,38 @@ def test_norm_and_product_of_a_router(ops, dtype, n, hidden, outputs):
     weight, bias = randn(outputs, hidden, dtype=dtype, scale=hidden**-0.5), randn(outputs, dtype=dtype)
     for x in (wide[:, :hidden], wide[:, :hidden].contiguous()):
         for added in (None, bias):
-            normed, out = ops.matrix(weight).norm_and_apply(x, gain, 1e-6, added)
+            normed, out = ops.matrix(weight).norm_and_apply(x, gain, Around(added, eps=1e-6))
             close(normed, REFERENCE.rms_norm(x, gain, 1e-6))
             exact = REFERENCE.rms_norm(x.float(), gain.float(), 1e-6) @ weight.float().T
             close(out, (exact if added is None else exact + bias.float()).to(dtype), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 129, 250, 256, 300])
+@pytest.mark.parametrize(("hidden", "outputs", "top_k"), [(64, 9, 1), (2880, 32, 4), (3072, 31, 8), (2048, 33, 8)])
+@pytest.mark.parametrize("sums_to_1", [True, False])
+def test_norm_and_choices_of_a_router(ops, dtype, n, hidden, outputs, top_k, sums_to_1):
+    """As the logits have it that are computed in float32, but for those that are nearly equal."""
+    from minisgl.kernel.cuda import FEW_OUTPUTS, ROUTED
+
+    wide, gain = randn(n, hidden + 16, dtype=dtype, scale=3), 1 + randn(hidden, dtype=dtype, scale=0.1)
+    weight, bias = randn(outputs, hidden, dtype=dtype, scale=hidden**-0.5), randn(outputs, dtype=dtype)
+    spec, is_hopper = MoE(outputs, top_k, 64, sums_to_1), torch.cuda.get_device_capability() == (9, 0)
+    takes = is_hopper and n * outputs > FEW_OUTPUTS and n <= ROUTED[0] and outputs <= ROUTED[1]
+    for x in (wide[:, :hidden], wide[:, :hidden].contiguous()):
+        for added in (None, bias):
+            normed, routed = ops.matrix(weight).norm_and_apply(x, gain, Around(added, eps=1e-6), spec)
+            close(normed, REFERENCE.rms_norm(x, gain, 1e-6))
+            assert isinstance(routed, tuple) == takes
+            if not takes:
+                continue
+            weights, experts = routed
+            exact = normed.float() @ weight.float().T + (0 if added is None else added.float())
+            chosen = exact.gather(1, experts.long())
+            torch.testing.assert_close(chosen, exact.topk(top_k).values, atol=4e-2, rtol=2e-2)
+            assert (experts.sort().values.diff() > 0).all()
+            share = chosen.softmax(-1) if sums_to_1 else exact.softmax(-1).gather(1, experts.long())
+            torch.testing.assert_close(weights, share, atol=2e-2, rtol=2e-2)
 
 
 def test_shapes_that_no_kernel_takes_fall_back(ops):

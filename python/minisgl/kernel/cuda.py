@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 TINY_WEIGHTS = 15 << 17  # and four times of one with so few elements
-FEW_OUTPUTS = 1024  # of a router and all tokens, each by a block of its own
+FEW_OUTPUTS = 1024  # of a router and all tokens, each by a block of its own; and what Hopper finds with choices:
+ROUTED = 256, 32, 3072  # tokens, experts and features at most
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
@@ -74,13 +76,22 @@ class CudaMatrix(TorchMatrix):
         around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself
         return around.residual if around.bias is None else around.residual.add_(around.bias)
 
-    def norm_and_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        fits = len(x) * len(self.weight) <= FEW_OUTPUTS and x.shape[1] * x.itemsize <= 1 << 14 and x.dtype == norm.dtype
-        if not fits or not _whole_vectors(x, norm, self.weight) or not self.weight.is_contiguous():
-            return super().norm_and_apply(x, norm, eps, bias)
-        normed, out = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(len(x), len(self.weight))
-        self._ops.elementwise.norm_linear(x, norm, eps, self.weight, bias, normed, out)
-        return normed, out
+    def norm_and_apply(self, x: Tensor, norm: Tensor, around: Around, spec: MoE | None = None) -> tuple[Tensor, Any]:
+        (n, k), num = x.shape, len(self.weight)
+        few, fits = n * num <= FEW_OUTPUTS and k * x.itemsize <= 1 << 14, _whole_vectors(x, norm, self.weight)
+        routes = spec is not None and n <= ROUTED[0] and num <= ROUTED[1] and k <= ROUTED[2] and x.itemsize == 2
+        fits = fits and (few or (routes and decode_gemm.is_available(x.device)))
+        if not fits or x.dtype != norm.dtype or not self.weight.is_contiguous():
+            return super().norm_and_apply(x, norm, around)
+        inputs = x, norm, around.eps, self.weight, around.bias, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if few or spec is None:
+            self._ops.elementwise.norm_linear(*inputs, out := x.new_empty(n, num))
+            return inputs[-1], out
+        weights = x.new_empty(n, spec.num_experts_per_tok, dtype=torch.float32)
+        experts = torch.empty_like(weights, dtype=torch.int32)
+        kernel = load_kernel("norm_router", (9, 0), MINISGL_FP16=int(x.dtype == torch.float16))
+        kernel.norm_router(*inputs, weights, experts, spec.sums_to_1)
+        return inputs[-1], (weights, experts)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         if not (_whole_vectors(self.weight) and self.weight.is_contiguous()):
@@ -212,8 +223,7 @@ def create_cuda_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) 
 
 def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Have what `CudaOps` and its products need for a dtype, compiled side by side. Raises: ConfigError."""
-    arch = torch.cuda.get_device_capability(device)
-    tasks = [functools.partial(load_kernel, name, arch) for name in KERNELS]
+    tasks = [functools.partial(load_kernel, name, torch.cuda.get_device_capability(device)) for name in KERNELS]
     for module, is_there in ((skinny, skinny.shared_memory(device)), (decode_gemm, decode_gemm.is_available(device))):
         if dtype != torch.float32 and is_there:
             tasks += [functools.partial(module.prepare, device, dtype, tile) for tile in module.TOKEN_TILES]

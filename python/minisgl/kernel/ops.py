@@ -84,8 +84,8 @@ class PagedSequences:
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
 Stacked = Tensor | tuple[torch.dtype, Iterable[Sequence[Packed | Tensor]]]
 Biases = tuple[Tensor, Tensor] | None  # of all experts: [num_experts, 2 * n], gate's first, and [num_experts, hidden]
-# (x [num_tokens, hidden], router's logits [num_tokens, num_experts], and perhaps a residual, which becomes its sum with
-# the result) → [num_tokens, hidden]
+Routed = Tensor | tuple[Tensor, Tensor]  # a router's logits [num_tokens, num_experts], or what `route` makes of them
+# (x [num_tokens, hidden], Routed, and perhaps a residual, which becomes its sum with the result) → [num_tokens, hidden]
 Experts = Callable[..., Tensor]
 
 
@@ -145,10 +145,10 @@ class Matrix(ABC):
         """All of it at once, a residual being contiguous; None: no kernel takes this."""
         return None
 
-    def norm_and_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`rms_norm(x, norm, eps)`, and `apply` of it."""
-        normed = self._ops.rms_norm(x, norm, eps)
-        return normed, self.apply(normed, Around(bias))
+    def norm_and_apply(self, x: Tensor, norm: Tensor, around: Around, spec: MoE | None = None) -> tuple[Tensor, Any]:  # noqa: ARG002
+        """`rms_norm(x, norm, around.eps)`, and `apply` of it; of a router of `spec`'s experts, `Routed`."""
+        normed = self._ops.rms_norm(x, norm, around.eps)
+        return normed, self.apply(normed, Around(around.bias))
 
     def apply(self, x: Tensor, around: Around = ALONE) -> Tensor:
         """x: [num_tokens, in] → x Wᵀ: [num_tokens, out], of gate and up [num_tokens, out / 2]; with what is around it,
@@ -209,8 +209,7 @@ class LayerOps(StateOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))).to(x.dtype).mul_(weight)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """gate_up: [num_tokens, 2 * n] → activation(gate) * up, [num_tokens, n]."""
@@ -296,11 +295,11 @@ class TorchOps(LayerOps, StepOps):
 
 
 def loop_over_experts(
-    x: Tensor, logits: Tensor, residual: Tensor | None, stacks: Sequence[Sequence[Matrix]], spec: MoE, biases: Biases
+    x: Tensor, logits: Routed, residual: Tensor | None, stacks: Sequence[Sequence[Matrix]], spec: MoE, biases: Biases
 ) -> Tensor:
     """As `Experts`, those that were hit, one after the other. stacks: gate and up, and down, of each."""
     (gate_up, down), top_k = stacks, spec.num_experts_per_tok
-    weights, experts = route(logits, top_k, spec.sums_to_1)
+    weights, experts = logits if isinstance(logits, tuple) else route(logits, top_k, spec.sums_to_1)
     order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
     tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
     out, begin = torch.zeros_like(x), 0

@@ -10,7 +10,7 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.activations import ACTIVATIONS
-from minisgl.kernel.ops import Experts, KVSlots
+from minisgl.kernel.ops import Around, Experts, KVSlots
 from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, VocabTable, reordered, slots_of
 from minisgl.layers.rope import head_order
@@ -147,7 +147,7 @@ class SparseMLP(Layer):
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
         assert norm is not None
         assert after is None, "no family has such a norm"
-        hidden, logits = self.gate.matrix.norm_and_apply(x, norm, self._eps, self.gate.bias)
+        hidden, logits = self.gate.matrix.norm_and_apply(x, norm, Around(self.gate.bias, eps=self._eps), self._spec)
         stream = added = x if self._comm.rank == 0 else None
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             added = self.shared_expert.part(hidden) * self.shared_expert_gate.matrix.apply(hidden).sigmoid_()

@@ -21,7 +21,7 @@ from minisgl.kernel import experts as fp4
 from minisgl.kernel.activations import route
 from minisgl.kernel.float8 import GROUP, ROWS, merge
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import Stacked
+from minisgl.kernel.ops import Routed, Stacked
 from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
 from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, tiles, widen
@@ -237,8 +237,7 @@ def _sum_kernel(
     if ADDS:
         total += tl.load(out_ptr + token * OUT + feature, mask=feature < OUT, other=0.0).to(tl.float32)
     for i in tl.static_range(TOP_K):
-        x = tl.load(x_ptr + (token * TOP_K + i) * OUT + feature, mask=feature < OUT, other=0.0)
-        total += x.to(tl.float32)
+        total += tl.load(x_ptr + (token * TOP_K + i) * OUT + feature, mask=feature < OUT, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * OUT + feature, total.to(out_ptr.dtype.element_ty), mask=feature < OUT)
 
 
@@ -258,23 +257,22 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
 def choose_experts(logits: Tensor, top_k: int, sums_to_1: bool, arch: tuple[int, int], *pairs: Tensor) -> list[Tensor]:
     """logits: [num_tokens, num_experts] → weights, float32, and experts, int32, of each token's most probable experts:
     [num_tokens, top_k]. arch: see `fused_moe`. pairs: as of `sort_pairs`, to be filled: a block for each pair."""
+    kinds = torch.float32, torch.int32
     if arch == (0, 0):
-        weights, experts = route(logits, top_k, sums_to_1)
-        return [weights, experts.int()]
-    weights = torch.empty((len(logits), top_k), dtype=torch.float32, device=logits.device)
-    experts = torch.empty_like(weights, dtype=torch.int32)
-    load_kernel("routing", arch).route(logits, sums_to_1, weights, experts, *(pairs or (None, None)))
-    return [weights, experts]
+        return [part.to(kind) for part, kind in zip(route(logits, top_k, sums_to_1), kinds, strict=True)]
+    chosen = [torch.empty((len(logits), top_k), dtype=kind, device=logits.device) for kind in kinds]
+    load_kernel("routing", arch).route(logits, sums_to_1, *chosen, *(pairs or (None, None)))
+    return chosen
 
 
 def fused_moe(
-    x: Tensor, router_logits: Tensor, gate_up: Stack, down: Stack, top_k: int, renormalize: bool,
+    x: Tensor, routed: Routed, gate_up: Stack, down: Stack, top_k: int, renormalize: bool,
     config: tuple[Tile, Tile] | None = None, clamped: bool = False, arch: tuple[int, int] = (0, 0),
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
 
-    x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
+    x: [num_tokens, hidden]; routed: logits [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
     rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden], in place of `residual` its sum with them.
     Sums are in float32. clamped: see the kernel. arch: of a GPU with kernels in CUDA; (0, 0): there are none.
     Temporary memory: num_tokens * top_k * (inner + hidden) elements of x's dtype.
@@ -291,7 +289,7 @@ def fused_moe(
     if fp4.takes(gate_up, down, num_pairs, top_k):
         parts = (part for stack in (gate_up, down) for part in (stack.data, stack.unit, stack.bias))
         kind = top_k, renormalize, clamped, residual is not None
-        fp4.load(x.dtype, capability).mixture(x, router_logits, *parts, gated, out, *kind)
+        fp4.load(x.dtype, capability).mixture(x, routed, *parts, gated, out, *kind)
         return out
     first, second = config or moe_config(num_pairs, num_experts, x.dtype, capability)
     if gate_up.unit or down.unit:  # Triton, for one of them, takes 16 pairs and more
@@ -301,7 +299,7 @@ def fused_moe(
     assert first.block_m == second.block_m
     alone = arch > (0, 0) and (num_tokens == 1 or 8 * num_pairs <= num_experts)  # hardly two have the same expert
     pairs = [torch.empty(n, dtype=torch.int32, device=x.device) for n in ((num_pairs,), (num_pairs, 4)) if alone]
-    weights, experts = choose_experts(router_logits, top_k, renormalize, arch, *pairs)
+    weights, experts = routed if isinstance(routed, tuple) else choose_experts(routed, top_k, renormalize, arch, *pairs)
     order, blocks = pairs or sort_pairs(experts, num_experts, first.block_m, pdl)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
     _product(x, gate_up, gated, (order, blocks), weights, first, (True, clamped), pdl)

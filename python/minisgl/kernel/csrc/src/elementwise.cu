@@ -195,7 +195,7 @@ __device__ __forceinline__ void store_head(void* cache, int64_t at, int half, co
 
 // One block per token; kGroup lanes (a power of two) per head, of which head_dim / 2 / kLen work.
 template <typename T, int kLen, int kGroup>
-__global__ void __launch_bounds__(512) rope_kernel(const RopeArgs<T> args) {
+__global__ void __maxnreg__(96) rope_kernel(const RopeArgs<T> args) {
   const int64_t token = blockIdx.x;
   const int half = args.head_dim / 2, num_heads = args.num_q + 2 * args.num_kv;
   const int offset = (threadIdx.x % kGroup) * kLen;  // within each half

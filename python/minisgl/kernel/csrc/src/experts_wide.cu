@@ -16,8 +16,9 @@ __device__ __forceinline__ void compute_narrow(const Args& args, const Shared<ga
 }
 
 template <bool gated>
-__device__ __forceinline__ void consume(const Args& args, const Shared<gated>& shared) {
+__device__ __forceinline__ void consume(const Args& args, Shared<gated> shared) {
   if (!gated && !args.parts) pdl_wait();
+  asm volatile("" : "+r"(shared.full), "+r"(shared.empty));  // else each use finds the window of shared memory anew
   Cursor<Outputs<gated>::kStages> cursor;
   Work work(args, blockIdx.x);
   while (work.exists()) {

@@ -117,17 +117,62 @@ __device__ __forceinline__ void load_weights(const CUtensorMap& weights, const W
   tma_load(to, &weights, full, kEvictNormal, 0, unit, work.tile, work.expert);
 }
 
-// The warpgroup that copies: each thread 16 bytes of some rows of x, which lie anywhere, and one of them the weights.
+// The warpgroup that copies, a tile: each thread 16 bytes of `num` rows of x, which lie anywhere, and one of them the weights,
+// but for the `early` units of these that it has fetched already. The multipliers wait for each instruction that it issues:
+// what can be is done once for a tile, or for two units.
+template <int num, bool gated>
+__device__ __forceinline__ void copy_tile(const Args& args, const CUtensorMap& weights, const Shared<gated>& shared,
+                                          const Work& work, Cursor<Outputs<gated>::kStages>& cursor, int& early) {
+  int thread = threadIdx.x - kMultipliers, piece = thread % 16, row = thread / 16, next = 0, last = args.units - 1;
+  uint32_t to = (piece / 8 * kTokens + row) * 128 + (piece % 8 ^ row) * 16;
+  const T* rows[num];
+#pragma unroll
+  for (int i = 0; i < num; ++i) {
+    int at = work.first + min(i * 8 + row, work.count() - 1);
+    rows[i] = args.x + (gated ? args.order[at] / args.top_k : at) * args.x_stride + piece * 8;
+  }
+  auto copy = [&](int unit, auto ahead, auto copy_row) {  // ahead: of where `rows` point to
+    uint32_t slot = shared.x(cursor.stage) + to, full = shared.full + cursor.stage * 8;
+    barrier_wait(shared.empty + cursor.stage * 8, cursor.parity ^ 1);
+    if (thread == 0 && early-- <= 0) load_weights(weights, work, unit, shared.weights(cursor.stage), full);
+#pragma unroll
+    for (int i = 0; i < num; ++i) copy_row(slot + i * 1024, rows[i] + ahead.value);
+    cp_async_arrive(full);
+    cursor.advance();
+  };
+  auto advance = [&](int units) {
+#pragma unroll
+    for (int i = 0; i < num; ++i) rows[i] += units * kUnitK;
+  };
+  using Here = std::integral_constant<int, 0>;
+  auto whole = [](uint32_t to, const T* from) { cp_async(to, from); };
+  for (; next + 1 < last; next += 2, advance(2)) {
+    copy(next, Here(), whole);
+    copy(next + 1, std::integral_constant<int, kUnitK>(), whole);
+  }
+  if (next < last) copy(next, Here(), whole), advance(1);
+  bool inside = last * kUnitK + piece * 8 < args.k;
+  copy(last, Here(), [&](uint32_t to, const T* from) { cp_async_or_zero(to, inside ? from : args.x, inside); });
+}
+
+// By as few rows as the tile's pairs want.
+template <int num, bool gated>
+__device__ __forceinline__ void copy_few(const Args& args, const CUtensorMap& weights, const Shared<gated>& shared,
+                                         const Work& work, Cursor<Outputs<gated>::kStages>& cursor, int& early) {
+  if constexpr (num * 8 < kTokens) {
+    if (work.count() > num * 8) return copy_few<num + 1>(args, weights, shared, work, cursor, early);
+  }
+  copy_tile<num>(args, weights, shared, work, cursor, early);
+}
+
 template <bool gated>
 __device__ __forceinline__ void produce(const Args& args, const CUtensorMap& weights, const Shared<gated>& shared) {
   constexpr int kStages = Outputs<gated>::kStages;
-  int thread = threadIdx.x - kMultipliers, piece = thread % 16, row = thread / 16;
-  uint32_t to = (piece / 8 * kTokens + row) * 128 + (piece % 8 ^ row) * 16;
   Work work(args, blockIdx.x);
   int early = 0;
   if (!gated) {
     if (work.exists()) early = min(args.units, kStages);
-    if (thread == 0) {
+    if (threadIdx.x == kMultipliers) {
       for (int i = 0; i < early; ++i) load_weights(weights, work, i, shared.weights(i), shared.full + i * 8);
     }
     if (!args.parts) pdl_wait();
@@ -136,25 +181,7 @@ __device__ __forceinline__ void produce(const Args& args, const CUtensorMap& wei
   while (work.exists()) {
     Work ahead = work.next(args);
     if (!gated) work.wait(args);
-    int rows[kTokens / 8];
-#pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
-      int at = work.first + min(i * 8 + row, work.count() - 1);
-      rows[i] = gated ? args.order[at] / args.top_k : at;
-    }
-    for (int unit = 0; unit < args.units; ++unit, cursor.advance()) {
-      uint32_t slot = shared.x(cursor.stage) + to, full = shared.full + cursor.stage * 8;
-      barrier_wait(shared.empty + cursor.stage * 8, cursor.parity ^ 1);
-      if (thread == 0 && early-- <= 0) load_weights(weights, work, unit, shared.weights(cursor.stage), full);
-      int k = unit * kUnitK + piece * 8;
-      bool inside = k < args.k;
-      const T* x = args.x + (inside ? k : 0);
-#pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-        if (i * 8 < work.count()) cp_async_or_zero(slot + i * 1024, x + rows[i] * args.x_stride, inside);
-      }
-      cp_async_arrive(full);
-    }
+    copy_few<1>(args, weights, shared, work, cursor, early);
     work = ahead;
   }
   cp_async_commit();

@@ -23,17 +23,16 @@ __device__ __forceinline__ float number_of(uint32_t key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// They are read past L1: a kernel may do it before it waits for the one ahead, where that has waited for who wrote them.
-// logits: [experts], of kMost at most; top_k: 32 at most. The weights are probabilities, which `renormalize` makes sum to 1.
-template <int kMost, typename L>
-__device__ __forceinline__ Choice choose_experts(const L* logits, int experts, int top_k, bool renormalize) {
+// The choice of a token whose logits a warp has: lane i those of experts i, i + 32 and so on, as keys, 0 where there is none.
+// top_k: 32 at most. The weights are probabilities, which `renormalize` makes sum to 1.
+template <int kMost>
+__device__ __forceinline__ Choice choose_by_keys(uint32_t (&keys)[kMost / 32], int experts, int top_k, bool renormalize) {
   constexpr unsigned kAll = 0xffffffffu;
   int lane = threadIdx.x % 32;
-  uint32_t keys[kMost / 32], largest = 0;
+  uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kMost / 32; ++i) {
     if (i * 32 >= experts) break;
-    keys[i] = i * 32 + lane < experts ? key_of(to_float(__ldcg(logits + i * 32 + lane))) : 0;
     largest = max(largest, keys[i]);
   }
   float top = number_of(__reduce_max_sync(kAll, largest)), total = 0.f, mine = 0.f;
@@ -63,6 +62,20 @@ __device__ __forceinline__ Choice choose_experts(const L* logits, int experts, i
   }
   choice.weight = mine / warp_sum(renormalize ? mine : total);
   return choice;
+}
+
+// They are read past L1: a kernel may do it before it waits for the one ahead, where that has waited for who wrote them.
+// logits: [experts], of kMost at most.
+template <int kMost, typename L>
+__device__ __forceinline__ Choice choose_experts(const L* logits, int experts, int top_k, bool renormalize) {
+  int lane = threadIdx.x % 32;
+  uint32_t keys[kMost / 32];
+#pragma unroll
+  for (int i = 0; i < kMost / 32; ++i) {
+    if (i * 32 >= experts) break;
+    keys[i] = i * 32 + lane < experts ? key_of(to_float(__ldcg(logits + i * 32 + lane))) : 0;
+  }
+  return choose_by_keys<kMost>(keys, experts, top_k, renormalize);
 }
 
 }  // namespace
