@@ -40,12 +40,13 @@ class Prediction:
         if not self._length and (self._repeats or self._longest >= QUOTED):
             self._seek(req)
         self._longest = max(self._longest, self._length)
-        num = most * (self._length > 0) if self._longest >= QUOTED else 2 * self._length - 3 - num_pending
-        return self._text[self._place + num_pending :][: max(0, min(most, num))].tolist()
+        num = min(most, most if self._longest >= QUOTED else 2 * self._length - 3 - num_pending) if self._length else 0
+        return self._text[self._place + num_pending :][:num].tolist() if num > 0 else []
 
     def _seek(self, req: Req) -> None:
         """Find where the output goes on, which has left the text at its place. Nowhere: a length of 0."""
-        last = np.array(req.tokens[max(self._begin, len(req.tokens) - MAX_MATCH) :], np.int32)
+        num = MAX_MATCH if self._repeats else 1
+        last = np.array(req.tokens[max(self._begin, len(req.tokens) - num) :], np.int32)
         behind = self._place if self._longest >= QUOTED else len(self._text)
         ends, self._length = find_repeated(last, self._text, behind)
         self._place = next((end for end in ends if end > behind), ends[-1]) if ends else self._place
@@ -58,14 +59,13 @@ class Lookup(Prediction):
     def __init__(self, req: Req) -> None:
         super().__init__(first := req.prefix[: max(1, len(req.prefix) - 1)], len(first))  # of its tokens
         self._begin = self._length = self._longest = 0
-        self._ids, wide = self._text, first.astype(np.int64)
-        self._pairs = {*(wide[:-1] << 32 | wide[1:]).tolist()}
+        self._ids, self._pairs = self._text, {*(first[:-1].astype(np.int64) << 32 | first[1:]).tolist()}
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         begin, num = self._num_seen, len(req.tokens)
         self._ids = self._ids if num <= len(self._ids) else np.resize(self._ids, 2 * num)
         self._ids[begin:num], self._text = req.tokens[begin:], self._ids[:num]
-        for pair in (a << 32 | b for a, b in pairwise(self._text[begin - 1 :].tolist())):
+        for pair in (a << 32 | b for a, b in pairwise(req.tokens[begin - 1 :])):
             self._repeats = pair in self._pairs
             self._pairs.add(pair)
         return super().propose(req, num_pending, most)
@@ -105,11 +105,11 @@ class TreePath(Prediction):
 def find_repeated(ids: TokenIds, text: TokenIds, near: int) -> tuple[Sequence[int], int]:
     """Where a text that goes on has the longest end of `ids`: ends, ascending, and its length, up to `MAX_MATCH`; of
     one token only those up to `QUOTED` behind `near`. [], 0: none. ids: not empty."""
-    ends, back = np.flatnonzero(text[:-1] == ids[-1]) + 1, np.arange(1, min(MAX_MATCH, len(ids)) + 1)
-    places = ends[(ends > 1) & (text[ends - 2] == ids[max(-2, -len(ids))])][-_MOST_PLACES:, None]
-    same = (places >= back) & (text[np.maximum(places - back, 0)] == ids[-back])
-    lengths = same.cumprod(1).sum(1)
-    if (longest := int(lengths.max(initial=0))) >= MIN_MATCH:
-        return places[lengths == longest, 0].tolist(), longest
-    ends = ends[(ends > near) & (ends <= near + QUOTED)]
+    if len(ids) >= MIN_MATCH:
+        ends, back = np.flatnonzero(text[:-1] == ids[-1]) + 1, np.arange(1, min(MAX_MATCH, len(ids)) + 1)
+        places = ends[(ends > 1) & (text[ends - 2] == ids[-2])][-_MOST_PLACES:, None]
+        same = (places >= back) & (text[np.maximum(places - back, 0)] == ids[-back])
+        if (longest := int((lengths := same.cumprod(1).sum(1)).max(initial=0))) >= MIN_MATCH:
+            return places[lengths == longest, 0].tolist(), longest
+    ends = np.flatnonzero(text[near : min(near + QUOTED, len(text) - 1)] == ids[-1]) + near + 1
     return ends.tolist(), len(ends[:1])
