@@ -182,6 +182,7 @@ def test_scores_of_the_largest_gemma(family: str, layers: int, scalar: int, tmp_
         ("glm4", {"glm4__rope__dimension_sections": [4, 6, 2, 0]}, "rope_sections must be 0, not "),
         ("mixtral", {"llama__expert_gating_func": 2}, "expert_gating_func must be 0 or 1, not 2"),
         ("qwen2_moe", {"qwen2moe__expert_weights_scale": 2.5}, "expert_weights_scale must be 0 or 1, not 2.5"),
+        ("qwen3_moe", {"qwen3vlmoe__expert_group_count": 2}, "expert_group_count must be 0 or 1, not 2"),
         ("gemma3_text", {"gemma3__attention__causal": False}, "is_causal must be true, not False"),
         ("gemma4_text", {"gemma4__expert_count": 8}, "architecture not supported: Gemma 4 with experts .missing: "),
         ("gemma4_text", {"gemma4__attention__shared_kv_layers": 5}, "num_kv_shared_layers must be fewer, with a layer"),
