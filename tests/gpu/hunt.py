@@ -146,19 +146,19 @@ def tell(**fields: Any) -> None:
 def work(numbers: Sequence[int], device: str, tp_size: int, deadline: float) -> None:
     """One after the other. What a broken device leaves is of no use: then the process ends."""
     for number in numbers:
-        if time.time() > deadline:
+        if time.monotonic() > deadline:
             return
-        begin, case = time.time(), draw(number, tp_size, device)
+        begin, case = time.monotonic(), draw(number, tp_size, device)
         tell(begin=number)
         faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 made = make(case, Path(folder))
-                ready = time.time()
+                ready = time.monotonic()
                 outputs, more = serve(case, made.path, device, tp_size)
-                served = time.time()
+                served = time.monotonic()
                 wrong, figures = judge(case, made, outputs)
-            times = [round(at, 1) for at in (ready - begin, served - ready, time.time() - served)]
+            times = [round(at, 1) for at in (ready - begin, served - ready, time.monotonic() - served)]
             tell(end=number, wrong=wrong, figures=figures, case=str(case), tags=case.tags() + more, seconds=times)
         except ConfigError as error:
             tell(end=number, refused=str(error), case=str(case))
@@ -174,37 +174,29 @@ class Hunt:
     """Workers as processes, and what they tell."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._args, self._deadline, self._lock = args, time.time() + args.seconds, threading.Lock()
+        self._args, self._deadline, self._lock = args, time.monotonic() + args.seconds, threading.Lock()
         self.tags: Counter[str] = Counter()
         self.wrong: list[dict[str, Any]] = []
         self.refused: dict[str, list[int]] = defaultdict(list)
         self.seconds: list[list[float]] = []
 
     def follow(self, numbers: list[int]) -> None:
-        while numbers and time.time() < self._deadline:
-            command = [
-                sys.executable,
-                "-m",
-                "tests.gpu.hunt",
-                "--device",
-                self._args.device,
-                "--tp",
-                str(self._args.tp),
-            ]
+        while numbers and time.monotonic() < self._deadline:
+            command = [sys.executable, "-m", "tests.gpu.hunt", f"--device={self._args.device}", f"--tp={self._args.tp}"]
             command += ["--until", str(self._deadline), "--only", *map(str, numbers)]
             with tempfile.TemporaryFile("w+") as errors:
                 child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-                timer = threading.Timer(self._deadline + self._args.grace - time.time(), child.kill)
+                timer = threading.Timer(self._deadline + self._args.grace - time.monotonic(), child.kill)
                 timer.start()
                 at = self._read(child, numbers)
                 code = child.wait()
                 timer.cancel()
-                if at is None or time.time() > self._deadline:
+                if at is None or time.monotonic() > self._deadline:
                     return
                 errors.seek(0)
                 if code:
                     text = errors.read()[-1500:]
-                    self.wrong.append({"end": at, "wrong": f"the process ended with {code}", "trace": text})
+                    self._complain({"end": at, "wrong": f"the process ended with {code}", "trace": text})
             numbers = numbers[numbers.index(at) + 1 :]
 
     def _read(self, child: subprocess.Popen[str], numbers: list[int]) -> int | None:
@@ -228,23 +220,18 @@ class Hunt:
         self.tags["cases"] += 1
         self.tags.update(told.get("tags", ()))
         if told.get("wrong"):
-            self.wrong.append(told)
+            self._complain(told)
         if told.get("refused"):
             self.refused["".join(c for c in told["refused"] if not c.isdigit())].append(told["end"])
         self.seconds += [told["seconds"]] if "seconds" in told else []
 
+    def _complain(self, told: dict[str, Any]) -> None:
+        self.wrong.append(told)
+        figures = {name: round(value, 4) for name, value in told.get("figures", {}).items()}
+        parts = told["end"], told["wrong"], figures or "", told.get("case", ""), told.get("trace", "")
+        print("WRONG", *parts, sep=" | ", flush=True)
+
     def report(self) -> None:
-        for told in self.wrong:
-            figures = {name: round(value, 4) for name, value in told.get("figures", {}).items()}
-            print(
-                "WRONG",
-                told["end"],
-                told["wrong"],
-                figures or "",
-                told.get("case", ""),
-                told.get("trace", ""),
-                sep=" | ",
-            )
         for reason, numbers in self.refused.items():
             print(f"refused {len(numbers)} ({numbers[:3]}): {reason}"[:300])
         means = [round(fmean(part), 1) for part in zip(*self.seconds, strict=True)]
