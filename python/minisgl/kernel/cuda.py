@@ -28,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 FEW_OUTPUTS = 1024  # of a router and all tokens, each by a block of its own; and what Hopper finds with choices:
-ROUTED = 256, 32, 3072  # tokens, experts and features at most
+ROUTED = 512, 32, 3072  # tokens, experts and features at most
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
