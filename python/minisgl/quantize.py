@@ -22,7 +22,7 @@ from minisgl.formats.int4 import WIDE, quantize
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.packed import Grouped
 from minisgl.layers.base import LayerEnv
-from minisgl.models.checkpoint import Checkpoint, our_name, places
+from minisgl.models.checkpoint import Checkpoint, of_expert, our_name, places
 from minisgl.models.decoder import DecoderModel
 from minisgl.utils.log import told
 
@@ -56,14 +56,14 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _importance(source: Path, text: str) -> dict[tuple[str, int | None], Tensor]:
+def _importance(source: Path, text: str) -> Tensors:
     """How much errors in each column of a weight count: the squares of what it is multiplied with while the model, as
-    transformers has it, reads a text. By the names of weights, and where experts are stacked the expert, [in] float32,
-    of mean 1; of what no token has gone through there is none."""
+    transformers has it, reads a text. By the names of weights, [in] float32, of mean 1; of what no token has gone
+    through there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ids = load_tokenizer(str(source)).encode(text)[:_MAX_TOKENS]
-    config, watch, found = AutoConfig.from_pretrained(source), _Watch(), dict[tuple[str, int | None], Tensor]()
+    config, watch, found = AutoConfig.from_pretrained(source), _Watch(), Tensors()
     config._experts_implementation = "eager"  # each by a product of its own
     model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto").eval()
     with watch:
@@ -73,7 +73,7 @@ def _importance(source: Path, text: str) -> dict[tuple[str, int | None], Tensor]
         for i, weight in enumerate(parameter if parameter.dim() == 3 else [parameter]):
             if (squares := watch.squares.get(weight.data_ptr())) is not None:
                 importance = (squares / squares.mean().clamp(min=1e-30)).clamp(min=1e-4)
-                found[our_name(name), i if parameter.dim() == 3 else None] = importance
+                found[of_expert(our_name(name), i)] = importance
     return found
 
 
@@ -99,11 +99,11 @@ def _quantized(source: Path, bits: int, text: str) -> tuple[Tensors, bool]:
     slots = [slot for part in decoder.parts() for slot in part.slots]
     sources, shapes = checkpoint.sources(slots), {slot.name: slot.shape for slot in slots}
     importance = _importance(source, text) if text else {}
-    is_turned = any(name.endswith("experts.gate_up_proj_bias") for name in shapes)  # in full, [in, out]
+    is_turned = any(name.endswith(".gate_up_proj.bias") for name in shapes)  # in full, [in, out]
     for slot, stored in zip(slots, sources, strict=True):
         weight, prefix = stored.read(0, slot.shape[0]).clone(), slot.name.removesuffix("weight")
         if slot.name in linear.names:
-            found = (importance.get((name, expert)) for name, expert, *_ in places(slot.name, shapes))
+            found = (importance.get(name) for name, *_ in places(slot.name, shapes))
             counts = next((columns for columns in found if columns is not None), None)
             rows = weight.t() if is_turned and ".experts." in slot.name else weight
             narrow = quantize(prefix, rows, 8 if prefix in WIDE else bits, counts)

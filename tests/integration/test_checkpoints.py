@@ -288,3 +288,31 @@ def test_a_fused_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         ConfigError, match=r"wrong shape: .*1.self_attn.qkv_proj.weight is \[100, 64\], not \[128, 64\]$"
     ):
         CpuRunner(engine_config(path), 0)
+
+
+DOWN = "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda made: {**made, DOWN: made[DOWN][:7]}, r"missing: model.layers.1.mlp.experts.7.down_proj.weight$"),
+        (
+            lambda made: {**made, DOWN: torch.cat((made[DOWN], made[DOWN][:1]))},
+            r"unexpected: model.layers.1.mlp.experts.8.down_proj.weight$",
+        ),
+        (
+            lambda made: {**made, DOWN.replace("experts", "experts.0") + ".weight": made[DOWN][0]},
+            r"unexpected: model.layers.1.mlp.experts.down_proj$",
+        ),
+        (
+            lambda made: {**made, DOWN: made[DOWN].transpose(1, 2).contiguous()},
+            r"wrong shape: model.layers.1.mlp.experts.down_proj is \[32, 64\], not \[64, 32\] for each expert$",
+        ),
+    ],
+    ids=["fewer", "more", "beside others", "transposed"],
+)
+def test_a_stack_of_other_experts_is_named(tmp_path: Path, change: Callable[[Tensors], Tensors], says: str) -> None:
+    path = rewritten(tiny_model("qwen3_moe"), tmp_path / "model", lambda tensors: change(transformers_5(tensors)))
+    with pytest.raises(ConfigError, match=says):
+        CpuRunner(engine_config(path), 0)

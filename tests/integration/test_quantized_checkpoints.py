@@ -356,8 +356,11 @@ def test_stacks_of_experts(tmp_path: Path, case: str, names: str, as_one: bool) 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t[:, :1].clone(), r"wrong shape: .*gate_up_proj_scale_inv is \[4, 1, 1\], not \[4, 4, 1\]"),
-        (lambda t: t[:, 0, 0].clone(), r"wrong shape: .*gate_up_proj_scale_inv is \[4\], not \[4, 4, 1\]"),
+        (
+            lambda t: t[:, :1].clone(),
+            r"wrong shape: .*gate_up_proj_scale_inv is \[1, 1\], not \[4, 1\] for each expert",
+        ),
+        (lambda t: t[:, 0, 0].clone(), r"wrong shape: .*gate_up_proj_scale_inv is \[\], not \[4, 1\] for each expert"),
         (None, r"missing: model.layers.0.mlp.experts.0.gate_up_proj.weight_scale, "),
     ],
 )
@@ -459,10 +462,10 @@ def test_bad_mxfp4_is_named(tmp_path: Path) -> None:
         (
             "blocks",
             tensors[f"{name}_blocks"][..., :8].contiguous(),
-            rf"{name}_blocks is \[6, 64, 4, 8\], not \[6, 64, 4, 16\]",
+            rf"{name}_blocks is \[64, 4, 8\], not \[64, 4, 16\] for each expert",
         ),
         ("scales", torch.full_like(tensors[f"{name}_scales"], 255), f"{of_one}_scales: it holds NaN"),
-        ("scales", tensors[f"{name}_scales"].float(), f"{name}_scales: it is float32, not U8"),
+        ("scales", tensors[f"{name}_scales"].float(), f"{of_one}_scales: it is float32, not U8"),
     ):
         save_file({**tensors, f"{name}_{end}": tensor}, file)
         with pytest.raises(ConfigError, match=says):

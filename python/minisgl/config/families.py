@@ -21,6 +21,7 @@ from minisgl.utils.math import div_ceil
 
 MAX_LAYERS = 4096
 _ACTIVATIONS: dict[str, str] = TABLE["activations"]
+_STATES: dict[str, type[State]] = {"conv": ShortConv, "linear_attention": DeltaNet}
 _REQUIRED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 
 
@@ -30,18 +31,14 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
-    norms: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     scales_embedding: bool = False
-    is_interleaved: bool = False
     rope_names: Mapping[str, str] = field(default_factory=dict)
     ropes_by_layer: bool = False
     kind: str = "sliding_attention"
     still: str = ""
-    attention: Mapping[str, Any] = field(default_factory=dict)
-    layer_scalars: bool = False
     experts: Sequence[str] = ()
-    moe: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     inner: str = ""
 
@@ -114,37 +111,35 @@ def parse_model_config(f: Fields) -> ModelConfig:
     for key, values in {**TABLE["only"], **family.only}.items():
         if told.get(key) is not None and told[key] not in values:
             raise f.wrong(key, " or ".join(map(json.dumps, values)))
-    hidden, vocab_size = f.integer("hidden_size", 0), f.integer("vocab_size", 0)
+    read = _read(f, family, ModelConfig)
     layers, ropes, max_position = _layers(f, family)
     # The stream is held smaller by this factor of what layers add, since all that reads it is a norm.
     residual = f.number("residual_multiplier", 1.0, above=0)
-    embedding = f.number("embedding_multiplier", hidden**0.5 if family.scales_embedding else 1.0, above=0)
-    layer_inputs, tied = f.integer("hidden_size_per_layer_input", 0, 0), f.boolean("tie_word_embeddings", False)
-    if layer_inputs and f.integer(key := "vocab_size_per_layer_input", 0) != vocab_size:
-        raise f.wrong(key, f"vocab_size, {vocab_size}")
+    root = read["hidden_size"] ** 0.5 if family.scales_embedding else 1.0
+    embedding = f.number("embedding_multiplier", root, above=0)
+    if read["layer_inputs"] and f.integer(key := "vocab_size_per_layer_input", 0) != read["vocab_size"]:
+        raise f.wrong(key, f"vocab_size, {read['vocab_size']}")
     return ModelConfig(
         architecture=architecture,
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        num_qo_heads=f.integer("num_attention_heads", 0),
         head_dim=_heads(f).k_dim,
         rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0) / residual**2,
         ropes=ropes,
         max_position=max_position,
-        tie_word_embeddings=f.boolean("tie_embedding", tied),
-        qkv_bias=f.boolean("qkv_bias", False),
-        o_bias=f.boolean("o_bias", False),
+        tie_word_embeddings=f.boolean("tie_embedding", f.boolean("tie_word_embeddings", False)),
         dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch."),
-        packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
         mtp=_mtp(f, layers),
-        norm_offset=f.number("norm_offset", 0.0),
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
-        logit_softcap=f.number("final_logit_softcapping", None, above=0),
-        layer_inputs=layer_inputs,
-        layer_scalars=family.layer_scalars,
+        **read,
     )
+
+
+def _read(f: Fields, family: Family, specification: type) -> dict[str, Any]:
+    """What `families.yaml` says of a specification's fields: values of `config.json` as they are, or the family's."""
+    name = specification.__name__
+    read = {key: getattr(f, kind)(*rest) for key, (kind, *rest) in TABLE["fields"].get(name, {}).items()}
+    return {**read, **family.fields.get(name, {})}
 
 
 def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:
@@ -162,9 +157,8 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     kinds = _kinds(f, family)
     window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
     ropes, rope_of_layer, longest = _ropes(f, family, kinds)
-    cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
-    near = AttentionSpec(_heads(f), window, softcap=cap, **family.attention)
-    full = replace(near, cache=_heads(f, kinds), window=None, values_are_keys=is_same)
+    near = AttentionSpec(_heads(f), window, **_read(f, family, AttentionSpec))
+    full = replace(near, cache=_heads(f, kinds), window=None, values_are_keys=f.boolean("attention_k_eq_v", False))
     other = AttentionSpec(state) if (state := _state(f, family)) is not None else near
     of_kind = {"sliding_attention": near, family.kind: other, "full_attention": full}
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
@@ -174,7 +168,7 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
     chosen = zip(kinds, rope_of_layer, sources, strict=True)
     attentions = [replace(of_kind[kind], rope_index=rope, source=source) for kind, rope, source in chosen]
-    norms = [LayerNorms(**family.norms)] * len(kinds)
+    norms = [LayerNorms(**_read(f, family, LayerNorms))] * len(kinds)
     return tuple(map(LayerSpec, attentions, _mlps(f, family, sources), norms)), ropes, longest
 
 
@@ -234,15 +228,12 @@ def _kinds(f: Fields, family: Family) -> list[str]:
 
 def _state(f: Fields, family: Family) -> State | None:
     """A state, which layers of a family's kind have in place of keys and values."""
-    if family.kind == "conv":
-        return ShortConv(f.integer("hidden_size", 0), f.integer("conv_L_cache", 3), f.boolean("conv_bias", False))
-    if family.kind != "linear_attention":
+    if (kind := _STATES.get(family.kind)) is None:
         return None
-    heads = f.integer("linear_num_key_heads", 16), f.integer("linear_num_value_heads", 32)
-    if heads[1] % heads[0]:
-        raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
-    dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), f.boolean("groups_state", False))
+    state = kind(**_read(f, family, kind))
+    if isinstance(state, DeltaNet) and state.num_v_heads % state.num_k_heads:
+        raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {state.num_k_heads}")
+    return state
 
 
 def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[RopeConfig, ...], list[int], int]:
@@ -253,7 +244,7 @@ def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[RopeConfi
         score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
         scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
         rope, reached = read_rope(f, dim, longest, layer, family.rope_names, is_partial)
-        return replace(rope, scale=scale, is_interleaved=family.is_interleaved), reached
+        return replace(rope, scale=scale, **_read(f, family, RopeConfig)), reached
 
     if family.ropes_by_layer:
         near, _ = table(_heads(f).k_dim, "sliding_attention")
@@ -286,18 +277,11 @@ def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> lis
     dense = DenseMLP(size, f.boolean("mlp_bias", False), activation)
     for key in family.experts:
         num_experts = f.integer(key, num_experts, 0)
-    moe = MoE(
-        num_experts=num_experts,
-        num_experts_per_tok=f.integer("num_experts_per_tok", 0, min(num_experts, 1)),
-        intermediate_size=f.integer("moe_intermediate_size", size),
-        sums_to_1=f.boolean("norm_topk_prob", True),
-        shared_size=f.integer("shared_expert_intermediate_size", 0),
-        turns=f.boolean("turns_experts", False),
-        **{"activation": activation, **family.moe},
-    )
+    top_k, inner = f.integer("num_experts_per_tok", 0, min(num_experts, 1)), f.integer("moe_intermediate_size", size)
+    moe = MoE(num_experts, top_k, inner, **{"activation": activation, **_read(f, family, MoE)})
     only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     sparse = [i not in only and num_experts > 0 and (i + 1) % step == 0 for i in range(len(sources))]
-    if any(sparse) and moe.num_experts_per_tok > num_experts:
+    if any(sparse) and top_k > num_experts:
         raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
     wide = replace(dense, intermediate_size=2 * size) if f.boolean("use_double_wide_mlp", False) else dense
     return [moe if has else dense if source is None else wide for has, source in zip(sparse, sources, strict=True)]

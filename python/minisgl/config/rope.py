@@ -48,17 +48,10 @@ def read_rope(
     original = max_position if name == "dynamic" else outer.integer(told, rope.integer(told, max_position))
     rotary_dim = _rotary_dim(f, rope, head_dim, is_partial or name == "proportional")
     keys = ("short_factor", "long_factor") if name == "longrope" else ()
-    divisors = [_factors(rope, key, rotary_dim // 2) for key in keys] or [tuple(rope.list_of(float, "factors")), ()]
-    config = RopeConfig(
-        theta=float(theta),
-        type=name,
-        max_position=original,
-        scaling=_numbers(f, rope, name, max_position, original),
-        factors=divisors[0],
-        long_factors=divisors[1],
-        rotary_dim=0 if name == "proportional" else rotary_dim % head_dim,
-        query_beta=rope.number("llama_4_scaling_beta", 0.0, above=-1e-9),
-    )
+    short, long = [_factors(rope, key, rotary_dim // 2) for key in keys] or [tuple(rope.list_of(float, "factors")), ()]
+    scaling, beta = _numbers(f, rope, name, max_position, original), rope.number("llama_4_scaling_beta", 0.0, -1e-9)
+    rotated = 0 if name == "proportional" else rotary_dim % head_dim
+    config = RopeConfig(float(theta), name, original, scaling, short, long, rotated, query_beta=beta)
     return config, max_position if layer and name == "linear" else _longest(config, max_position)  # Gemma 3: scaled
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of 8-bit floats: Qwen3-*-FP8 and others of `fp8`, compressed-tensors, ModelOpt; of 4 bits: gpt-oss."""
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -66,19 +65,19 @@ class Float8Format(StoredFormat):
 
 
 class Mxfp4(StoredFormat):
-    """Experts in e2m1: …_blocks: [experts, out, in / 32, 16] uint8, an even column in the lower half; …_scales:
-    [experts, out, in / 32], exponents (MXFP4 of the OCP's MX 1.0)."""
+    """Experts in e2m1, of each: …_blocks: [out, in / 32, 16] uint8, an even column in the lower half; …_scales:
+    [out, in / 32], exponents (MXFP4 of the OCP's MX 1.0)."""
 
     def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:  # noqa: ARG002
-        stored = re.sub(r"\.\d+(?=\.\w+\.$)", "", prefix)[:-1]  # of all experts
+        name = prefix[:-1]
         cols, groups = (shard.span[0] // 32, shard.span[1] // 32), (shard.shape[0], shard.shape[1] // 32)
         if shard.span != (32 * cols[0], 32 * cols[1]):
-            raise self.error(f"{stored}_blocks", f"a rank's part of its {shard.shape[1]} columns cuts groups of 32")
+            raise self.error(f"{name}_blocks", f"a rank's part of its {shard.shape[1]} columns cuts groups of 32")
         for what, size in (("blocks", [16]), ("scales", [])):
-            self.check_type(f"{stored}_{what}", "U8")
+            self.check_type(f"{name}_{what}", "U8")
             target = self.add(tensors, f"{prefix}{what}", shard, (cols[1] - cols[0]) * sum(size or [1]), torch.uint8)
             target = target.view(len(target), -1, *size)
-            yield WeightSlot(f"{prefix[:-1]}_{what}", (*groups, *size), target, shard.rows, cols)
+            yield WeightSlot(f"{name}_{what}", (*groups, *size), target, shard.rows, cols)
 
     def part(self, prefix: str, tensors: Tensors) -> Blocks | Tensor:
         """Blocks as GGUF files have them: an exponent, and columns i and i + 16 in a byte."""

@@ -1,4 +1,5 @@
-"""The two halves of a decoder layer: attention, and the feed-forward network or a mixture of experts."""
+"""The blocks of a decoder layer: attention, the feed-forward network or a mixture of experts, and in some families what
+a layer gets of each token beside the residual stream, from a table that has some features for each layer."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,9 +9,10 @@ import torch
 from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
+from minisgl.kernel.activations import ACTIVATIONS
 from minisgl.kernel.ops import Around, Experts, KVSlots
 from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
-from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, reordered
+from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, VocabTable, reordered, slots_of
 from minisgl.layers.rope import head_order
 
 
@@ -20,13 +22,13 @@ class Attention(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
         assert isinstance(spec.cache, PagedKV)
-        dim, width, self._offset = spec.cache.k_dim, hidden * (2 - (config.norms_residual is None)), config.norm_offset
+        dim, width = spec.cache.k_dim, hidden * (2 - (config.norms_residual is None))
         self._ops, self._layer, self._spec, self._eps, self._head_dim = env.ops, layer, spec, config.rms_norm_eps, dim
-        self._heads, self._comm = env.share(config.num_qo_heads, "attention heads"), env.comm
+        mine, self._comm = env.share(config.num_qo_heads, "attention heads"), env.comm
         num_kv, size = spec.cache.heads if spec.source is None else 0, dim * (2 if spec.gated == "features" else 1)
-        self._num_q, self._num_kv = len(self._heads), len(env.share(num_kv, KV_HEADS, True)) if num_kv else 0
+        self._num_q, self._num_kv = len(mine), len(env.share(num_kv, KV_HEADS, True)) if num_kv else 0
         self._rope, self._is_wide = config.ropes[spec.rope_index], norms.of_heads == "all"
-        self._order = order = head_order(self._rope, dim)
+        order = head_order(self._rope, dim)
         assert order is None or not self._is_wide, "weights of its norms would have to be reordered, too"
         orders = dict[str, Tensor]()
         if order is not None or size > dim:  # gates, whose rows follow those of each query head, come first here
@@ -42,6 +44,15 @@ class Attention(Layer):
         self.qkv_proj.apart = self.o_proj.apart = isinstance(config.layers[layer].mlp, MoE)
         self._sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
         self._qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
+        rows = mine.start, mine.stop
+        self.slots = [] if self._sinks is None else [WeightSlot("sinks", (config.num_qo_heads,), self._sinks, rows)]
+        targets = () if self._qk_norm is None else self._qk_norm.split_with_sizes((self._num_q, self._num_kv))
+        for kind, target in zip("qk" if self._num_kv else "q", targets, strict=False):
+            slot = whole(f"{kind}_norm.weight", target, config.norm_offset)
+            if self._is_wide:
+                shard = self.qkv_proj.shards[f"{kind}_proj."]
+                slot = WeightSlot(slot.name, shard.shape[:1], target.view(-1), shard.rows)
+            self.slots.append(slot if order is None else reordered(slot, order))
         numbers = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
         if not (self._rope.query_beta or spec.value_norms or spec.source is not None):
             self.cpu_block = "attention", (*numbers, bool(spec.gated))
@@ -89,21 +100,6 @@ class Attention(Layer):
             size = counts[i] * self._head_dim * self._comm.size
             scale = torch.rsqrt(sums[:, i, None, None] / size + self._eps)
             part.copy_((part.float() * scale).to(part.dtype) * weight)
-
-    def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from super().weights(prefix)
-        if self._sinks is not None:
-            rows = self._heads.start, self._heads.stop
-            yield WeightSlot(f"{prefix}sinks", (self.o_proj.shards[""].shape[1] // self._head_dim,), self._sinks, rows)
-        targets = () if self._qk_norm is None else self._qk_norm.split_with_sizes((self._num_q, self._num_kv))
-        for kind, target in zip("qk" if self._num_kv else "q", targets, strict=False):
-            name = f"{prefix}{kind}_norm.weight"
-            if self._is_wide:
-                shard = self.qkv_proj.shards[f"{kind}_proj."]
-                yield WeightSlot(name, shard.shape[:1], target.view(-1), shard.rows)
-            else:
-                slot = whole(name, target, self._offset)
-                yield slot if self._order is None else reordered(slot, self._order)
 
 
 class GatedMLP(Layer):
@@ -167,23 +163,19 @@ class SparseMLP(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from super().weights(prefix)
-        slots, shape, turns = self._format.slots, (self._spec.intermediate_size, self._hidden), self._spec.turns
-        mine, order = (self._mine.start, self._mine.stop), torch.arange(2 * len(self._mine)).view(-1, 2).t().flatten()
-        shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=len(self._mine))}
+        shape, turns, half = (self._spec.intermediate_size, self._hidden), self._spec.turns, len(self._mine)
+        rows, order = (self._mine.start, self._mine.stop), torch.arange(2 * half).view(-1, 2).t().flatten()
+        shards = {"gate_proj.": Shard(shape, rows), "up_proj.": Shard(shape, rows, at=half)}
         if turns:
-            shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * mine[0], 2 * mine[1]))}
-        if self._biases:
-            rows, end = (0, self._spec.num_experts), "_bias" if turns else ".bias"
-            for name, shard in shards.items():
-                slot = f"{prefix}experts.{name[:-1]}{end}", (rows[1], shard.shape[0]), shard.of(self._biases[0].t()).t()
-                yield WeightSlot(*slot, rows, shard.rows, (lambda part: part[:, order]) if turns else None)
-            yield WeightSlot(f"{prefix}experts.down_proj{end}", (rows[1], self._hidden), self._biases[1], rows)
+            shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * rows[0], 2 * rows[1]))}
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
-            expert = f"{prefix}experts.{i}."
-            found = [slot for name, shard in shards.items() for slot in slots(f"{expert}{name}", gate_up, shard)]
+            found, at, form = list[WeightSlot](), f"{prefix}experts.{i}.", self._format
+            first, second = (None, None) if self._biases is None else (self._biases[0][i], self._biases[1][i])
+            for name, shard in shards.items():
+                found += slots_of(form, f"{at}{name}", gate_up, shard, first)
             found = [reordered(slot, order) for slot in found] if turns else found
-            found += slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
+            found += slots_of(form, f"{at}down_proj.", down, Shard(shape[::-1], (0, self._hidden), rows), second)
             yield from (transposed(slot) if turns and slot.name.endswith(".weight") else slot for slot in found)
 
 
@@ -191,3 +183,40 @@ def transposed(slot: WeightSlot) -> WeightSlot:
     """The slot of a weight that the checkpoint has as [in, out]."""
     rows, change = slot.cols or (0, slot.shape[1]), slot.transform or (lambda part: part)
     return replace(slot, shape=slot.shape[::-1], rows=rows, cols=slot.rows, transform=lambda part: change(part.t()))
+
+
+class LayerInputs(Layer):
+    """Embeddings of all layers, with what is made of the first layer's input added (Gemma 4)."""
+
+    def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
+        self._ops, self._eps, self._scale = env.ops, config.rms_norm_eps, config.hidden_size**-0.5
+        self._size, shape = config.layer_inputs, (config.num_layers * config.layer_inputs, config.hidden_size)
+        self.embed_tokens_per_layer = VocabTable(env, config.vocab_size, shape[0])
+        self.per_layer_model_projection = Linear(env, shape)
+        self.per_layer_projection_norm = env.vector(self._size)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        """ids: [num_tokens]; x: [num_tokens, hidden], what they are embedded as → [num_tokens, layers, features]."""
+        both = self.embed_tokens_per_layer.forward(ids), self.per_layer_model_projection.project(x)
+        own, shared = (part.view(len(ids), -1, self._size) for part in both)
+        shared = self._ops.rms_norm(shared * self._scale, self.per_layer_projection_norm, self._eps)
+        return (shared + own * self._size**0.5) * 2**-0.5
+
+
+class LayerInput(Layer):
+    """The last block of decoder layer `layer`, which adds its own input to the stream, gated by the stream."""
+
+    stored_as = ""
+
+    def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
+        self._eps, self._layer, size, what = config.rms_norm_eps, layer, config.layer_inputs, "features of an input"
+        self._activate, self._mine = ACTIVATIONS[config.layers[layer].mlp.activation], env.share(size, what)
+        self.gate = ColumnLinear(env, config.hidden_size, {"per_layer_input_gate": (size, 1)}, what)
+        self.per_layer_projection = RowLinear(env, size, config.hidden_size, False, what)
+        self.post_per_layer_input_norm = env.vector(config.hidden_size)
+
+    def forward(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; inputs: of `LayerInputs` → the new stream."""
+        mine = inputs[:, self._layer, self._mine.start : self._mine.stop]
+        gated = self._activate(self.gate.project(x), mine)
+        return self.per_layer_projection.forward(gated, x, self.post_per_layer_input_norm, self._eps)

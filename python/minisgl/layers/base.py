@@ -1,7 +1,7 @@
 """What every layer is built from and how its parameters are filled."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,7 @@ class Layer:
     """Tensors, or layers, and the method `forward` that computes with them."""
 
     stored_as: str | None = None  # what checkpoints call it; "": they have its parts in its place; None: as we do
+    slots: Sequence[WeightSlot] = ()  # of vectors that are not public: ranks share them, or change them on the way
     cpu_block: tuple[str, tuple[Tensor | float | str | None, ...]] | None = None  # kind and numbers of its `CpuSpec`
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -82,14 +83,15 @@ class Layer:
             cls.cpu_spec = lambda _: None  # type: ignore[assignment, method-assign]
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        """The slots of this layer, whose checkpoint names start with `prefix`: of the layers in it, and of its public
-        vectors, which every rank holds entirely."""
+        """The slots of this layer, whose checkpoint names start with `prefix`: of the layers in it, and of its vectors,
+        of which every rank holds the public ones entirely."""
         for name, child in vars(self).items():
             if isinstance(child, Layer):
                 at = name if child.stored_as is None else child.stored_as
                 yield from child.weights(f"{prefix}{at}." if at else prefix)
             elif isinstance(child, Tensor) and not name.startswith("_"):
                 yield whole(f"{prefix}{name}.weight", child)
+        yield from (replace(slot, name=f"{prefix}{slot.name}") for slot in self.slots)
 
     def pack(self) -> None:
         """Called once all slots are filled: bring weights into the layout that the kernels like best."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from minisgl.errors import ConfigError
-from minisgl.formats.base import Shape, Shard, WeightSlot
+from minisgl.formats.base import Shape, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.formats.float8 import BLOCK
 from minisgl.kernel.ops import ALONE, Around, Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
@@ -37,9 +37,7 @@ class Linear(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self.shards.items():
-            slots = [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]
-            if self.bias is not None:
-                slots.append(WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows))
+            slots = [*slots_of(self._format, f"{prefix}{name}", self._tensors, shard, self.bias)]
             yield from (self._arranged(shard.order, slot) for slot in slots)
 
     def _arranged(self, order: Tensor | None, slot: WeightSlot) -> WeightSlot:
@@ -100,6 +98,13 @@ class ColumnLinear(Linear):
             shard = Shard((num * size, in_features), rows, at=at, order=(orders or {}).get(name))
             shards[f"{name}."], at = shard, at + shard.local[0]
         super().__init__(env, (at, in_features), shards, bias, activation)
+
+
+def slots_of(form: WeightFormat, at: str, tensors: Tensors, shard: Shard, bias: Tensor | None) -> Iterator[WeightSlot]:
+    """Of a linear layer of the checkpoint, whose names start with `at`. bias: of all rows that the rank has."""
+    yield from form.slots(at, tensors, shard)
+    if bias is not None:
+        yield WeightSlot(f"{at}bias", shard.shape[:1], shard.of(bias), shard.rows)
 
 
 def reordered(slot: WeightSlot, order: Tensor) -> WeightSlot:

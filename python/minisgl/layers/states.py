@@ -1,6 +1,6 @@
 """Blocks that have a state, and stand in the place of attention in most layers of hybrid models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -38,12 +38,15 @@ class GatedDeltaNet(Layer):
         self.in_proj = ColumnLinear(env, hidden, parts | gates if is_joint else parts, _HEADS, orders=orders)
         self.gates_proj = None if is_joint else ColumnLinear(env, hidden, gates, _HEADS, orders=orders)
         self.out_proj = RowLinear(env, values[0] * values[1], hidden, False, _HEADS)
-        channels = torch.arange(spec.num_channels).split_with_sizes([num * size for num, size in (keys, keys, values)])
-        self._channels = torch.cat([part.chunk(env.comm.size)[env.comm.rank] for part in channels])
-        self._heads = mine.start, mine.stop
+        kinds = torch.arange(spec.num_channels).split_with_sizes([num * size for num, size in (keys, keys, values)])
+        channels = torch.cat([part.chunk(env.comm.size)[env.comm.rank] for part in kinds])
         a_log, dt_bias = (torch.empty(len(mine), dtype=torch.float32, device=env.device) for _ in range(2))
-        conv = env.vector(len(self._channels), spec.width)
+        conv, shape = env.vector(len(channels), spec.width), (spec.num_channels, 1, spec.width)
         self._weights = DeltaWeights(conv, a_log, dt_bias, env.vector(spec.v_dim), self._eps)
+        convolution = WeightSlot("conv1d.weight", shape, conv, (0, shape[0]), transform=lambda part: part[channels, 0])
+        rows = mine.start, mine.stop
+        shared = [WeightSlot(n, values[:1], x, rows) for n, x in (("A_log", a_log), ("dt_bias", dt_bias))]
+        self.slots = [convolution, *shared, whole("norm.weight", self._weights.norm)]
         self.cpu_block = "delta_net", self._weights
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
@@ -53,15 +56,6 @@ class GatedDeltaNet(Layer):
         state = DeltaState(*step.kv.states.layer(self._layer))
         out = self._ops.gated_delta_net(qkvz, ba, self._weights, state, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)
-
-    def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from super().weights(prefix)
-        mine, channels, shape = self._weights, self._channels, (self._spec.num_channels, 1, self._spec.width)
-        name, rows = f"{prefix}conv1d.weight", (0, shape[0])
-        yield WeightSlot(name, shape, mine.conv, rows, transform=lambda part: part[channels, 0])
-        for name, target in (("A_log", mine.a_log), ("dt_bias", mine.dt_bias)):
-            yield WeightSlot(f"{prefix}{name}", (self._spec.num_v_heads,), target, self._heads)
-        yield whole(f"{prefix}norm.weight", mine.norm)
 
 
 def _ungrouped(num_groups: int, sizes: Sequence[int]) -> Tensor:
@@ -80,23 +74,17 @@ class GatedShortConv(Layer):
         spec, hidden = config.layers[layer].attention.cache, config.hidden_size
         assert isinstance(spec, ShortConv)
         self._ops, self._layer, self._eps = env.ops, layer, config.rms_norm_eps
-        mine, self._shape = env.share(spec.num_channels, _CHANNELS), (spec.num_channels, 1, spec.width)
-        self._channels = mine.start, mine.stop
+        mine, shape = env.share(spec.num_channels, _CHANNELS), (spec.num_channels, 1, spec.width)
         parts = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), (spec.num_channels, 1))
         self.in_proj = ColumnLinear(env, hidden, parts, _CHANNELS, spec.bias)
         self.out_proj = RowLinear(env, spec.num_channels, hidden, spec.bias, _CHANNELS)
         self._weight, self._bias = env.vector(len(mine), spec.width), env.vector(len(mine)) if spec.bias else None
-        self.cpu_block = "short_conv", (self._weight, self._bias)
+        self.cpu_block, rows = ("short_conv", (self._weight, self._bias)), (mine.start, mine.stop)
+        self.slots = [WeightSlot("conv.weight", shape, self._weight, rows, transform=lambda part: part.flatten(1))]
+        self.slots += [] if self._bias is None else [WeightSlot("conv.bias", shape[:1], self._bias, rows)]
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the stream; norm: of the block's input; after: of its output → the new stream."""
         gated, state = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
         out = self._ops.short_conv(gated, self._weight, self._bias, state, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)
-
-    def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from super().weights(prefix)
-        name, shape, rows = f"{prefix}conv.weight", self._shape, self._channels
-        yield WeightSlot(name, shape, self._weight, rows, transform=lambda part: part.flatten(1))
-        if self._bias is not None:
-            yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, rows)

@@ -33,8 +33,9 @@ EMBEDDING, HEAD, OF_HEAD = "model.embed_tokens.weight", "lm_head.weight", "head.
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 _OUTER, _INNER, _LEFT_OUT, _PACKED = ("|".join(TABLE[key]) for key in ("outer", "inner", "left_out", "packed"))
 _NAME = re.compile(rf"(?:(?:{_OUTER})\.)*(?:(lm_head\..*)|((?:{_INNER})\..*))")
-_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.(\w+))?")
-_STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(_scale(?:_inv)?)|)")
+_STACK = re.compile(r"^(.*\.experts)(\.(?:gate|up|down|gate_up)_proj)(|\.\w+|_bias|_scale(?:s|_inv)?|_blocks)$")
+# What these end with: in the names of one expert's.
+_ENDS = {"": ".weight", "_bias": ".bias", "_scale": ".weight_scale", "_scale_inv": ".weight_scale_inv"}
 _IGNORED = re.compile(rf"(^|\.)({_LEFT_OUT})$|^mtp\.")  # the latter where they are not used
 _QUANTIZED = re.compile(rf"\.({_PACKED})$")
 _RENAMED: dict[str, str] = TABLE["tensors"]
@@ -95,24 +96,18 @@ class Shard:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in a file: of those of all experts in one stack, that of `expert`; from row `first` on."""
 
     shard: Shard
     name: str
     shape: tuple[int, ...]
     dtype: str
-
-
-class Source(NamedTuple):
-    """Where a slot's tensor is: in `stored`, of this expert if experts are stacked, from row `first` on."""
-
-    stored: Stored
-    expert: int | None
-    first: int
+    expert: int | None = None
+    first: int = 0
 
     def read(self, begin: int, end: int) -> torch.Tensor:
         rows = slice(self.first + begin, self.first + end)
-        return self.stored.shard.read(self.stored.name, rows if self.expert is None else (self.expert, rows))
+        return self.shard.read(self.name, rows if self.expert is None else (self.expert, rows))
 
 
 class Checkpoint:
@@ -127,6 +122,10 @@ class Checkpoint:
                 ours = prefix + our_name(stored.name)
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
+        for name, stored in [*self._stored.items()]:
+            if of_expert(name, 0) not in self._stored:  # a stack
+                one = self._stored.pop(name)._replace(shape=stored.shape[1:])
+                self._stored |= {of_expert(name, i): one._replace(expert=i) for i in range(stored.shape[0])}
         for index, layer in enumerate(() if model is None else model.layers):
             at = f"model.layers.{index}.self_attn."
             if layer.attention.values_are_keys:  # whatever else is stored
@@ -150,32 +149,26 @@ class Checkpoint:
         return replace(model, tie_word_embeddings=False)
 
     def header(self) -> dict[str, Header]:
-        """What the tensors are, by our layers' names; of stacks, what each expert's are."""
-        found = {name: Header(stored.dtype, stored.shape) for name, stored in self._stored.items()}
-        for match in filter(None, map(_STACK.fullmatch, self._stored)):
-            (prefix, layer, name, scale), (dtype, shape) = match.groups(), found[match[0]]
-            name = name or ("weight" if scale is None else f"weight{scale}")
-            found |= {f"{prefix}{i}.{layer}.{name}": Header(dtype, shape[1:]) for i in range(shape[0])}
-        return found
+        """What the tensors are, by our layers' names."""
+        return {name: Header(stored.dtype, stored.shape) for name, stored in self._stored.items()}
 
-    def sources(self, slots: list[WeightSlot]) -> list[Source]:
+    def sources(self, slots: list[WeightSlot]) -> list[Stored]:
         """Where each slot's tensor is. Raises: ConfigError with all that is missing, left over or of another shape."""
         shapes = {slot.name: slot.shape for slot in slots}
-        num_experts = len({match[2] for name in shapes if (match := _EXPERT.fullmatch(name))})
-        found, missing, wrong = list[Source](), list[str](), dict[str, str]()
+        found, missing, wrong = list[Stored](), list[str](), dict[str, str]()
         used: dict[str, bool] = {}  # whether the slot takes nothing but floats
         for slot in slots:
             stored_as = places(slot.name, shapes)
-            name, expert, first, num_rows = next((p for p in stored_as if p[0] in self._stored), ("", None, 0, 0))
+            name, first, num_rows = next((place for place in stored_as if place[0] in self._stored), ("", 0, 0))
             if not name:
                 missing.append(slot.name)
                 continue
             stored, wanted = self._stored[name], (num_rows or slot.shape[0], *slot.shape[1:])
-            wanted = wanted if expert is None else (num_experts, *wanted)
             if stored.shape != wanted:
-                wrong[name] = f"{stored.name} is {list(stored.shape)}, not {list(wanted)}"
+                each = "" if stored.expert is None else " for each expert"
+                wrong[stored.name] = f"{stored.name} is {list(stored.shape)}, not {list(wanted)}{each}"
             used[name] = slot.transform is None and slot.target.dtype.is_floating_point and slot.target.itemsize > 1
-            found.append(Source(stored, expert, first))
+            found.append(stored._replace(first=first))
         self._check_rest(used, {_region(name) for name in shapes}, missing, list(wrong.values()))
         return found
 
@@ -211,21 +204,20 @@ def our_name(name: str) -> str:
     return _RENAMED_PARTS.sub(lambda part: _RENAMED[part[0]], match[1] or f"model.{match[2]}")
 
 
-def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:
-    """Names under which a tensor may be stored: with each, the index in a stack of experts, and the first row in a
-    fused tensor with its number of rows (0: it is not fused)."""
-    alone: list[tuple[str, int | None]] = [(name, None)]
-    if match := _EXPERT.fullmatch(name):
-        end = match[4] or "weight"
-        alone += [(f"{match[1]}{match[3]}{end}", int(match[2])) for end in (end.removeprefix("weight"), f".{end}")]
-    yield from ((stored, expert, 0, 0) for stored, expert in alone)
+def of_expert(name: str, expert: int) -> str:
+    """The name of one expert's tensor in a stack of this name; any other stays as it is."""
+    return _STACK.sub(lambda match: f"{match[1]}.{expert}{match[2]}{_ENDS.get(match[3], match[3])}", name)
+
+
+def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
+    """Names under which a tensor may be stored: with each, the first row in a fused tensor and its number of rows (0:
+    it is not fused)."""
+    yield name, 0, 0
     for fused, parts in FUSED.items():
         part = next((part for part in parts if f".{part}." in name), None)
         if part is not None:
             sizes = [shapes.get(name.replace(f".{part}.", f".{sibling}."), (0,))[0] for sibling in parts]
-            first = sum(sizes[: parts.index(part)])
-            for stored, expert in alone:
-                yield stored.replace(f".{part}", f".{fused}"), expert, first, sum(sizes)
+            yield name.replace(f".{part}.", f".{fused}."), sum(sizes[: parts.index(part)]), sum(sizes)
 
 
 def _region(name: str) -> str:
@@ -238,8 +230,8 @@ def _equal(a: Stored, b: Stored) -> bool:
     if a is b or a.shape != b.shape:
         return a is b
     step = max(1, BLOCK_BYTES // (4 * a.shape[-1]))
-    blocks = (slice(first, first + step) for first in range(0, a.shape[0], step))
-    return all(bool((a.shard.read(a.name, rows) == b.shard.read(b.name, rows)).all()) for rows in blocks)
+    blocks = ((first, first + step) for first in range(0, a.shape[0], step))
+    return all(bool((a.read(*rows) == b.read(*rows)).all()) for rows in blocks)
 
 
 def load_weights(parts: Iterable[Part], checkpoint: Checkpoint) -> None:
@@ -257,8 +249,7 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint) -> None:
                 for first in range(begin, end, step):
                     block = source.read(first, min(first + step, end))
                     if len(slot.shape) == 1 and not bool(block.isfinite().all()):
-                        where = f"{source.stored.shard.path}: tensor {source.stored.name}"
-                        raise ConfigError(f"{where}: it holds NaN or infinity")
+                        raise ConfigError(f"{source.shard.path}: tensor {source.name}: it holds NaN or infinity")
                     _put(slot, block, first)
             del slots, slot  # which hold what packing frees
             finish()
@@ -272,13 +263,11 @@ def _rows_at_once(slot: WeightSlot) -> int:
 
 def _put(slot: WeightSlot, block: torch.Tensor, first: int) -> None:
     """Into the slot's target: rows of its tensor, from `first` on."""
-    if slot.cols is not None:
-        block = block[:, slot.cols[0] : slot.cols[1]]
+    block = block if slot.cols is None else block[:, slice(*slot.cols)]
     if slot.transform is not None or len(slot.shape) == 1:
-        slot.target.copy_(slot.transform(block) if slot.transform is not None else block)
+        slot.target.copy_(block if slot.transform is None else slot.transform(block))
     else:
-        begin = first - slot.rows[0]
-        slot.target[begin : begin + len(block)].copy_(block)
+        slot.target[first - slot.rows[0] :][: len(block)].copy_(block)
 
 
 def fill_random(parts: Iterable[Part], seed: int) -> None:

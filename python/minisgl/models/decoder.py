@@ -7,9 +7,8 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig, MoE, PagedKV
 from minisgl.config.states import DeltaNet, ShortConv
 from minisgl.formats.base import WeightSlot
-from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
+from minisgl.layers.attention import Attention, GatedMLP, LayerInput, LayerInputs, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
-from minisgl.layers.inputs import LayerInput, LayerInputs
 from minisgl.layers.linear import VocabTable
 from minisgl.layers.states import GatedDeltaNet, GatedShortConv
 
@@ -24,11 +23,14 @@ class DecoderLayer(Layer):
         hidden, eps, mlp = config.hidden_size, config.rms_norm_eps, config.layers[layer].mlp
         self.self_attn = _BLOCKS[type(config.layers[layer].attention.cache)](env, config, layer)
         self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
-        names, self._offset = config.layers[layer].norms, config.norm_offset
-        self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
-        self.norms = tuple(env.vector(hidden) if name else None for name in self._names)
+        norms = config.layers[layer].norms
+        names = norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp
+        self.norms = tuple(env.vector(hidden) if name else None for name in names)
+        found = [(name, norm) for name, norm in zip(names, self.norms, strict=True) if norm is not None]
+        self.slots = [whole(f"{name}.weight", norm, config.norm_offset) for name, norm in found]
         self.input = LayerInput(env, config, layer) if config.layer_inputs else None
         self._scalar = env.vector(1) if config.layer_scalars else None
+        self.slots += [] if self._scalar is None else [whole("layer_scalar", self._scalar)]
 
     def forward(self, x: Tensor, step: StepContext, inputs: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden]; inputs: [num_tokens, layers, features], of `LayerInputs` → the new stream."""
@@ -37,14 +39,6 @@ class DecoderLayer(Layer):
         if self.input is not None and inputs is not None:
             x = self.input.forward(x, inputs)
         return x if self._scalar is None else x.mul_(self._scalar)
-
-    def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from super().weights(prefix)
-        for name, norm in zip(self._names, self.norms, strict=True):
-            if norm is not None:
-                yield whole(f"{prefix}{name}.weight", norm, self._offset)
-        if self._scalar is not None:
-            yield whole(f"{prefix}layer_scalar", self._scalar)
 
     def cpu_spec(self) -> CpuSpec | None:
         attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
@@ -103,17 +97,14 @@ class DecoderModel:
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled. No more than one part is in memory both as it was loaded and as it is packed."""
-        yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
-        if self.inputs is not None:
-            yield Part([*self.inputs.weights("model.")], self.inputs.pack)
-        for i, layer in enumerate(self.layers):
-            yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
-        last = whole("model.norm.weight", self.norm, self.config.norm_offset, self.config.logit_scale)
-        yield Part([last], lambda: None)
+        layers: dict[str, Layer | None] = {"model.embed_tokens.": self.embed_tokens, "model.": self.inputs}
+        layers |= {f"model.layers.{i}.": layer for i, layer in enumerate(self.layers)}
+        layers["lm_head."] = None if self.lm_head is self.embed_tokens else self.lm_head
+        yield from (Part([*layer.weights(name)], layer.pack) for name, layer in layers.items() if layer is not None)
+        vectors = [whole("model.norm.weight", self.norm, self.config.norm_offset, self.config.logit_scale)]
         if self.score is not None:
-            yield Part([WeightSlot("score.weight", (1, self.config.hidden_size), self.score, (0, 1))], lambda: None)
-        if self.lm_head is not self.embed_tokens:
-            yield Part([*self.lm_head.weights("lm_head.")], self.lm_head.pack)
+            vectors.append(WeightSlot("score.weight", (1, self.config.hidden_size), self.score, (0, 1)))
+        yield Part(vectors, lambda: None)
 
     def cpu_specs(self) -> list[CpuSpec] | None:
         """Of the embedding, each layer and the head; None if the CPU engine cannot compute one of them."""
