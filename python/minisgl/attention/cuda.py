@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 
 MAX_CLUSTER = 16  # blocks; what Hopper allows
 CLUSTER_BLOCKS_PER_SM = 2  # up to this many, clusters beat the stream kernel
-PLANS = {64: (16, 1), 128: (8, 1), 256: (4, 1)}  # by head_dim: warps of a block, blocks on an SM
+PLANS = {64: (8, 1), 128: (8, 1), 256: (4, 1)}  # by head_dim: warps of a block, blocks on an SM
 MIN_COUNTERS = 1024  # sequences; a captured batch may be padded past max_running_requests
 _DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 

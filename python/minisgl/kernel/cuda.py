@@ -30,7 +30,7 @@ PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what els
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 TINY_WEIGHTS = 15 << 17  # and four times of one with so few elements
 FEW_OUTPUTS = 1024  # of a router and all tokens, each by a block of its own; and what Hopper finds with choices:
-ROUTED = 256, 32, 3072  # tokens, experts and features at most
+ROUTED = 512, 32, 3072  # tokens, experts and features at most
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 

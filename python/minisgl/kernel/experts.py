@@ -10,7 +10,7 @@ from minisgl.utils.math import div_ceil
 
 # Pairs of one expert that are multiplied together, by how many of them it gets on average at most.
 BLOCKS = {0.5: 4, 5: 8, 12: 16, 24: 32, float("inf"): 64}
-HOPPER = {0.5: 4, 5: 8, 7: 16, 48: 64, float("inf"): 128}  # from 64 on its tensor cores take them
+HOPPER = {0.5: 4, 4: 8, 48: 64, float("inf"): 128}  # from 64 on its tensor cores take them
 
 
 def load(dtype: torch.dtype, arch: tuple[int, int], block_m: int = 0) -> Any:

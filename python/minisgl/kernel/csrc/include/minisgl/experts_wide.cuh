@@ -31,6 +31,7 @@ constexpr int kHalfBytes = kTokens * 128;  // 64 k of x
 constexpr int kStageBytes = 2 * kHalfBytes + kTiles * kUnitBytes;
 constexpr int kTogether = 32;  // tokens that a warpgroup writes together
 constexpr int kMaxShared = 227 * 1024;
+constexpr uint64_t kWeights = kTokens == 64 ? kEvictFirst : kEvictNormal;  // for L2: hardly an expert has two such blocks
 
 struct Pair {
   int index;
@@ -114,16 +115,16 @@ struct Shared {
 __device__ __forceinline__ void load_weights(const CUtensorMap& weights, const Work& work, int unit, uint32_t to,
                                              uint32_t full) {
   barrier_expect(full, kTiles * kUnitBytes);
-  tma_load(to, &weights, full, kEvictNormal, 0, unit, work.tile, work.expert);
+  tma_load(to, &weights, full, kWeights, 0, unit, work.tile, work.expert);
 }
 
 // The warpgroup that copies, a tile: each thread 16 bytes of `num` rows of x, which lie anywhere, and one of them the weights,
 // but for the `early` units of these that it has fetched already. The multipliers wait for each instruction that it issues:
-// what can be is done once for a tile, or for two units.
+// what can be is done once for a tile.
 template <int num, bool gated>
 __device__ __forceinline__ void copy_tile(const Args& args, const CUtensorMap& weights, const Shared<gated>& shared,
                                           const Work& work, Cursor<Outputs<gated>::kStages>& cursor, int& early) {
-  int thread = threadIdx.x - kMultipliers, piece = thread % 16, row = thread / 16, next = 0, last = args.units - 1;
+  int thread = threadIdx.x - kMultipliers, piece = thread % 16, row = thread / 16, last = args.units - 1;
   uint32_t to = (piece / 8 * kTokens + row) * 128 + (piece % 8 ^ row) * 16;
   const T* rows[num];
 #pragma unroll
@@ -131,28 +132,22 @@ __device__ __forceinline__ void copy_tile(const Args& args, const CUtensorMap& w
     int at = work.first + min(i * 8 + row, work.count() - 1);
     rows[i] = args.x + (gated ? args.order[at] / args.top_k : at) * args.x_stride + piece * 8;
   }
-  auto copy = [&](int unit, auto ahead, auto copy_row) {  // ahead: of where `rows` point to
+  auto copy = [&](int unit, auto copy_row) {
     uint32_t slot = shared.x(cursor.stage) + to, full = shared.full + cursor.stage * 8;
     barrier_wait(shared.empty + cursor.stage * 8, cursor.parity ^ 1);
     if (thread == 0 && early-- <= 0) load_weights(weights, work, unit, shared.weights(cursor.stage), full);
 #pragma unroll
-    for (int i = 0; i < num; ++i) copy_row(slot + i * 1024, rows[i] + ahead.value);
+    for (int i = 0; i < num; ++i) copy_row(slot + i * 1024, rows[i]);
     cp_async_arrive(full);
     cursor.advance();
   };
-  auto advance = [&](int units) {
+  for (int unit = 0; unit < last; ++unit) {
+    copy(unit, [](uint32_t to, const T* from) { cp_async(to, from); });
 #pragma unroll
-    for (int i = 0; i < num; ++i) rows[i] += units * kUnitK;
-  };
-  using Here = std::integral_constant<int, 0>;
-  auto whole = [](uint32_t to, const T* from) { cp_async(to, from); };
-  for (; next + 1 < last; next += 2, advance(2)) {
-    copy(next, Here(), whole);
-    copy(next + 1, std::integral_constant<int, kUnitK>(), whole);
+    for (int i = 0; i < num; ++i) rows[i] += kUnitK;
   }
-  if (next < last) copy(next, Here(), whole), advance(1);
   bool inside = last * kUnitK + piece * 8 < args.k;
-  copy(last, Here(), [&](uint32_t to, const T* from) { cp_async_or_zero(to, inside ? from : args.x, inside); });
+  copy(last, [&](uint32_t to, const T* from) { cp_async_or_zero(to, inside ? from : args.x, inside); });
 }
 
 // By as few rows as the tile's pairs want.
