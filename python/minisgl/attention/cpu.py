@@ -3,13 +3,10 @@
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionStep, Tensor
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kvcache.pool import LayerCache
-
-Tensor = torch.Tensor
-
 
 Metadata = tuple[Tensor, Tensor, int]
 

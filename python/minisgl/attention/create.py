@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, Tensor
 from minisgl.attention.sdpa import SdpaBackend
 from minisgl.config.device import BACKENDS
 from minisgl.config.model import AttentionSpec, PagedKV
@@ -14,7 +14,6 @@ from minisgl.core import most_samples
 from minisgl.errors import ConfigError
 from minisgl.kvcache.pool import LayerCache
 
-Tensor = torch.Tensor
 Backend = AttentionBackend[object]  # each gets back what it has prepared, and only it knows what that is
 
 

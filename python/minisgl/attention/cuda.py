@@ -2,13 +2,11 @@
 
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, Tensor
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
-
-Tensor = torch.Tensor
 
 MAX_CLUSTER = 16  # blocks; what Hopper allows
 CLUSTER_BLOCKS_PER_SM = 2  # up to this many, clusters beat the stream kernel

@@ -7,13 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray, Tensor
 from minisgl.config.model import AttentionSpec
 from minisgl.core import MAX_COUNT
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 
-Tensor = torch.Tensor
 WORKSPACE_BYTES = 256 << 20  # partial results of split sequences; shared, as launches follow one another
 Wrappers = dict[int | None, Any]  # FlashInfer's objects, which hold a plan, by the window of layers
 

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.attention.base import AttentionBackend, AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionStep, Tensor
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.ops import widened
 from minisgl.kvcache.pool import LayerCache
-
-Tensor = torch.Tensor
 
 QUERY_BLOCK = 512  # tokens; bounds the mask
 

@@ -5,14 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, to_device
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, Tensor, to_device
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton import attention
 from minisgl.kernel.triton.common import Tile, tiles
 from minisgl.kvcache.pool import LayerCache
-
-Tensor = torch.Tensor
 
 
 class TritonMetadata(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from minisgl.attention.base import StepContext, to_device
+from minisgl.attention.base import StepContext, Tensor, to_device
 from minisgl.config.model import ModelConfig
 from minisgl.core import most_samples
 from minisgl.engine.pooling import Computed
@@ -14,8 +14,6 @@ from minisgl.engine.step import LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch
 from minisgl.kernel.cpu import CpuOps
 from minisgl.models.heads import Head
-
-Tensor = torch.Tensor
 
 
 class SecondModel(ModelShard):

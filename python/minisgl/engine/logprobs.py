@@ -8,12 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import IntArray, to_device
+from minisgl.attention.base import IntArray, Tensor, to_device
 from minisgl.core import Admission, Logprobs, ScheduledReq
 from minisgl.engine.rules import ROWS_AT_ONCE
 from minisgl.kernel.ops import StepOps
 
-Tensor = torch.Tensor
 _NONE, _NO_ROWS = np.empty(0, np.int32), np.empty(0, np.int64)
 
 

@@ -4,13 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from minisgl.attention.base import IntArray, StepContext, to_device
+from minisgl.attention.base import IntArray, StepContext, Tensor, to_device
 from minisgl.core import Admission, ScheduledReq
 from minisgl.engine.shard import ModelShard
-
-Tensor = torch.Tensor
 
 
 class Computed(NamedTuple):

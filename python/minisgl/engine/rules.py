@@ -12,12 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minisgl.attention.base import IntArray, to_device
+from minisgl.attention.base import IntArray, Tensor, to_device
 from minisgl.core import MASK_READY, MAX_COUNT, NOT_READY, Admission, Masks
 from minisgl.kernel.ops import StepOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, penalize
-
-Tensor = torch.Tensor
 
 ROWS_AT_ONCE = 64  # a row takes up to 24 bytes per token of the vocabulary
 NO_MASK = -1

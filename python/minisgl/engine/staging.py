@@ -8,15 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import to_device
+from minisgl.attention.base import Tensor, to_device
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import ID_PENDING, MASK_PENDING, MASK_READY, Masks, StepPlan, most_samples
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, check_pages
 from minisgl.kernel.ops import RopeAngles, TorchOps
 from minisgl.kernel.sampling import NUM_PLACES, NUM_WORDS, SamplingColumns, Words
 from minisgl.layers.rope import RotaryEmbedding
-
-Tensor = torch.Tensor
 
 NUM_BUFFERS = 4  # pinned ones, used in turn: two more than there are steps in flight
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from minisgl.attention.base import AttentionStep, IntArray, StepContext
+from minisgl.attention.base import AttentionStep, IntArray, StepContext, Tensor
 from minisgl.attention.create import Backend
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
@@ -21,7 +21,6 @@ from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
 
-Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 Sequences = tuple[IntArray, IntArray, IntArray, IntArray]  # rows, starts, num_new and offsets of `AttentionStep`
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.

@@ -12,12 +12,11 @@ from dataclasses import replace
 import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
-from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, TorchOps
+from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, Tensor, TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed, grid_of
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.utils.math import div_ceil
 
-Tensor = torch.Tensor
 Shape = tuple[int, int]
 Kept = Blocks | Grouped  # weights of few bits that kernels may multiply with
 

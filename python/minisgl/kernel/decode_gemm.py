@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import Around
-
-Tensor = torch.Tensor
+from minisgl.kernel.ops import Around, Tensor
 
 MAX_TOKENS = 256
 TOKEN_TILES = (32, 64, 128, 160, 192, 256)

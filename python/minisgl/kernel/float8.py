@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Around, LayerOps, Matrix
+from minisgl.kernel.ops import Around, LayerOps, Matrix, Tensor
 from minisgl.kernel.packed import Float8
 from minisgl.kernel.packed_gemm import ONE_TOKEN_K, one_token
 from minisgl.utils.math import div_ceil
-
-Tensor = torch.Tensor
 
 GROUP, ROWS = 128, 8  # columns and rows that share a scale, where rows have several
 TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64)}  # by whether rows have several scales

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Around, LayerOps, Matrix
+from minisgl.kernel.ops import Around, LayerOps, Matrix, Tensor
 from minisgl.kernel.packed import Blocks, Grouped, Packed, placed
-
-Tensor = torch.Tensor
 
 FEW_TILES, TILES, WIDE_TILES = (8, 16), (64,), (64, 128, 256)  # of tokens, of few and of more
 UNIT_K = 128

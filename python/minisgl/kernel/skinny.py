@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import Around
-
-Tensor = torch.Tensor
+from minisgl.kernel.ops import Around, Tensor
 
 TOKEN_TILES = (8, 16, 32)
 MAX_TOKENS = TOKEN_TILES[-1]

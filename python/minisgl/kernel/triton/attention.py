@@ -21,10 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernel.ops import PagedSequences
+from minisgl.kernel.ops import PagedSequences, Tensor
 from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, widen
-
-Tensor = torch.Tensor
 
 MAX_SPLITS = 64
 MERGE_STEP = 8  # splits that the merge loads at once

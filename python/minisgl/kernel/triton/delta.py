@@ -13,10 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernel.state import StateSequences
+from minisgl.kernel.state import StateSequences, Tensor
 from minisgl.kernel.triton.common import begin, launch_options, precision
-
-Tensor = torch.Tensor
 
 BLOCK_V = 32  # features of values that a program walks along with
 

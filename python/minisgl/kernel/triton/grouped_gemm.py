@@ -21,12 +21,10 @@ from minisgl.kernel import experts as fp4
 from minisgl.kernel.activations import route
 from minisgl.kernel.float8 import GROUP, ROWS, merge
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import Routed, Stacked
+from minisgl.kernel.ops import Routed, Stacked, Tensor
 from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
 from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, tiles, widen
-
-Tensor = torch.Tensor
 
 SCAN = 1024  # pairs that a sorting program looks at together
 
