@@ -138,6 +138,14 @@ def test_drafts_end_where_many_run() -> None:
     assert sum(sizes) < 48 * 60 // 20
 
 
+def test_drafts_do_not_take_a_step_out_of_its_graph() -> None:
+    config = replace(CONFIG, max_running_requests=64, cuda_graph_max_bs=24)
+    drafter = GuessingDrafter(lambda uid, position: 64)
+    for num, most in (8, 16), (40, 24):  # of 40 requests no step is captured: op by op there is room for all drafts
+        _, sizes = serve(Planner(config, drafter), [PARAMS] * num)
+        assert sizes[:3] == [0, most, most], sizes
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.8, 1.0])
 def test_no_other_length_gives_more(rate: float) -> None:
     def value(length: int) -> float:

@@ -154,6 +154,7 @@ class Speculation:
     def _drafts(self, shares: Shares, num_samples: int, step: Growing) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
         num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
+        room = min(room, left) if (left := self._config.cuda_graph_max_bs - num_rows) >= 0 else room  # it stays captured
         lengths, drafts = Lengths(self._costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
