@@ -45,6 +45,7 @@ from tests.gpu.hunt_cases import Case, Made, draw, make
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")  # ranks share memory
 CASE_SECONDS = 100  # then a worker is taken to hang
+FAULTS = "cannot compile", "does not fit"  # in errors that are no refusals, of models this small
 NOT_FIRST = 1e-3  # in logits of fp32
 FLOAT8_CACHE = 0.5  # how far a cache of 8 bits may move a log-probability, about
 
@@ -139,6 +140,11 @@ def _verdict(case: Case, at: dict[str, float]) -> str:
     return "a worse token" if at["regret"] > 3 * at["moved"] + 10 * few else ""
 
 
+def is_refusal(error: ConfigError) -> bool:
+    """Whether the case is one that is not served; else there is a fault."""
+    return not any(fault in str(error) for fault in FAULTS)
+
+
 def tell(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
@@ -161,7 +167,7 @@ def work(numbers: Sequence[int], device: str, tp_size: int, deadline: float) -> 
             times = [round(at, 1) for at in (ready - begin, served - ready, time.monotonic() - served)]
             tell(end=number, wrong=wrong, figures=figures, case=str(case), tags=case.tags() + more, seconds=times)
         except ConfigError as error:
-            tell(end=number, refused=str(error), case=str(case))
+            tell(end=number, case=str(case), **{"refused" if is_refusal(error) else "wrong": str(error)})
         except BaseException as error:
             where = "".join(traceback.format_exception(error)[-4:])[-1500:]
             tell(end=number, wrong=f"{type(error).__name__}: {str(error)[:300]}", trace=where, case=str(case))
