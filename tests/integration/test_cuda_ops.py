@@ -65,17 +65,19 @@ def test_norm_and_product_of_a_router(ops, dtype, n, hidden, outputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n", [0, 129, 250, 512, 520])
+@pytest.mark.parametrize("n", [0, 129, 250, 512, 520, 1100])
 @pytest.mark.parametrize(("hidden", "outputs", "top_k"), [(64, 9, 1), (2880, 32, 4), (3072, 31, 8), (2048, 33, 8)])
 @pytest.mark.parametrize("sums_to_1", [True, False])
-def test_norm_and_choices_of_a_router(ops, dtype, n, hidden, outputs, top_k, sums_to_1):
+def test_norm_and_choices_of_a_router(ops, dtype, n, hidden, outputs, top_k, sums_to_1, monkeypatch):
     """As the logits have it that are computed in float32, but for those that are nearly equal."""
-    from minisgl.kernel.cuda import FEW_OUTPUTS, ROUTED
+    from minisgl.kernel import cuda
 
+    if n == 1100:  # more tokens than all clusters of a launch have at once
+        monkeypatch.setattr(cuda, "ROUTED", (n, *cuda.ROUTED[1:]))
     wide, gain = randn(n, hidden + 16, dtype=dtype, scale=3), 1 + randn(hidden, dtype=dtype, scale=0.1)
     weight, bias = randn(outputs, hidden, dtype=dtype, scale=hidden**-0.5), randn(outputs, dtype=dtype)
     spec, is_hopper = MoE(outputs, top_k, 64, sums_to_1), torch.cuda.get_device_capability() == (9, 0)
-    takes = is_hopper and n * outputs > FEW_OUTPUTS and n <= ROUTED[0] and outputs <= ROUTED[1]
+    takes = is_hopper and n * outputs > cuda.FEW_OUTPUTS and n <= cuda.ROUTED[0] and outputs <= cuda.ROUTED[1]
     for x in (wide[:, :hidden], wide[:, :hidden].contiguous()):
         for added in (None, bias):
             normed, routed = ops.matrix(weight).norm_and_apply(x, gain, Around(added, eps=1e-6), spec)
