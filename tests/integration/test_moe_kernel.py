@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from minisgl.kernel.activations import clamped_swiglu
+from minisgl.kernel.activations import clamped_swiglu, route
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
@@ -112,6 +112,28 @@ def test_packed_experts(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
     out = fused_moe(x, logits, *stacks, 2, True, arch=arch_of(kind))
     expected = reference(x, logits, *full, 2, True)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@pytest.mark.parametrize("kind", ["full", *OWN])
+def test_experts_that_are_chosen_already(kind: str, num_tokens: int) -> None:
+    """As few pairs, too, as would otherwise be chosen, or computed, by a kernel of their own."""
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe, stack_of
+
+    torch.manual_seed(1)
+    x = torch.randn(num_tokens, 96).to(DEVICE, DTYPES[-1])
+    logits = torch.randn(num_tokens, 64, device=DEVICE)
+    parts = [[[mxfp4(*shape)] for _ in range(64)] for shape in ((320, 96), (96, 160))]
+    full = [torch.stack([expert[0].dequantize() for expert in stack]) for stack in parts]
+    arch = (9, 0) if INTERPRET else torch.cuda.get_device_capability()
+    gate_up, down = (
+        Stack(full[i].to(x.dtype)) if kind == "full" else stack_of((x.dtype, parts[i]), i == 0, arch) for i in range(2)
+    )
+    weights, experts = route(logits, 2, True)
+    out = fused_moe(x, (weights, experts.int()), gate_up, down, 2, True, arch=arch).float()
+    expected = reference(x, logits, *full, 2, True)
+    scale = expected.abs().max()
+    torch.testing.assert_close(out / scale, expected / scale, atol=TOLERANCE[x.dtype], rtol=TOLERANCE[x.dtype])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20])

@@ -270,10 +270,11 @@ def fused_moe(
 ) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
 
-    x: [num_tokens, hidden]; routed: logits [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
-    rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden], in place of `residual` its sum with them.
-    Sums are in float32. clamped: see the kernel. arch: of a GPU with kernels in CUDA; (0, 0): there are none.
-    Temporary memory: num_tokens * top_k * (inner + hidden) elements of x's dtype.
+    x: [num_tokens, hidden]; routed: logits [num_tokens, num_experts], or weights in float32 and experts in int32, each
+    [num_tokens, top_k]; gate_up: [num_experts, 2 * inner, hidden], gate's rows first; down: [num_experts, hidden,
+    inner] → [num_tokens, hidden], in place of `residual` its sum with them. Sums are in float32. clamped: see the
+    kernel. arch: of a GPU with kernels in CUDA; (0, 0): there are none. Temporary memory: num_tokens * top_k *
+    (inner + hidden) elements of x's dtype.
     """
     (num_experts, twice, _), (num_tokens, hidden) = gate_up.data.shape, x.shape
     inner, capability = twice // 2, torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
@@ -284,10 +285,11 @@ def fused_moe(
         return out
     pdl, num_pairs = capability >= (9, 0), num_tokens * top_k
     gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
-    if fp4.takes(gate_up, down, num_pairs, top_k):
+    logits = None if isinstance(routed, tuple) else routed
+    if logits is not None and fp4.takes(gate_up, down, num_pairs, top_k):
         parts = (part for stack in (gate_up, down) for part in (stack.data, stack.unit, stack.bias))
         kind = top_k, renormalize, clamped, residual is not None
-        fp4.load(x.dtype, capability).mixture(x, routed, *parts, gated, out, *kind)
+        fp4.load(x.dtype, capability).mixture(x, logits, *parts, gated, out, *kind)
         return out
     first, second = config or moe_config(num_pairs, num_experts, x.dtype, capability)
     if gate_up.unit or down.unit:  # Triton, for one of them, takes 16 pairs and more
@@ -295,7 +297,8 @@ def fused_moe(
         size = size if gate_up.unit and down.unit else min(max(size, 16), 64)
         first, second = replace(first, block_m=size), replace(second, block_m=size)
     assert first.block_m == second.block_m
-    alone = arch > (0, 0) and (num_tokens == 1 or 8 * num_pairs <= num_experts)  # hardly two have the same expert
+    few = num_tokens == 1 or 8 * num_pairs <= num_experts  # hardly two have the same expert
+    alone = logits is not None and arch > (0, 0) and few
     pairs = [torch.empty(n, dtype=torch.int32, device=x.device) for n in ((num_pairs,), (num_pairs, 4)) if alone]
     weights, experts = routed if isinstance(routed, tuple) else choose_experts(routed, top_k, renormalize, arch, *pairs)
     order, blocks = pairs or sort_pairs(experts, num_experts, first.block_m, pdl)
