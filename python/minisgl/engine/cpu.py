@@ -21,6 +21,7 @@ from minisgl.config.runtime import EngineConfig
 from minisgl.core import ID_PENDING, MASK_PENDING, Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
 from minisgl.engine.draft import add_drafter
+from minisgl.engine.logprobs import LogprobStep
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -46,7 +47,7 @@ class CpuTables:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests
         self.places: Tensor | None = None
         self.fresh = torch.ones(1, dtype=torch.int32)  # nobody looks
-        self.masks: tuple[Tensor | None, ...] = (None,) * 3  # words, states and samples, if no other logits are told
+        self.masks: tuple[Tensor | None, ...] = (None,) * 3  # words, states and samples
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.host.window_pages[-1], self.host.pages[-1] = config.num_window_pages, config.num_pages
         self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
@@ -56,7 +57,7 @@ class CpuTables:
     def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:
         """Its numbers are read where they are, and so are masks, as far as they are there when the head begins."""
         told = self.host.logprob_rules.sampled(index.sample_rows)
-        self.masks = masks.board if told is None and isinstance(masks, Asked) else (None,) * 3
+        self.masks = masks.board(told) if isinstance(masks, Asked) else (None,) * 3
         for admission in plan.admissions:
             self._ids[admission.row, : len(admission.token_ids)] = admission.token_ids
         for row, position, ids in plan.drafts:
@@ -145,8 +146,14 @@ class Asked:
     def __init__(self, masks: Masks, masked: tuple[int, ...]) -> None:
         self.shape, self._masked, states = masks.shape, np.array(masked), np.zeros(len(masked), np.int32)
         self._board = np.empty(self.shape, np.int32), states, np.full(len(masked), ID_PENDING, np.int32)
-        self.board: tuple[Tensor, ...] = (*map(torch.from_numpy, (*self._board[:2], self._masked)),)
         masks(*self._board)
+
+    def board(self, told: LogprobStep | None) -> tuple[Tensor, ...]:
+        """Words, states, and of each mask its sample; -1 where log-probabilities are told, for which all logits are
+        wanted."""
+        masked = self._masked
+        samples = masked if told is None else np.where(np.isin(masked, told.index), -1, masked)
+        return (*map(torch.from_numpy, (*self._board[:2], samples)),)
 
     def __call__(self, words: Words, states: Words, ids: Words | None) -> None:  # noqa: ARG002
         deadline = time.monotonic() + _MASK_SECONDS
