@@ -49,6 +49,7 @@ from minisgl.attention.cuda import CudaBackend
 from minisgl.config.model import AttentionSpec, MoE, PagedKV
 from minisgl.formats.base import DENSE
 from minisgl.kernel import decode_gemm, skinny
+from minisgl.kernel.activations import route
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.delta import DeltaOps
 from minisgl.kernel.float8 import Float8Matrix, merge
@@ -118,13 +119,26 @@ def elementwise() -> None:
         check(("embedding", n, first), [out], [REFERENCE.matrix(weight).rows(ids, first)])
 
 
+def norm_router() -> None:
+    """Hopper's, which chooses experts, too: a token's logits there may be nearly equal."""
+    for n, hidden in ((40, 72), (130, 2880)) if decode_gemm.is_available(DEVICE) else ():
+        x, gain, bias = randn(n, hidden), randn(hidden), randn(31)
+        weight = (randn(31, hidden) * 0.5 * hidden**-0.5).to(DTYPE).float()
+        strided, matrix = up(F.pad(x, (0, 16)))[:, :hidden], CudaOps((9, 0)).matrix(up(weight))
+        for added in (None, bias):
+            around, moe = Around(None if added is None else up(added), eps=EPS), MoE(31, 8, 64, True)
+            normed, (shares, experts) = matrix.norm_and_apply(strided, up(gain), around, moe)
+            expected = REFERENCE.matrix(weight).norm_and_apply(x, gain, Around(added, eps=EPS))
+            logits, expected_shares = expected[1], route(expected[1], 8, True)[0]
+            found = normed, shares, logits.gather(1, experts.cpu().long())
+            check(("norm_router", n, hidden), found, (expected[0], expected_shares, logits.topk(8).values))
+
+
 def step() -> None:
     ops = CudaOps(torch.cuda.get_device_capability())
     for n, page_size, dim in ((1, 1, 80), (300, 1, 128), (37, 16, 256), (3, 16, 64)):
         table, ids = (torch.randint(0, 5000, (9, length), dtype=torch.int32) for length in (128 // page_size, 128))
-        cells = (
-            9 * 128 - 1 - torch.cat((torch.zeros(1).int(), 1 + torch.randperm(9 * 128 - 1)[: n - 1]))
-        )  # the last, too
+        cells = 1151 - torch.cat((torch.zeros(1).int(), 1 + torch.randperm(1151)[: n - 1]))  # the last, too
         rows, positions, angles = (cells // 128).int(), (cells % 128).int(), [torch.randn(128, 2 * dim)]
         tables = [table, table.flip(0)]  # the second is of layers whose windows slide
         inputs = up(rows), up(positions), up(ids), [*map(up, tables)], page_size, [up(angles[0], torch.float32)]
@@ -137,10 +151,8 @@ def step() -> None:
         REFERENCE.store_ids(ids, rows, positions.long(), sampled)
         check(("store_ids", n), [inputs[2]], [ids])
     for dtype in (torch.int32, torch.int64):
-        index, values = (
-            torch.cat((torch.tensor([-1, 699]), torch.randperm(699)[:299])).to(dtype),
-            torch.arange(301).int(),
-        )
+        index = torch.cat((torch.tensor([-1, 699]), torch.randperm(699)[:299])).to(dtype)
+        values = torch.arange(301).int()
         theirs = torch.zeros(7, 100, dtype=torch.int32)
         target = up(theirs)
         ops.scatter(target, up(index), up(values))
@@ -174,21 +186,15 @@ def skinny_gemm() -> None:
         x, gain, weight, both = randn(m, k), randn(k), randn(n, k), randn(2 * n, k)
         bias, residual = randn(n), randn(m, n)
         plain, normed = F.linear(x, weight, bias), REFERENCE.matrix(weight).apply(x, Around(bias, gain, EPS))
-        gated, inputs = (
-            REFERENCE.matrix(both, "silu").apply(x, Around(None, gain, EPS, gated=True)),
-            [up(t) for t in (x, gain, weight, both, bias)],
-        )
-        x, gain, weight, both, bias = inputs
+        expected = REFERENCE.matrix(both, "silu").apply(x, Around(None, gain, EPS, gated=True))
+        x, gain, weight, both, bias = (up(t) for t in (x, gain, weight, both, bias))
         for v in variants(m, False):
             linear, norm_linear = (skinny.linear(x, weight, Around(bias, g, EPS), variant=v) for g in (None, gain))
             added = skinny.linear(x, weight, Around(bias, residual=up(residual)), variant=v)
             check(("skinny_gemm", m, n, k, v), (linear, norm_linear, added), (plain, normed, plain + residual))
         for v in variants(m, True):
-            check(
-                ("skinny_gemm gated", m, n, k, v),
-                [skinny.linear(x, both, Around(norm=gain, eps=EPS, gated=True), variant=v)],
-                [gated],
-            )
+            gated = skinny.linear(x, both, Around(norm=gain, eps=EPS, gated=True), variant=v)
+            check(("skinny_gemm gated", m, n, k, v), [gated], [expected])
 
 
 def gemm(m: int) -> None:
@@ -226,14 +232,9 @@ def float8_products(has_groups: bool) -> None:
         matrix = Float8Matrix(ops, weight, DTYPE, None, "silu")
         if m == 1:
             if k % 128 == 0:
-                found = [
-                    matrix.apply(up(x), Around(None, up(gain), EPS)),
-                    matrix.apply(up(x), Around(residual=up(residual))),
-                ]
-                check(("one token e4m3", n, k), found, (normed, plain + residual))
-                check(
-                    ("one token e4m3", n, k), [matrix.apply(up(x), Around(gated=True))], [REFERENCE.act_and_mul(plain)]
-                )
+                kinds = Around(None, up(gain), EPS), Around(residual=up(residual)), Around(gated=True)
+                expected = normed, plain + residual, REFERENCE.act_and_mul(plain)
+                check(("one token e4m3", n, k), [matrix.apply(up(x), around) for around in kinds], expected)
             continue
         tokens = matrix.quantize(up(x), up(gain), EPS)
         data, scales = tokens[0].cpu().view(torch.float8_e4m3fn).float(), tokens[1].cpu()
@@ -341,10 +342,10 @@ def grouped_gemm() -> None:
 
 
 def experts() -> None:
-    """MXFP4, in blocks of all sizes."""
+    """MXFP4, in blocks of all sizes; rows so long that buffers are filled again."""
     from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
-    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 8, 96, 160
+    arch, num_experts, hidden, inner = torch.cuda.get_device_capability(), 8, 416, 160
     stacks, weights = [], []
     for rows, cols in ((2 * inner, hidden), (hidden, inner)):
         data = torch.randint(0, 256, (num_experts, rows, cols // 32, 17), dtype=torch.uint8)
@@ -372,13 +373,9 @@ def packed(m: int) -> None:
         packed = codes_of([ours])
         assert packed is not None
         matrix = PackedMatrix(CudaOps(arch), arch, packed, DTYPE, "silu" if gated else None)
-        product = x @ part.dequantize().T
-        if gated:
-            check(
-                ("packed gate_up", m, arch), [matrix.apply(up(x), Around(gated=True))], [REFERENCE.act_and_mul(product)]
-            )
-        else:
-            check(("packed", m, arch), [matrix.apply(up(x), Around(residual=up(residual)))], [product + residual])
+        product, around = x @ part.dequantize().T, Around(residual=None if gated else up(residual), gated=gated)
+        expected = REFERENCE.act_and_mul(product) if gated else product + residual
+        check(("packed", m, arch, gated), [matrix.apply(up(x), around)], [expected])
 
 
 TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile
@@ -386,8 +383,9 @@ TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile
 
 def draft() -> None:
     """By some of its tests, where torch's kernels are checked beside ours."""
-    some = "mixed-True or nobodys or no_numbers or 509 or 300-64"
-    if pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "tests/integration/test_draft_kernels.py", "-k", some]):
+    some = "mixed-True or nobodys or no_numbers or 509 or 300-64 or moved"
+    path = Path(__file__).resolve().parent.parent / "tests" / "integration" / "test_draft_kernels.py"
+    if pytest.main(["-q", "-n0", "-p", "no:cacheprovider", str(path), "-k", some]):
         raise ValueError("a test failed")
 
 
@@ -399,6 +397,7 @@ GROUPS |= {
 GROUPS |= {f"float8_{kind}": partial(float8_products, kind == "block") for kind in ("row", "block")}
 GROUPS |= {f"packed_gemm_{m}": partial(packed, m) for m in (1, 7, 16, 60, 130, 300)}
 GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step, "sampling": sampling}
+GROUPS["norm_router"] = norm_router
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
 GROUPS["triton_grouped_gemm"], GROUPS["experts"], GROUPS["draft"] = grouped_gemm, experts, draft
