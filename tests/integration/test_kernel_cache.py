@@ -15,11 +15,13 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from minisgl.errors import ConfigError
-from minisgl.kernel import jit
+from minisgl.kernel import cuda, decode_gemm, jit, skinny
 from minisgl.kernel.__main__ import main as prebuild
 
 ROOT = Path(__file__).parents[2]
@@ -287,3 +289,23 @@ def test_the_kernels_of_an_image_are_found_by_the_machine_that_runs_it(
 def test_levels(monkeypatch: pytest.MonkeyPatch, flags: str, level: str) -> None:
     monkeypatch.setattr(jit, "cpu_flags", lambda: frozenset(flags.split()))
     assert jit.cpu_level() == level
+
+
+@pytest.mark.parametrize(("arch", "dtype", "is_there"), [
+    ((9, 0), torch.bfloat16, True), ((9, 0), torch.float32, False), ((8, 0), torch.bfloat16, False)
+])  # fmt: skip
+def test_all_of_a_gpus_kernels_are_compiled_at_once(
+    arch: tuple[int, int], dtype: torch.dtype, is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router's, too, which no small step asks for: a request would wait for its compiler."""
+    loaded = list[tuple[str, Any]]()
+    for module in (cuda, decode_gemm, skinny):
+        monkeypatch.setattr(module, "load_kernel", lambda name, arch, **defines: loaded.append((name, defines)))
+    for module, name in ((decode_gemm, "is_available"), (decode_gemm, "prepare"), (skinny, "prepare")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, getattr(function, "__wrapped__", function))  # nothing is remembered
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: arch)
+    monkeypatch.setattr(skinny, "shared_memory", lambda _: 227)
+    cuda.compile_kernels(torch.device("cuda", 0), dtype)
+    assert (("norm_router", {"MINISGL_FP16": 0}) in loaded) == is_there
+    assert {name for name, _ in loaded} >= {*cuda.KERNELS}

@@ -227,6 +227,8 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
     for module, is_there in ((skinny, skinny.shared_memory(device)), (decode_gemm, decode_gemm.is_available(device))):
         if dtype != torch.float32 and is_there:
             tasks += [functools.partial(module.prepare, device, dtype, tile) for tile in module.TOKEN_TILES]
+    if dtype != torch.float32 and decode_gemm.is_available(device):
+        tasks.append(functools.partial(load_kernel, "norm_router", (9, 0), MINISGL_FP16=int(dtype == torch.float16)))
     begin = time.perf_counter()
     side_by_side(tasks)
     logger.info("kernels ready after %.1f s", time.perf_counter() - begin)
