@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, SamplingParams, ScheduledReq
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Speculation
-from tests.simulator import SimulatedEngine, expected_output
+from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 CONFIG = SchedulerConfig(64, 512, 400, 4096, 4, draft_len=8, speculate="mtp", step_costs=(0.3, 0.6))
 PARAMS = SamplingParams(max_tokens=60, seed=0, ignore_eos=True)
@@ -106,3 +107,22 @@ def test_who_takes_the_place_of_one_that_has_ended_is_looked_at() -> None:
         assert engine.num_asked == 1
         while not planner.is_idle:
             engine.run(planner)
+
+
+@pytest.mark.parametrize(("num", "least"), [(4, 10), (40, 100)])
+def test_steps_follow_those_whose_end_is_not_known(num: int, least: int) -> None:
+    """Also while requests wait for rows, of which none is free."""
+    config = replace(CONFIG, max_running_requests=4, cuda_graph_max_bs=64, step_costs=(0.01, 0.6))
+    planner, engine, inflight = Planner(config), SimulatedEngine(config), deque[SimulatedHandle]()
+    engine.told = lambda tokens: hash(tokens) % 4
+    outputs: dict[int, list[int]] = {uid: [] for uid in range(num)}
+    for uid in outputs:
+        planner.add(uid, [uid, 1, 2], PARAMS)
+    while not planner.is_idle:
+        if (planned := planner.plan()) is not None:
+            inflight.append(engine.submit(planned.plan))
+        if len(inflight) > (planned is not None):
+            for output in planner.retire(inflight.popleft().result()):
+                outputs[output.req.uid] += output.token_ids
+    assert outputs == {uid: expected_output([uid, 1, 2], 63, ()) for uid in outputs}
+    assert engine.num_following > least

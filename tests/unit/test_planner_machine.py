@@ -52,6 +52,7 @@ class PlannerMachine(RuleBasedStateMachine):
         window=st.sampled_from([None, None, 1, 3, 7, 20]),
         spare=st.sampled_from([0, 1, 5, 100]),
         alike=st.booleans(),
+        graphs=st.sampled_from([0, 8, 512]),
     )
     def start(
         self,
@@ -70,8 +71,10 @@ class PlannerMachine(RuleBasedStateMachine):
         window: int | None,
         spare: int,
         alike: bool = False,
+        graphs: int = 0,
     ) -> None:
-        """alike: no request has a grammar or a prediction, without which steps follow those that verify drafts."""
+        """alike: no request has a grammar or a prediction, without which captured steps follow those that verify
+        drafts; graphs: tokens of the largest captured step."""
         self.alike = alike
         num_pages = -(-num_tokens // page_size)
         # As few as one request needs alone, or some more.
@@ -90,6 +93,7 @@ class PlannerMachine(RuleBasedStateMachine):
             schedule_policy=policy,
             eos_token_ids=(3,),
             draft_len=draft_len,
+            cuda_graph_max_bs=graphs,
             speculate="ngram" if drafter == "ngram" else "mtp" if drafter in HEADS else "off",
             window=window or 0,
             num_window_pages=num_window_pages if window else 0,
@@ -318,7 +322,7 @@ class FollowingMachine(PlannerMachine):
         spare=st.sampled_from([5, 100]),
     )
     def start(self, **chosen: Any) -> None:
-        super().start(attention=1 << 40, policy="fcfs", alike=True, **chosen)
+        super().start(attention=1 << 40, policy="fcfs", alike=True, graphs=512, **chosen)
 
 
 for machine in (PlannerMachine, FollowingMachine):
