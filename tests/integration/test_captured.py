@@ -352,7 +352,7 @@ def test_steps_that_follow_one_whose_end_is_not_known(
     assert not isinstance(ops, DraftOps) or max_batch < 32 or ops.draft.num_followed > 3
 
 
-@pytest.mark.parametrize(("draft_len", "most"), [(3, 64), (8, 24)])
+@pytest.mark.parametrize(("draft_len", "most"), [(3, 64), (4, 51), (8, 28)])
 def test_every_step_with_drafts_fits_a_shape(draft_len: int, most: int) -> None:
     shapes = [one for one in captured_shapes(256, draft_len, 2048) if one.is_wide]
     rng = random.Random(0)

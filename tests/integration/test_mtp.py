@@ -116,7 +116,9 @@ def generate(
     planning = SchedulerConfig(
         4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate, draft_len=NUM_DRAFTS
     )
-    planner = Planner(replace(planning, has_states=bool(model.states), num_snapshots=config.num_snapshots))
+    graphs = 64 * ahead  # steps follow where they may be captured
+    states = {"has_states": bool(model.states), "num_snapshots": config.num_snapshots}
+    planner = Planner(replace(planning, cuda_graph_max_bs=graphs, **states))
     told: list[list[int]] = [[] for _ in PARAMS]
     drafts: list[tuple[list[int], list[int]]] = []
     for uid, params in enumerate(PARAMS):

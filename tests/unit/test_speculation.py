@@ -151,14 +151,14 @@ def test_no_other_length_gives_more(rate: float) -> None:
     def value(length: int) -> float:
         return (1 + sum(rate**i for i in range(1, length + 1))) / (1 + 0.2 * (1 + length))
 
-    best = Lengths((0.2, 0.0, False), 1, 1, 32).best(rate, 0, 16)
+    best = Lengths((0.2, 0.0, 0), 1, 1, 32).best(rate, 0, 16)
     assert value(best) == max(value(length) for length in range(17))
 
 
 @pytest.mark.parametrize(("rate", "asked", "length"), [(0.5, None, 8), (0.5, 2, 2), (0.5, 0, 0), (0.1, None, 0)])
 def test_drafts_are_whole_where_steps_have_room_for_no_less(rate: float, asked: int | None, length: int) -> None:
-    assert Lengths((0.2, 0.0, True), 1, 1, 32).best(rate, 0, 8, asked) == length
-    assert Lengths((0.2, 0.0, False), 1, 1, 32).best(rate, 0, 8, asked) <= min(length, 2)
+    assert Lengths((0.2, 0.0, 9), 1, 1, 32).best(rate, 0, 8, asked) == length
+    assert Lengths((0.2, 0.0, 0), 1, 1, 32).best(rate, 0, 8, asked) <= min(length, 2)
 
 
 def test_a_drafter_that_fails_costs_drafts(caplog: pytest.LogCaptureFixture) -> None:
@@ -425,6 +425,38 @@ def test_nobody_is_asked_where_no_draft_would_pay() -> None:
         config = replace(CONFIG, step_costs=(0.01, verify_cost))
         serve(Planner(config, Watched(lambda uid, position: 64)), [PARAMS] * 4)
         assert bool(asked) == (verify_cost < 1)
+
+
+def test_many_are_not_asked_in_vain_more_often_than_one() -> None:
+    """What that takes of a host, all of them wait for."""
+    asked = list[int]()
+
+    class Knows(GuessingDrafter):
+        def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+            asked.append(req.uid)
+            return super().propose(req, num_pending, most) if len(req.tokens) > 500 else []
+
+    config = replace(CONFIG, max_seq_len=2048, num_pages=4096, step_costs=(0.001, 0.03))
+    for num in (1, 8):
+        asked.clear()
+        params = [replace(PARAMS, max_tokens=1000)] * num
+        _, sizes = serve(Planner(config, Knows(lambda uid, position: 64)), params)
+        assert len(asked) < 1.3 * 500 + sum(size > 0 for size in sizes) * num
+        assert len(sizes) < 620, "who guesses right at last is heard soon"
+
+
+def test_what_a_wide_graph_computes_is_paid_for() -> None:
+    """One request's draft makes it whole drafts of all."""
+
+    class First(GuessingDrafter):
+        def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+            return [] if req.uid else super().propose(req, num_pending, most)
+
+    for max_batch, gains in (0, True), (256, False):
+        costs, graphs = (0.02, 0.0), {"has_states": True, "cuda_graph_max_bs": max_batch}
+        config = replace(CONFIG, speculate="ngram", step_costs=costs, **graphs)
+        _, sizes = serve(Planner(config, First(lambda uid, position: 64)), [PARAMS] * 24)
+        assert (max(sizes[:30]) > 0) == gains
 
 
 @pytest.mark.parametrize(("costs", "num_wrong"), [((0.019, 0.5), 8), ((0.0056, 0.053), 20), ((0.15, 0.56), 4)])

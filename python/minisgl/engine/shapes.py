@@ -34,7 +34,7 @@ def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[Gr
     must know which tokens are of one request: there are further shapes, of whole drafts and of one more, nobody's."""
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
     each, most = 1 + draft_len, min(max_batch, max_seq_len) * (draft_len > 0)
-    wide = [GraphShape(size * each, size + more) for size in sizes for more in (0, 1) if size * each <= most]
+    wide = [GraphShape(n * each, n + more) for n in {*sizes, most // each} for more in (0, 1) if 0 < n * each <= most]
     return sorted([GraphShape(size, size) for size in sizes] + wide)
 
 

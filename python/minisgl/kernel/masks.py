@@ -14,6 +14,7 @@ from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_masks
 
 Words = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
 _SIZES = ("max_items_in_row", "initial_lexer_fuel", "step_lexer_fuel", "step_max_items", "max_lexer_states")
 _LIMITS = (*_SIZES, "max_grammar_size", "precompute_large_lexemes", "verbose_errors")  # `Limits` of `llguidance.h`
 

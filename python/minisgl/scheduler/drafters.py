@@ -6,12 +6,10 @@ from operator import eq
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.core import Req
-from minisgl.kvcache.radix import RadixNode, path_up
+from minisgl.kvcache.radix import RadixNode, TokenIds, path_up
 
-TokenIds = npt.NDArray[np.int32]
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
 QUOTED = 8  # tokens: who has said so many again goes on to; so far behind its place a text is looked at for one
 _MOST_PLACES, _MOST_CHILDREN = 1024, 32  # that are looked at: of the last tokens; of a node's, for less than a page

@@ -18,10 +18,10 @@ import numpy as np
 from minisgl.core import FinishReason, ReqOutput, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
-from minisgl.kernel.masks import Words
+from minisgl.kernel.masks import Flags, Words
 from minisgl.message import messages as wire
 from minisgl.scheduler.late import Beside, LateMasks, Row, Submitted
-from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Matching
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 

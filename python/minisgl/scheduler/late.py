@@ -9,8 +9,8 @@ import numpy as np
 
 from minisgl.core import ID_PENDING, MASK_NOT_READY, MASK_READY, NOT_READY, Req, StepHandle, StepPlan
 from minisgl.errors import EngineError
-from minisgl.kernel.masks import MaskRow, MaskWorker, NativeMatcher, Words
-from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Flags, Matching
+from minisgl.kernel.masks import Flags, MaskRow, MaskWorker, NativeMatcher, Words
+from minisgl.scheduler.matching import CHEAP_SECONDS, FREE_SECONDS, Matching
 from minisgl.scheduler.plan import Planned
 
 logger = logging.getLogger(__name__)

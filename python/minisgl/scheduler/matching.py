@@ -6,13 +6,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.grammar.source import Matcher, one_line
 from minisgl.grammar.store import CompiledGrammar
 from minisgl.kernel.masks import NativeMatcher, Words
 
-Flags = npt.NDArray[np.bool_]
 CHEAP_SECONDS, FREE_SECONDS = 0.00025, 0.001  # of a core: a mask that takes so little, and what each one may take
 
 

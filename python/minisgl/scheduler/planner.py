@@ -141,7 +141,7 @@ class Planner:
             return True
         step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
         others = [r for r in self.running if r.held or r.params.grammar or r.num_tokens > r.num_computed + 1]
-        can = len(self.inflight) == 1 and not (self.waiting or others)
+        can = len(self.inflight) == 1 and not ((self.waiting and self.pages.rows) or others)  # for whom there is a row
         num = len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
         return can and self.speculation.can_follow(self.inflight[0].plan) and self.pages.missing(num, num) <= 0
 

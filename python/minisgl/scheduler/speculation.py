@@ -20,10 +20,10 @@ _FIRST_RATE, _ENGINES_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 
 
 class Lengths:
     """How long drafts are to be: what gives most tokens for the time of the whole step. Thus they get shorter the more
-    requests run. costs: `SchedulerConfig.step_costs`, and whether steps have room for whole drafts only, as captured
-    ones have. room: tokens that all of them may have. pays: whether drafts gain anything."""
+    requests run. costs: `SchedulerConfig.step_costs`, and the tokens of a request in captured steps that have room
+    for whole drafts only, else 0. room: tokens that all of them may have. pays: whether drafts gain anything."""
 
-    def __init__(self, costs: tuple[float, float, bool], num_rows: int, num_samples: int, room: int) -> None:
+    def __init__(self, costs: tuple[float, float, int], num_rows: int, num_samples: int, room: int) -> None:
         (self._row_cost, self._verify_cost, self._whole), self._room = costs, room
         self._plain = self._tokens, self._cost = float(num_samples), 1 + self._row_cost * num_rows
         self.pays, self.least = False, self._row_cost * num_samples / self._cost  # of less right tokens no draft pays
@@ -40,7 +40,8 @@ class Lengths:
         """The request has a draft of so many tokens."""
         self._tokens += rate ** (1 + num_pending) * (num if rate == 1 else (1 - rate**num) / (1 - rate))
         self._cost, self._room = self._cost + self._row_cost * num, self._room - num
-        self.pays = self._tokens * self._plain[1] > self._plain[0] * (self._cost + self._verify_cost)
+        cost = max(self._cost, 1 + self._row_cost * self._plain[0] * self._whole) + self._verify_cost
+        self.pays = self._tokens * self._plain[1] > self._plain[0] * cost
 
 
 class Speculation:
@@ -53,7 +54,8 @@ class Speculation:
         own = None if drafter is None else {config.speculate: lambda _: drafter}
         self._makers = own or (ngram if config.speculate == "ngram" else {})  # who comes first is asked first
         self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
-        self._costs = *config.step_costs, self._asks and config.cuda_graph_max_bs > 0
+        whole = config.cuda_graph_max_bs > 0 and (self._asks or config.has_states)
+        self._costs = *config.step_costs, (1 + config.draft_len) * whole
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
         self._names: dict[int, str] = {}  # by uid: who has guessed last
         self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
@@ -82,7 +84,8 @@ class Speculation:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
         whose last tokens all sample. Their counts are as without, until it is known what holds."""
         size = 0 if step.prefill else len(step.decode)
-        self._num_steps += (is_resting := 0 < size == self._resting <= len(self._rates) and self._num_steps < _REST)
+        rest = min(size, _REST) if self._makers else _REST  # each is asked in vain as often as one request alone
+        self._num_steps += (is_resting := 0 < size == self._resting <= len(self._rates) and self._num_steps < rest)
         if is_resting or not self.is_on:
             return
         shares = [*step.decode, *step.prefill]
@@ -91,7 +94,7 @@ class Speculation:
         are_many = 0 < config.cuda_graph_max_bs < num_samples * (1 + config.draft_len)
         drafts = {} if are_many and config.has_states else self._drafts(shares, num_samples, step)
         wanted = {} if are_many or not self._asks else self._wanted(shares, num_samples)
-        may_rest = not (drafts or wanted or self._makers or self._forced or any(self._drafters.values()))
+        may_rest = not (drafts or wanted or self._forced or (not self._makers and any(self._drafters.values())))
         self._resting, self._num_steps = size * may_rest, 1
         if not drafts and not wanted:
             return
@@ -119,7 +122,7 @@ class Speculation:
 
     def can_follow(self, plan: StepPlan) -> bool:
         """Whether a step may follow one whose end is not known: all drafts are the engine's, and it has no prompts."""
-        is_own = self._asks and not (self._makers or self._drafters or self._forced)
+        is_own = self._asks and self._costs[2] > 0 and not (self._makers or self._drafters or self._forced)
         return is_own and all(share.num_new == share.num_samples for share in plan.reqs)
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
@@ -154,7 +157,7 @@ class Speculation:
     def _drafts(self, shares: Shares, num_samples: int, step: Growing) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
         num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
-        room = min(room, left) if (left := self._config.cuda_graph_max_bs - num_rows) >= 0 else room  # it stays captured
+        room = min(room, left) if (left := self._config.cuda_graph_max_bs - num_rows) >= 0 else room  # of its graph
         lengths, drafts = Lengths(self._costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
