@@ -56,7 +56,8 @@ class CudaBackend(AttentionBackend[PagedSequences]):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         cluster = cluster_size(q.shape[0], self._shape.num_kv_heads, self._num_sms)
         # A captured graph begins when all before it is done. Its first kernel, before whose end no other begins, alone
-        # writes lengths, and none the page table or older tokens. Launched one by one, they may overlap one that does.
+        # writes lengths, but for those of a head's passes (`HeadDrafter.propose`), and none the page table or older
+        # tokens. Launched one by one, they may overlap one that does.
         fresh = metadata.fresh if torch.cuda.is_current_stream_capturing() else None
         self.launch(q, cache, spec.window or 0, metadata, out, cluster, fresh, sinks)
         return out

@@ -34,7 +34,7 @@ class Launched(NamedTuple):
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
-    drafts: Tensor | None = None  # [m, longest] int32: of all m requests, as far as they have `num_drafts`
+    drafts: Tensor | None = None  # [m, longest] int32 or int64: of all m requests, as far as they have `num_drafts`
     plan: StepPlan = StepPlan(-1, (), (), ())  # as it was computed
     kept: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
 
