@@ -309,10 +309,19 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
             lambda made: {**made, DOWN: made[DOWN].transpose(1, 2).contiguous()},
             r"wrong shape: model.layers.1.mlp.experts.down_proj is \[32, 64\], not \[64, 32\] for each expert$",
         ),
+        (lambda made: {**made, DOWN: torch.zeros(1 << 40, 0)}, r"unexpected: model.layers.1.mlp.experts.down_proj$"),
     ],
-    ids=["fewer", "more", "beside others", "transposed"],
+    ids=["fewer", "more", "beside others", "transposed", "of nothing"],
 )
 def test_a_stack_of_other_experts_is_named(tmp_path: Path, change: Callable[[Tensors], Tensors], says: str) -> None:
     path = rewritten(tiny_model("qwen3_moe"), tmp_path / "model", lambda tensors: change(transformers_5(tensors)))
     with pytest.raises(ConfigError, match=says):
+        CpuRunner(engine_config(path), 0)
+
+
+def test_a_stack_without_rows_in_a_file_of_pytorch(tmp_path: Path) -> None:
+    path = rewritten(tiny_model("qwen3_moe"), tmp_path / "model", transformers_5)
+    torch.save({DOWN: torch.tensor(1.0)}, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"unexpected: model.layers.1.mlp.experts.down_proj$"):
         CpuRunner(engine_config(path), 0)

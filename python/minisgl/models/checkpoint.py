@@ -123,7 +123,7 @@ class Checkpoint:
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
         for name, stored in [*self._stored.items()]:
-            if of_expert(name, 0) not in self._stored:  # a stack
+            if all(stored.shape or [0]) and of_expert(name, 0) not in self._stored:  # a stack
                 one = self._stored.pop(name)._replace(shape=stored.shape[1:])
                 self._stored |= {of_expert(name, i): one._replace(expert=i) for i in range(stored.shape[0])}
         for index, layer in enumerate(() if model is None else model.layers):
@@ -177,7 +177,7 @@ class Checkpoint:
         rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
         others = (n for n in rest if not n.endswith(("k_scale", "v_scale", "q_scale")))  # our KV caches have none
         added = [self._stored[n] for n in rest if f"{n.removesuffix('bias')}qweight" in self._stored]
-        zeros = [one for one in added if not bool(one.shard.read(one.name, slice(None)).any())]  # AutoGPTQ's, of none
+        zeros = [one for one in added if not bool(one.read(0, prod(one.shape)).any())]  # AutoGPTQ's, of none
         unexpected = [n for n in others if _region(n) in regions and self._stored[n] not in zeros]  # they would count
         quantized = [n for n in unexpected if _QUANTIZED.search(n)]
         floats = [n for n in used if used[n]] + ([] if self._source.endswith(".gguf") else unexpected)
