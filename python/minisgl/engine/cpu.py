@@ -56,8 +56,9 @@ class CpuTables:
 
     def send(self, plan: StepPlan, index: StepIndex, masks: Masks | None = None) -> None:
         """Its numbers are read where they are, and so are masks, as far as they are there when the head begins."""
-        told = self.host.logprob_rules.sampled(index.sample_rows)
-        self.masks = masks.board(told) if isinstance(masks, Asked) else (None,) * 3
+        self.masks = (None,) * 3
+        if isinstance(masks, Asked):
+            self.masks = masks.board(self.host.logprob_rules.sampled(index.sample_rows))
         for admission in plan.admissions:
             self._ids[admission.row, : len(admission.token_ids)] = admission.token_ids
         for row, position, ids in plan.drafts:

@@ -157,9 +157,10 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend,
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
-    num_bytes = activation_bytes(shard.config, steps.launch)
-    steps.propose = None  # or a drafter and its steps keep each other, and the cache
-    return num_bytes
+    try:
+        return activation_bytes(shard.config, steps.launch)
+    finally:
+        steps.propose = None  # or a drafter and its steps keep each other, and the cache
 
 
 class CapturedSteps(StepRunner):
