@@ -51,6 +51,19 @@ def test_norms(ops, dtype, n, hidden):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 64, 600])
+@pytest.mark.parametrize("hidden", [64, 33, 2880, 5120])
+def test_a_norm_adds_what_is_late(ops, dtype, n, hidden):
+    """To its input, once that is normalised; what lies beside the rows stays."""
+    wide, weight, late = randn(n, hidden + 16, dtype=dtype), randn(hidden, dtype=dtype), randn(hidden, dtype=dtype)
+    before = wide.clone()
+    expected = REFERENCE.rms_norm(before[:, :hidden], weight, 1e-6)
+    close(ops.rms_norm(wide[:, :hidden], weight, 1e-6, late), expected)
+    assert torch.equal(wide[:, :hidden], before[:, :hidden] + late)
+    assert torch.equal(wide[:, hidden:], before[:, hidden:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [0, 1, 5, 100])
 @pytest.mark.parametrize(("hidden", "outputs"), [(64, 9), (2880, 32), (2048, 128), (8192, 8), (8200, 4)])
 def test_norm_and_product_of_a_router(ops, dtype, n, hidden, outputs):

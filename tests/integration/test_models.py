@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from minisgl.engine.engine import create_engine
+from minisgl.kernel.ops import Tensor, TorchOps
 from tests.driver import CPU_KERNELS, engine_config, engine_logits, generate
 from tests.models import (
     BASE,
@@ -125,6 +126,23 @@ def test_logits_equal_hf(model: Path) -> None:
     expected = hf_logits(model, tokens)
     for kernels in ({}, CPU_KERNELS):
         torch.testing.assert_close(engine_logits(model, tokens, **kernels), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama-bias", "gemma3_text"])
+def test_biases_that_the_norm_ahead_adds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs have it from some tokens on."""
+    name, overrides = VARIANTS.get(family, (family, {}))
+    model, tokens, added = tiny_model(name, **overrides), random_prompt(50), []
+    norm = TorchOps.rms_norm
+
+    def noting(ops: TorchOps, x: Tensor, weight: Tensor, eps: float, late: Tensor | None = None) -> Tensor:
+        added.append(late is not None)
+        return norm(ops, x, weight, eps, late)
+
+    monkeypatch.setattr(TorchOps, "late_from", 50)
+    monkeypatch.setattr(TorchOps, "rms_norm", noting)
+    torch.testing.assert_close(engine_logits(model, tokens), hf_logits(model, tokens), atol=1e-4, rtol=1e-4)
+    assert any(added) == (family != "gemma3_text")
 
 
 TEXT = {**BASE, "num_hidden_layers": 4, "head_dim": 16}

@@ -61,8 +61,7 @@ class CudaMatrix(TorchMatrix):
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         if around.gated and (around.bias is not None or self._activation != "silu"):
             return None
-        (m, k), n = x.shape, around.num_out(len(self.weight))
-        size = self.weight.numel()
+        (m, k), n, size = x.shape, around.num_out(len(self.weight)), self.weight.numel()
         few = SKINNY_TOKENS * (4 if size <= TINY_WEIGHTS else 2 if size <= decode_gemm.SMALL_WEIGHTS else 1)
         if m <= few and self.weight.is_contiguous() and skinny.takes(x, n, around.norm is not None):
             return skinny.linear(x, self.weight, around)
@@ -129,7 +128,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         super().__init__(moe_backend, arch)
         loaded = [load_kernel(name, arch) for name in KERNELS]
         self.elementwise, self._sampling, self._logprobs, self._step, self.draft, _ = loaded
-        self.most_ruled = self._sampling.most_ruled(torch.cuda.current_device())
+        self.most_ruled, self.late_from = self._sampling.most_ruled(torch.cuda.current_device()), 64
         self.scatter, self.store_ids = self._step.scatter, self._step.store_ids  # type: ignore[method-assign]
 
     def captures_chunks(self, kinds: Sequence[State]) -> bool:
@@ -152,12 +151,11 @@ class CudaOps(delta.DeltaOps, TritonOps):
             return float8.Float8Matrix(self, weight, dtype, input_scale, activation)
         return super().packed_matrix(parts, dtype, activation)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, late: Tensor | None = None) -> Tensor:
         fits = x.dim() == 2 and weight.dim() == 1 and weight.dtype == x.dtype and _whole_vectors(x, weight)
         if not fits or x.shape[1] * x.itemsize > 1 << 16:
-            return super().rms_norm(x, weight, eps)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self.elementwise.rms_norm(x, weight, eps, out)
+            return super().rms_norm(x, weight, eps, late)
+        self.elementwise.rms_norm(x, weight, eps, out := torch.empty(x.shape, dtype=x.dtype, device=x.device), late)
         return out
 
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
@@ -178,8 +176,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
         fits = gate_up.dim() == 2 and inner * gate_up.itemsize % 16 == 0 and _whole_vectors(gate_up)
         if not fits or activation != "silu":
             return super().act_and_mul(gate_up, activation)
-        out = torch.empty((len(gate_up), inner), dtype=gate_up.dtype, device=gate_up.device)
-        self.elementwise.silu_and_mul(gate_up, out)
+        self.elementwise.silu_and_mul(gate_up, out := gate_up.new_empty(len(gate_up), inner))
         return out
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:

@@ -133,9 +133,8 @@ def _library(name: str, target: str, flags: list[str], machine: str, use: Callab
         import tvm_ffi
 
         files = _files(name)
-        parts = (sorted(files.items()), flags, machine, tvm_ffi.__version__)
-        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        path = _folder() / f"{name}-{target}-{key}.so"
+        key = repr((sorted(files.items()), flags, machine, tvm_ffi.__version__))
+        path = _folder() / f"{name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if (found := _use_compiled(path, use, logging.DEBUG)) is not None:
             return found
         with _locked(path, title):  # by the time it is ours, another process may have made it

@@ -183,6 +183,7 @@ class LayerOps(StateOps):
     """What layers compute."""
 
     draft: Any = None  # on a GPU, the module of `draft.cu`
+    late_from = 1 << 62  # tokens from which the norm ahead of attention better adds the bias of what follows it
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type of norms and biases, beside weights of type `dtype`."""
@@ -206,10 +207,13 @@ class LayerOps(StateOps):
         kernel for all of them, and matrices are made of each expert."""
         return None
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))).to(x.dtype).mul_(weight)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, late: Tensor | None = None) -> Tensor:
+        """Root-mean-square norm (arXiv 1910.07467) of x: [..., n], in fp32; weight broadcasts. Then x += late."""
+        scale = torch.rsqrt((wide := x.float()).square().mean(-1, keepdim=True).add_(eps))
+        out = (wide * scale).to(x.dtype).mul_(weight)
+        if late is not None:
+            x += late
+        return out
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """gate_up: [num_tokens, 2 * n] → activation(gate) * up, [num_tokens, n]."""

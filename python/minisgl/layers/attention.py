@@ -62,11 +62,16 @@ class Attention(Layer):
     ) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output;
         given: what is projected, in place of the stream (twice as wide in EAGLE's heads) → the new stream."""
+        late = self.o_proj.bias if after is given is None and len(x) >= self._ops.late_from else None
+        if late is not None and norm is not None and self._comm.rank == 0:
+            given, norm = self._ops.rms_norm(x, norm, self._eps, late), None
         q, gate = self.store(x if given is None else given, norm, step)
         cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
         out = step.backend.forward(q, cache, self._spec, step.metadata[self._spec.window is not None], self._sinks)
-        out = out if gate is None else out * gate.sigmoid()
-        return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
+        out = (out if gate is None else out * gate.sigmoid()).reshape(len(x), -1)
+        if late is not None and given is not None:
+            return self._comm.all_reduce(self.o_proj.matrix.apply(out, Around(residual=x, apart=self.o_proj.apart)))
+        return self.o_proj.forward(out, x, after, self._eps)
 
     def store(self, x: Tensor, norm: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor | None]:
         """Put keys and values of what `norm` makes of x, [num_tokens, width], into the cache → queries, and gates."""
@@ -97,8 +102,7 @@ class Attention(Layer):
         parts = qkv[:, : counts[0]], qkv[:, counts[0] : sum(counts)]
         sums = self._comm.all_reduce(torch.stack([part.float().square().sum((1, 2)) for part in parts], -1))
         for i, (part, weight) in enumerate(zip(parts, self._qk_norm.split_with_sizes(counts), strict=True)):
-            size = counts[i] * self._head_dim * self._comm.size
-            scale = torch.rsqrt(sums[:, i, None, None] / size + self._eps)
+            scale = torch.rsqrt(sums[:, i, None, None] / (counts[i] * self._head_dim * self._comm.size) + self._eps)
             part.copy_((part.float() * scale).to(part.dtype) * weight)
 
 
@@ -217,6 +221,5 @@ class LayerInput(Layer):
 
     def forward(self, x: Tensor, inputs: Tensor) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; inputs: of `LayerInputs` → the new stream."""
-        mine = inputs[:, self._layer, self._mine.start : self._mine.stop]
-        gated = self._activate(self.gate.project(x), mine)
+        gated = self._activate(self.gate.project(x), inputs[:, self._layer, self._mine.start : self._mine.stop])
         return self.per_layer_projection.forward(gated, x, self.post_per_layer_input_norm, self._eps)

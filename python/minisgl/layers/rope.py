@@ -32,8 +32,7 @@ class RotaryEmbedding:
     def __call__(self, positions: Tensor) -> RopeAngles:
         """positions: [num_tokens] int64."""
         inv_freq = self._dynamic_frequencies(positions) if self._config.type == "dynamic" else self._inv_freq
-        angles = positions[:, None].float() * inv_freq
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (angles := positions[:, None].float() * inv_freq).cos(), angles.sin()
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return RopeAngles(cos[:, None] * self._factors, sin[:, None] * self._factors)
 
@@ -94,10 +93,8 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, max_seq_len: int = 0)
     if config.type in ("linear", "proportional"):  # position interpolation, arXiv 2306.15595
         inv_freq = inv_freq / scaling.get("factor", 1.0)
         inv_freq[int(scaling.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0.0
-    if config.type == "llama3":
-        inv_freq = _llama3(inv_freq, config)
-    if config.type == "yarn":
-        inv_freq = _yarn(frequency, config)
+    if config.type in ("llama3", "yarn"):
+        inv_freq = _llama3(inv_freq, config) if config.type == "llama3" else _yarn(frequency, config)
     return inv_freq, scaling.get("attention_factor", 1.0)  # longrope: arXiv 2402.13753
 
 

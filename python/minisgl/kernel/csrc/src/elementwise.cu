@@ -41,6 +41,7 @@ struct NormArgs {
   int64_t x_stride;
   int hidden;
   float eps;
+  const T* late;      // [hidden], of which x becomes its sum with it once it is normalised; or null
 };
 
 // One block per row, kVecs vectors per thread, which stay in registers between the two passes.
@@ -67,6 +68,12 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgs<T>
     const int v = threadIdx.x + i * blockDim.x;
     if (v >= num_vecs) continue;
     const Vec<T, kLen> weight = load_vec<T, kLen>(args.weight + v * kLen);
+    if (args.late != nullptr) {
+      Vec<T, kLen> sum = load_vec<T, kLen>(args.late + v * kLen);
+#pragma unroll
+      for (int j = 0; j < kLen; ++j) sum.data[j] = from_float<T>(to_float(values[i].data[j]) + to_float(sum.data[j]));
+      store_vec<T, kLen>(const_cast<T*>(args.x) + row * args.x_stride + v * kLen, sum);
+    }
 #pragma unroll
     for (int j = 0; j < kLen; ++j) {
       values[i].data[j] = from_float<T>(round_to<T>(to_float(values[i].data[j]) * scale) * to_float(weight.data[j]));
@@ -338,12 +345,20 @@ NormArgs<T> norm_args(const TensorView& x, const TensorView& weight, double eps,
 
 }  // namespace
 
-// out = norm(x) * weight. x: [n, hidden], row stride allowed; weight: [hidden]; out: [n, hidden], may be x.
-void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
+// out = norm(x) * weight, and then x += late. x: [n, hidden], row stride allowed; weight, late: [hidden]; out: [n, hidden], may
+// be x where nothing is late.
+void rms_norm(TensorView x, TensorView weight, double eps, TensorView out, tvm::ffi::Optional<TensorView> late) {
   if (x.size(0) == 0) return;
   by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch_rms_norm<T>(norm_args<T>(x, weight, eps, out), x.size(0), current_stream(x));
+    auto args = norm_args<T>(x, weight, eps, out);
+    if (late.has_value()) {
+      const TensorView& vector = late.value();
+      MINISGL_CHECK(vector.IsContiguous() && aligned(vector) && same_dtype(vector, x) && vector.numel() == x.size(1));
+      MINISGL_CHECK(out.data_ptr() != x.data_ptr());
+      args.late = static_cast<const T*>(vector.data_ptr());
+    }
+    launch_rms_norm<T>(args, x.size(0), current_stream(x));
   });
 }
 
