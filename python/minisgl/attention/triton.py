@@ -31,8 +31,8 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
             capability = torch.cuda.get_device_capability(device)
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._pdl = capability >= (9, 0)
-        narrow, wide = (Tile(*c) for c in tiles("attention", shape.dtype, capability))
-        self._prefill_config = wide if shape.head_dim > 128 else narrow
+        found = tiles("attention", shape.dtype, capability)
+        self._prefill_config = Tile(*found[(shape.head_dim > 64) + (shape.head_dim > 128)])
         self._decode_config = attention.decode_config(shape.dtype, shape.head_dim, self._group)
 
     def prepare(self, step: AttentionStep, captured: bool) -> TritonMetadata:
