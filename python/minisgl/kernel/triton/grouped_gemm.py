@@ -246,8 +246,8 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
     max_blocks = num_pairs // block_m + min(num_pairs, num_experts)
     order, blocks = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (num_pairs, (max_blocks, 4)))
     _sort_kernel[(num_experts,)](
-        experts, order, blocks, num_pairs, max_blocks, num_experts, triton.next_power_of_2(num_experts), block_m, SCAN,
-        pdl, num_warps=4, **launch_options(pdl),
+        experts, order, blocks, num_pairs, max_blocks, num_experts, triton.next_power_of_2(num_experts), block_m,
+        SCAN * (1 if num_pairs <= 8 * SCAN else 4), pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return order, blocks
 
