@@ -257,17 +257,19 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint) -> None:
 
 
 def _rows_at_once(slot: WeightSlot) -> int:
-    """Rows that are read or drawn at once: all of them, where they are transformed."""
-    return max(1, slot.rows[1] if slot.transform is not None else BLOCK_BYTES // (4 * prod(slot.shape[1:])))
+    """Rows that are read or drawn at once: all of them, where they are changed."""
+    is_changed = slot.transform is not None or slot.order is not None
+    return max(1, slot.rows[1] if is_changed else BLOCK_BYTES // (4 * prod(slot.shape[1:])))
 
 
 def _put(slot: WeightSlot, block: torch.Tensor, first: int) -> None:
     """Into the slot's target: rows of its tensor, from `first` on."""
     block = block if slot.cols is None else block[:, slice(*slot.cols)]
-    if slot.transform is not None or len(slot.shape) == 1:
-        slot.target.copy_(block if slot.transform is None else slot.transform(block))
-    else:
-        slot.target[first - slot.rows[0] :][: len(block)].copy_(block)
+    block = block if slot.transform is None else slot.transform(block)
+    if slot.order is not None:  # bytes, since not all types can be indexed
+        block = block.view(torch.uint8)[slot.order].view(block.dtype) if block.itemsize == 1 else block[slot.order]
+    target = slot.target if len(slot.shape) == 1 else slot.target[first - slot.rows[0] :][: len(block)]
+    target.copy_(block)
 
 
 def fill_random(parts: Iterable[Part], seed: int) -> None:
