@@ -277,6 +277,14 @@ def test_weights_that_are_not_what_they_should_be(tmp_path: Path, name: str, ten
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_integers_are_named_where_rows_are_brought_into_another_order(tmp_path: Path) -> None:
+    """GLM's features of queries, whose pairs lie side by side in the file."""
+    name = f"{QKV}.weight"
+    path = rewritten(tiny_model("glm"), tmp_path / "model", lambda tensors: {**tensors, name: tensors[name].char()})
+    with pytest.raises(ConfigError, match=rf"quantized \({name} is I8\)"):
+        CpuRunner(engine_config(path), 0)
+
+
 def test_a_fused_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     def cut(tensors: Tensors) -> Tensors:
         name = "model.layers.1.self_attn.qkv_proj.weight"
