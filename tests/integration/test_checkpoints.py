@@ -277,10 +277,17 @@ def test_weights_that_are_not_what_they_should_be(tmp_path: Path, name: str, ten
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_integers_are_named_where_rows_are_brought_into_another_order(tmp_path: Path) -> None:
-    """GLM's features of queries, whose pairs lie side by side in the file."""
-    name = f"{QKV}.weight"
-    path = rewritten(tiny_model("glm"), tmp_path / "model", lambda tensors: {**tensors, name: tensors[name].char()})
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("glm", f"{QKV}.weight"),  # the two features of a pair lie side by side
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj"),  # transposed, and rows take turns
+        ("qwen3_next", "model.layers.0.linear_attn.conv1d.weight"),
+        ("gemma", "model.norm.weight"),  # to which one is added
+    ],
+)
+def test_integers_are_named_where_tensors_are_changed_on_the_way(tmp_path: Path, family: str, name: str) -> None:
+    path = rewritten(tiny_model(family), tmp_path / "model", lambda tensors: {**tensors, name: tensors[name].char()})
     with pytest.raises(ConfigError, match=rf"quantized \({name} is I8\)"):
         CpuRunner(engine_config(path), 0)
 
