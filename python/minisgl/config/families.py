@@ -234,12 +234,11 @@ def _kinds(f: FamilyFields) -> list[str]:
 def _ropes(f: FamilyFields, kinds: list[str]) -> tuple[tuple[RopeConfig, ...], list[int], int]:
     """The tables, which of them each layer has, and the longest sequence."""
     longest, family = f.integer("max_position_embeddings", 0), f.family
-    is_partial = "partial_rotary_factor" in family.defaults
 
     def table(dim: int, layer: str = "") -> tuple[RopeConfig, int]:
         score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
         scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
-        rope, reached = read_rope(f, dim, longest, layer, family.rope_names, is_partial)
+        rope, reached = read_rope(f, dim, longest, layer, family.rope_names, "partial_rotary_factor" in family.defaults)
         return replace(rope, scale=scale, **f.fields_of(RopeConfig)), reached
 
     if family.ropes_by_layer:

@@ -96,7 +96,7 @@ class Shard:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, or of a stack there what is at an index: that of an expert; from row `first` on."""
+    """A tensor in a file, or the part of it that is `at` an index, as an expert's in a stack; from row `first` on."""
 
     shard: Shard
     name: str
