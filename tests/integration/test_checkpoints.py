@@ -277,6 +277,21 @@ def test_weights_that_are_not_what_they_should_be(tmp_path: Path, name: str, ten
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("glm", f"{QKV}.weight"),  # the two features of a pair lie side by side
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj"),  # transposed, and rows take turns
+        ("qwen3_next", "model.layers.0.linear_attn.conv1d.weight"),
+        ("gemma", "model.norm.weight"),  # to which one is added
+    ],
+)
+def test_integers_are_named_where_tensors_are_changed_on_the_way(tmp_path: Path, family: str, name: str) -> None:
+    path = rewritten(tiny_model(family), tmp_path / "model", lambda tensors: {**tensors, name: tensors[name].char()})
+    with pytest.raises(ConfigError, match=rf"quantized \({name} is I8\)"):
+        CpuRunner(engine_config(path), 0)
+
+
 def test_a_fused_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     def cut(tensors: Tensors) -> Tensors:
         name = "model.layers.1.self_attn.qkv_proj.weight"

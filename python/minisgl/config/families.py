@@ -51,16 +51,23 @@ class FamilyFields(Fields):
 
     def __init__(self, data: Mapping[str, Any], source: str, path: str, family: Family) -> None:
         super().__init__(data, source, path)
-        self._defaults, self._keys = family.defaults, family.keys
+        self.family = family
 
     def _read(self, name: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-        key = self._keys.get(name, "" if name in TABLE["read_by_some"] and name not in self._defaults else name)
+        keys, defaults = self.family.keys, self.family.defaults
+        key = keys.get(name, "" if name in TABLE["read_by_some"] and name not in defaults else name)
         if not key:
-            return self._defaults.get(name, default)
+            return defaults.get(name, default)
         value = super()._read(key, None, fits, expected)
         if value is None and not (key in self.data and key in TABLE["nullable"]):
-            value = self._defaults.get(key)
+            value = defaults.get(key)
         return default if value is None else value
+
+    def fields_of(self, specification: type) -> dict[str, Any]:
+        """What `families.yaml` says of a specification's fields: values of `config.json`, or the family's own."""
+        name = specification.__name__
+        read = {key: getattr(self, kind)(*rest) for key, (kind, *rest) in TABLE["fields"].get(name, {}).items()}
+        return {**read, **self.family.fields.get(name, {})}
 
 
 def read_model_config(path: str | Path, override: Mapping[str, Any] | None = None, mtp: bool = False) -> ModelConfig:
@@ -104,15 +111,16 @@ def parse_model_config(f: Fields) -> ModelConfig:
 
     Raises: ConfigError naming what is missing, of the wrong kind, or unsupported, and what is supported.
     """
-    f, family = _text_model(f, FAMILIES[architecture := _architecture(f)])
+    f = _text_model(f, FAMILIES[architecture := _architecture(f)])
+    family = f.family
     if missing := [key for key in _REQUIRED if f.data.get(key) is None and key not in family.defaults]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
     told = {**family.defaults, **{key: value for key, value in f.data.items() if value is not None}}
     for key, values in {**TABLE["only"], **family.only}.items():
         if told.get(key) is not None and told[key] not in values:
             raise f.wrong(key, " or ".join(map(json.dumps, values)))
-    read = _read(f, family, ModelConfig)
-    layers, ropes, max_position = _layers(f, family)
+    read = f.fields_of(ModelConfig)
+    layers, ropes, max_position = _layers(f)
     # The stream is held smaller by this factor of what layers add, since all that reads it is a norm.
     residual = f.number("residual_multiplier", 1.0, above=0)
     root = read["hidden_size"] ** 0.5 if family.scales_embedding else 1.0
@@ -135,32 +143,28 @@ def parse_model_config(f: Fields) -> ModelConfig:
     )
 
 
-def _read(f: Fields, family: Family, specification: type) -> dict[str, Any]:
-    """What `families.yaml` says of a specification's fields: values of `config.json` as they are, or the family's."""
-    name = specification.__name__
-    read = {key: getattr(f, kind)(*rest) for key, (kind, *rest) in TABLE["fields"].get(name, {}).items()}
-    return {**read, **family.fields.get(name, {})}
-
-
-def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:
-    """What a family reads; of a model that sees or hears, of its text model, and of both. And that model's family."""
+def _text_model(f: Fields, family: Family) -> FamilyFields:
+    """What a family reads; of a model that sees or hears, of its text model, and of both, as that model's family."""
     if not family.inner:
-        return FamilyFields(f.data, f.source, "", family), family
+        return FamilyFields(f.data, f.source, "", family)
     text, shared = f.child(family.inner), ("tie_word_embeddings", "dtype", "torch_dtype", "packed_bytes")
     given, kind = {key: f.data[key] for key in shared if f.data.get(key) is not None}, text.text("model_type", "")
     own = next((one for one in FAMILIES.values() if one.model_type == kind and not one.inner), family)
-    return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", own), own
+    return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", own)
 
 
-def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[RopeConfig, ...], int]:
+def _layers(f: FamilyFields) -> tuple[tuple[LayerSpec, ...], tuple[RopeConfig, ...], int]:
     """With the tables that rotate them, and the longest sequence."""
-    kinds = _kinds(f, family)
+    kinds = _kinds(f)
     window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
-    ropes, rope_of_layer, longest = _ropes(f, family, kinds)
-    near = AttentionSpec(_heads(f), window, **_read(f, family, AttentionSpec))
+    ropes, rope_of_layer, longest = _ropes(f, kinds)
+    near = AttentionSpec(_heads(f), window, **f.fields_of(AttentionSpec))
     full = replace(near, cache=_heads(f, kinds), window=None, values_are_keys=f.boolean("attention_k_eq_v", False))
-    other = AttentionSpec(state) if (state := _state(f, family)) is not None else near
-    of_kind = {"sliding_attention": near, family.kind: other, "full_attention": full}
+    of_kind = {"sliding_attention": near, "full_attention": full}
+    if state := _STATES.get(f.family.kind):
+        of_kind[f.family.kind] = AttentionSpec(net := state(**f.fields_of(state)))
+        if isinstance(net, DeltaNet) and net.num_v_heads % net.num_k_heads:
+            raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {net.num_k_heads}")
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
     owners = {kind: i for i, kind in enumerate(kinds[:num_own])}
     if not set(kinds) <= set(owners):
@@ -168,8 +172,8 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
     chosen = zip(kinds, rope_of_layer, sources, strict=True)
     attentions = [replace(of_kind[kind], rope_index=rope, source=source) for kind, rope, source in chosen]
-    norms = [LayerNorms(**_read(f, family, LayerNorms))] * len(kinds)
-    return tuple(map(LayerSpec, attentions, _mlps(f, family, sources), norms)), ropes, longest
+    norms = [LayerNorms(**f.fields_of(LayerNorms))] * len(kinds)
+    return tuple(map(LayerSpec, attentions, _mlps(f, sources), norms)), ropes, longest
 
 
 def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
@@ -203,8 +207,9 @@ def _heads(f: Fields, kinds: Sequence[str] = ()) -> PagedKV:
     return PagedKV(num_kv, dim, dim)
 
 
-def _kinds(f: Fields, family: Family) -> list[str]:
+def _kinds(f: FamilyFields) -> list[str]:
     """Of each layer, as `layer_types` names them: what the file says, or every n-th layer, or the first, see all."""
+    family = f.family
     num_layers, is_told = f.integer("num_hidden_layers", 0, most=MAX_LAYERS), f.data.get("layer_types") is not None
     kinds = f.list_of(str, "layer_types")[: None if is_told else num_layers]  # a family's default may have more
     known = dict.fromkeys(("full_attention", "attention", family.kind, *["sliding_attention"] * family.ropes_by_layer))
@@ -226,25 +231,15 @@ def _kinds(f: Fields, family: Family) -> list[str]:
     return kinds
 
 
-def _state(f: Fields, family: Family) -> State | None:
-    """A state, which layers of a family's kind have in place of keys and values."""
-    if (kind := _STATES.get(family.kind)) is None:
-        return None
-    state = kind(**_read(f, family, kind))
-    if isinstance(state, DeltaNet) and state.num_v_heads % state.num_k_heads:
-        raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {state.num_k_heads}")
-    return state
-
-
-def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[RopeConfig, ...], list[int], int]:
+def _ropes(f: FamilyFields, kinds: list[str]) -> tuple[tuple[RopeConfig, ...], list[int], int]:
     """The tables, which of them each layer has, and the longest sequence."""
-    longest, is_partial = f.integer("max_position_embeddings", 0), "partial_rotary_factor" in family.defaults
+    longest, family = f.integer("max_position_embeddings", 0), f.family
 
     def table(dim: int, layer: str = "") -> tuple[RopeConfig, int]:
         score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
         scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
-        rope, reached = read_rope(f, dim, longest, layer, family.rope_names, is_partial)
-        return replace(rope, scale=scale, **_read(f, family, RopeConfig)), reached
+        rope, reached = read_rope(f, dim, longest, layer, family.rope_names, "partial_rotary_factor" in family.defaults)
+        return replace(rope, scale=scale, **f.fields_of(RopeConfig)), reached
 
     if family.ropes_by_layer:
         near, _ = table(_heads(f).k_dim, "sliding_attention")
@@ -269,16 +264,16 @@ def _inner_size(f: Fields) -> int:
     return max(1, div_ceil(size, f.integer(multiple, 256))) * f.integer(multiple, 256)
 
 
-def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> list[DenseMLP | MoE]:
+def _mlps(f: FamilyFields, sources: Sequence[int | None]) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    if (name := f.text(key := family.keys.get("hidden_act", "hidden_act"), "silu")) not in _ACTIVATIONS:
+    if (name := f.text(key := f.family.keys.get("hidden_act", "hidden_act"), "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: {key} {name!r} not supported (supported: {', '.join(_ACTIVATIONS)})")
     size, num_experts, activation = _inner_size(f), 0, _ACTIVATIONS[name]
     dense = DenseMLP(size, f.boolean("mlp_bias", False), activation)
-    for key in family.experts:
+    for key in f.family.experts:
         num_experts = f.integer(key, num_experts, 0)
     top_k, inner = f.integer("num_experts_per_tok", 0, min(num_experts, 1)), f.integer("moe_intermediate_size", size)
-    moe = MoE(num_experts, top_k, inner, **{"activation": activation, **_read(f, family, MoE)})
+    moe = MoE(num_experts, top_k, inner, **{"activation": activation, **f.fields_of(MoE)})
     only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     sparse = [i not in only and num_experts > 0 and (i + 1) % step == 0 for i in range(len(sources))]
     if any(sparse) and top_k > num_experts:

@@ -44,6 +44,7 @@ class WeightSlot:
     rows: tuple[int, int]
     cols: tuple[int, int] | None = None
     transform: Callable[[Tensor], Tensor] | None = None  # of that part, which is then read at once, to target's shape
+    order: Tensor | None = None  # which of its rows each of the target's is, int64; it is then read at once, too
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Slice:
         data = torch.frombuffer(at.file.data, dtype=torch.uint8, count=at.num_bytes, offset=at.offset)
         return data.view(*at.shape[:-1], -1)
 
-    def __getitem__(self, index: slice | tuple[int, slice]) -> Tensor:
+    def __getitem__(self, index: tuple[int | slice, ...]) -> Tensor:
         data = self.bytes.view(self.dtype)
         part = data[index].clone() if self.rows is None else data[self.rows[index]]
         self.model.release()

@@ -12,7 +12,7 @@ from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.activations import ACTIVATIONS
 from minisgl.kernel.ops import Around, Experts, KVSlots
 from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
-from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, VocabTable, reordered, slots_of
+from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, VocabTable, slots_of
 from minisgl.layers.rope import head_order
 
 
@@ -52,7 +52,7 @@ class Attention(Layer):
             if self._is_wide:
                 shard = self.qkv_proj.shards[f"{kind}_proj."]
                 slot = WeightSlot(slot.name, shard.shape[:1], target.view(-1), shard.rows)
-            self.slots.append(slot if order is None else reordered(slot, order))
+            self.slots.append(replace(slot, order=order))
         numbers = self._qk_norm, self._is_wide, spec.window or 0, spec.rope_index, spec.softcap or 0.0, self._sinks
         if not (self._rope.query_beta or spec.value_norms or spec.source is not None):
             self.cpu_block = "attention", (*numbers, bool(spec.gated))
@@ -167,26 +167,28 @@ class SparseMLP(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from super().weights(prefix)
-        shape, turns, half = (self._spec.intermediate_size, self._hidden), self._spec.turns, len(self._mine)
-        rows, order = (self._mine.start, self._mine.stop), torch.arange(2 * half).view(-1, 2).t().flatten()
-        shards = {"gate_proj.": Shard(shape, rows), "up_proj.": Shard(shape, rows, at=half)}
-        if turns:
-            shards = {"gate_up_proj.": Shard((2 * shape[0], self._hidden), (2 * rows[0], 2 * rows[1]))}
-        stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
-        for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
-            found, at, form = list[WeightSlot](), f"{prefix}experts.{i}.", self._format
-            first, second = (None, None) if self._biases is None else (self._biases[0][i], self._biases[1][i])
-            for name, shard in shards.items():
-                found += slots_of(form, f"{at}{name}", gate_up, shard, first)
-            found = [reordered(slot, order) for slot in found] if turns else found
-            found += slots_of(form, f"{at}down_proj.", down, Shard(shape[::-1], (0, self._hidden), rows), second)
-            yield from (transposed(slot) if turns and slot.name.endswith(".weight") else slot for slot in found)
+        inner, hidden, rows = self._spec.intermediate_size, self._hidden, (self._mine.start, self._mine.stop)
+        half, down = len(self._mine), {"down_proj.": Shard((hidden, inner), (0, hidden), rows)}
+        gate_up = {"gate_proj.": Shard((inner, hidden), rows), "up_proj.": Shard((inner, hidden), rows, at=half)}
+        if self._spec.turns:
+            order = torch.arange(2 * half).view(-1, 2).t().flatten()
+            gate_up = {"gate_up_proj.": Shard((2 * inner, hidden), (2 * rows[0], 2 * rows[1]), order=order)}
+        biases = self._biases or (None, None)
+        for stack, bias, shards in zip((self._gate_up, self._down), biases, (gate_up, down), strict=True):
+            experts = list(experts_of(stack, self._spec.num_experts))  # before a format adds to the stack
+            for i, tensors in enumerate(experts):
+                at, own = f"{prefix}experts.{i}.", None if bias is None else bias[i]
+                for name, shard in shards.items():
+                    slots = slots_of(self._format, at + name, tensors, shard, own)
+                    yield from map(transposed, slots) if self._spec.turns else slots
 
 
 def transposed(slot: WeightSlot) -> WeightSlot:
-    """The slot of a weight that the checkpoint has as [in, out]."""
-    rows, change = slot.cols or (0, slot.shape[1]), slot.transform or (lambda part: part)
-    return replace(slot, shape=slot.shape[::-1], rows=rows, cols=slot.rows, transform=lambda part: change(part.t()))
+    """The slot, where it is of a weight that the checkpoint has as [in, out]."""
+    if not slot.name.endswith(".weight"):
+        return slot
+    rows = slot.cols or (0, slot.shape[1])
+    return replace(slot, shape=slot.shape[::-1], rows=rows, cols=slot.rows, transform=torch.t)
 
 
 class LayerInputs(Layer):

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import torch
-
 from minisgl.errors import ConfigError
 from minisgl.formats.base import Shape, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.formats.float8 import BLOCK
@@ -37,33 +35,7 @@ class Linear(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self.shards.items():
-            slots = [*slots_of(self._format, f"{prefix}{name}", self._tensors, shard, self.bias)]
-            yield from (self._arranged(shard.order, slot) for slot in slots)
-
-    def _arranged(self, order: Tensor | None, slot: WeightSlot) -> WeightSlot:
-        """A slot of a layer, whose rows are brought into their order."""
-        rows = len(slot.target)
-        if order is None or rows == 1 or slot.name.endswith(".g_idx"):  # or one scale for all
-            return slot
-        if rows != len(order):  # a scale for many rows
-            blocks = [order[first : first + BLOCK] // BLOCK for first in range(0, len(order), BLOCK)]
-            if all(bool((block == block[0]).all()) for block in blocks):
-                order = torch.stack([block[0] for block in blocks])
-            else:
-                slot = self._scale_of_each_row(slot, order)
-        return reordered(slot, order)
-
-    def _scale_of_each_row(self, slot: WeightSlot, order: Tensor) -> WeightSlot:
-        """A slot of scales of blocks, which becomes one of scales of rows: `order` brings rows of several together.
-
-        Raises: ConfigError where these are not at least as many in a row as share a scale in kernels.
-        """
-        num_rows = len(order)
-        if num_rows % _SHARED or bool((order.view(-1, _SHARED) // BLOCK).diff(dim=1).any()):
-            raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit the order of this family's rows")
-        (key,) = (key for key, scales in self._tensors.items() if scales.data_ptr() == slot.target.data_ptr())
-        self._tensors[key] = target = slot.target.new_empty(num_rows, slot.target.shape[1])
-        return replace(slot, target=target, transform=lambda part: part.repeat_interleave(BLOCK, 0)[:num_rows])
+            yield from slots_of(self._format, f"{prefix}{name}", self._tensors, shard, self.bias)
 
     def pack(self) -> None:
         self.matrix = self._format.matrix(self._ops, self._tensors, self._activation)
@@ -101,21 +73,30 @@ class ColumnLinear(Linear):
 
 
 def slots_of(form: WeightFormat, at: str, tensors: Tensors, shard: Shard, bias: Tensor | None) -> Iterator[WeightSlot]:
-    """Of a linear layer of the checkpoint, whose names start with `at`. bias: of all rows that the rank has."""
-    yield from form.slots(at, tensors, shard)
-    if bias is not None:
-        yield WeightSlot(f"{at}bias", shard.shape[:1], shard.of(bias), shard.rows)
+    """Of a linear layer of the checkpoint, whose names start with `at`, their rows in the shard's order. bias: of all
+    rows that the rank has."""
+    slots = [*form.slots(at, tensors, shard)]
+    slots += [] if bias is None else [WeightSlot(f"{at}bias", shard.shape[:1], shard.of(bias), shard.rows)]
+    for slot in slots:
+        if shard.order is None or len(slot.target) == 1 or slot.name.endswith(".g_idx"):  # or one scale for all
+            yield slot
+        elif len(slot.target) == len(shard.order):
+            yield replace(slot, order=shard.order)
+        else:
+            yield _scale_of_each_row(slot, tensors, shard.order)
 
 
-def reordered(slot: WeightSlot, order: Tensor) -> WeightSlot:
-    """The slot, whose target gets its rows in another order."""
-    change = slot.transform
+def _scale_of_each_row(slot: WeightSlot, tensors: Tensors, order: Tensor) -> WeightSlot:
+    """A slot of scales of blocks, which becomes one of scales of rows: `order` brings rows of several together.
 
-    def taken(part: Tensor) -> Tensor:
-        part = part if change is None else change(part)
-        return part.view(torch.uint8)[order].view(part.dtype) if part.itemsize == 1 else part[order]
-
-    return replace(slot, transform=taken)
+    Raises: ConfigError where these are not at least as many in a row as share a scale in kernels.
+    """
+    num_rows = len(order)
+    if bool((order[: num_rows // _SHARED * _SHARED].view(-1, _SHARED) // BLOCK).diff(dim=1).any()):
+        raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit the order of this family's rows")
+    (key,) = (key for key, scales in tensors.items() if scales.data_ptr() == slot.target.data_ptr())
+    tensors[key] = target = slot.target.new_empty(num_rows, slot.target.shape[1])
+    return replace(slot, target=target, transform=lambda part: part.repeat_interleave(BLOCK, 0), order=order)
 
 
 class RowLinear(Linear):

@@ -83,7 +83,7 @@ class Shard:
         content = torch.load(self.path, map_location="cpu", mmap=self._is_mapped, weights_only=True)
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 
-    def read(self, name: str, index: slice | tuple[int, slice]) -> torch.Tensor:
+    def read(self, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
         """A part of a tensor."""
         if self._is_mapped and self._num_bytes > REOPEN_BYTES:
             self.close()
@@ -96,18 +96,17 @@ class Shard:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: of those of all experts in one stack, that of `expert`; from row `first` on."""
+    """A tensor in a file, or the part of it that is `at` an index, as an expert's in a stack; from row `first` on."""
 
     shard: Shard
     name: str
     shape: tuple[int, ...]
     dtype: str
-    expert: int | None = None
+    at: tuple[int, ...] = ()
     first: int = 0
 
     def read(self, begin: int, end: int) -> torch.Tensor:
-        rows = slice(self.first + begin, self.first + end)
-        return self.shard.read(self.name, rows if self.expert is None else (self.expert, rows))
+        return self.shard.read(self.name, (*self.at, slice(self.first + begin, self.first + end)))
 
 
 class Checkpoint:
@@ -125,7 +124,7 @@ class Checkpoint:
         for name, stored in [*self._stored.items()]:
             if all(stored.shape or [0]) and of_expert(name, 0) not in self._stored:  # a stack
                 one = self._stored.pop(name)._replace(shape=stored.shape[1:])
-                self._stored |= {of_expert(name, i): one._replace(expert=i) for i in range(stored.shape[0])}
+                self._stored |= {of_expert(name, i): one._replace(at=(i,)) for i in range(stored.shape[0])}
         for index, layer in enumerate(() if model is None else model.layers):
             at = f"model.layers.{index}.self_attn."
             if layer.attention.values_are_keys:  # whatever else is stored
@@ -165,9 +164,10 @@ class Checkpoint:
                 continue
             stored, wanted = self._stored[name], (num_rows or slot.shape[0], *slot.shape[1:])
             if stored.shape != wanted:
-                each = "" if stored.expert is None else " for each expert"
+                each = " for each expert" if stored.at else ""
                 wrong[stored.name] = f"{stored.name} is {list(stored.shape)}, not {list(wanted)}{each}"
-            used[name] = slot.transform is None and slot.target.dtype.is_floating_point and slot.target.itemsize > 1
+            is_value = slot.transform is None or slot.name.endswith(".weight")
+            used[name] = is_value and slot.target.dtype.is_floating_point and slot.target.itemsize > 1
             found.append(stored._replace(first=first))
         self._check_rest(used, {_region(name) for name in shapes}, missing, list(wrong.values()))
         return found
@@ -257,17 +257,19 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint) -> None:
 
 
 def _rows_at_once(slot: WeightSlot) -> int:
-    """Rows that are read or drawn at once: all of them, where they are transformed."""
-    return max(1, slot.rows[1] if slot.transform is not None else BLOCK_BYTES // (4 * prod(slot.shape[1:])))
+    """Rows that are read or drawn at once: all of them, where they are changed."""
+    is_changed = slot.transform is not None or slot.order is not None
+    return max(1, slot.rows[1] if is_changed else BLOCK_BYTES // (4 * prod(slot.shape[1:])))
 
 
 def _put(slot: WeightSlot, block: torch.Tensor, first: int) -> None:
     """Into the slot's target: rows of its tensor, from `first` on."""
     block = block if slot.cols is None else block[:, slice(*slot.cols)]
-    if slot.transform is not None or len(slot.shape) == 1:
-        slot.target.copy_(block if slot.transform is None else slot.transform(block))
-    else:
-        slot.target[first - slot.rows[0] :][: len(block)].copy_(block)
+    block = block if slot.transform is None else slot.transform(block)
+    if slot.order is not None:  # bytes, since not all types can be indexed
+        block = block.view(torch.uint8)[slot.order].view(block.dtype) if block.itemsize == 1 else block[slot.order]
+    target = slot.target if len(slot.shape) == 1 else slot.target[first - slot.rows[0] :][: len(block)]
+    target.copy_(block)
 
 
 def fill_random(parts: Iterable[Part], seed: int) -> None:
