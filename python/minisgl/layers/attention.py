@@ -62,7 +62,7 @@ class Attention(Layer):
     ) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output;
         given: what is projected, in place of the stream (twice as wide in EAGLE's heads) → the new stream."""
-        late = self.o_proj.bias if after is given is None and len(x) >= self._ops.late_from else None
+        late = self.o_proj.bias if after is None and given is None and len(x) >= self._ops.late_from else None
         if late is not None and norm is not None and self._comm.rank == 0:
             given, norm = self._ops.rms_norm(x, norm, self._eps, late), None
         q, gate = self.store(x if given is None else given, norm, step)
