@@ -193,10 +193,10 @@ class CapturedSteps(StepRunner):
         num, row = sum(share.num_samples for share in plan.reqs), self.tables.padding_row
         if before.kept is None or self.tables.places is None or self._backend.plans_captured or num < plan.num_tokens:
             plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
-        asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
+        asks = self.propose is not None and any(share.next_draft_len for share in plan.reqs)
         reqs, size = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan), plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
-        shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
+        shapes = self._wide if any(share.num_accepted or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks, before)

@@ -45,11 +45,11 @@ class HeadDrafter:
         self.left = kept, kept.new_zeros(len(kept), steps.shard.config.draft_len, dtype=torch.int64)
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
-        """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
-        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's."""
+        """computed: of the step, which has sampled `ids`. → [requests, most] int64, of which the first `next_draft_len`
+        of a request are its draft. most: 0: the head only reads the step's tokens, so that its cache has them, too."""
         head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
-        asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
+        asked, num_reqs = np.flatnonzero(batch.index.next_draft_lens), len(batch.tensors.rows)
         reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
         following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most)
         x = computed.hidden(None if computed.context else torch.arange(len(following)))
@@ -74,8 +74,8 @@ class HeadDrafter:
         if kernels is not None and isinstance(reqs, slice) and len(ids):
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
-            known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
-            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers, self.left[0][:num])
+            known = given.rows, given.next_draft_lens, given.cu_q, given.positions, tokens, inputs, ids
+            kernels.plan(*known, tables.token_ids, tables.padding_row, bool(skips), *parts, numbers, self.left[0][:num])
             return *parts, numbers.flatten(2)
         following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]
@@ -83,9 +83,9 @@ class HeadDrafter:
         owner, last = torch.searchsorted(ends, tokens, right=True), (torch.searchsorted(tokens, ends) - 1).clamp(min=0)
         last = tokens[last.scatter_reduce(0, owner, wrong, "amin")].long()[reqs] if most else last
         told, place = (torch.arange(*some, dtype=ends.dtype, device=ids.device) for some in (passes, (0, places)))
-        first, wanted = given.positions[last, None] + (not skips) + told[:, None, None], given.num_drafts[reqs, None]
-        is_wanted = wanted >= torch.maximum(told[:, None, None] + 1, place)  # [passes, requests, places]
-        found = given.rows[reqs, None], first + place, first + wanted.clamp(max=places - 1) + 1
+        first, lens = given.positions[last, None] + (not skips) + told[:, None, None], given.next_draft_lens[reqs, None]
+        is_wanted = lens >= torch.maximum(told[:, None, None] + 1, place)  # [passes, requests, places]
+        found = given.rows[reqs, None], first + place, first + lens.clamp(max=places - 1) + 1
         told = torch.stack([x.where(is_wanted, no) for x, no in zip(found, (tables.padding_row, 0, 1), strict=True)])
         return following, last, following[last], told.flatten(2)
 
@@ -115,7 +115,7 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
         if not most and batch.attention.is_decode:  # nobody wants any: that its cache lacks tokens costs guesses alone
             return None
         told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
-        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
+        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.next_draft_lens
         ops.module.draft(model, steps.tables.token_ids, *sampled, told)
         return told
 

@@ -34,7 +34,7 @@ class Launched(NamedTuple):
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
-    drafts: Tensor | None = None  # [m, longest] int32 or int64: of all m requests, as far as they have `num_drafts`
+    drafts: Tensor | None = None  # [m, longest] int32 or int64: of all m requests, `next_draft_len` of each are of use
     plan: StepPlan = StepPlan(-1, (), (), ())  # as it was computed
     kept: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
 
@@ -47,7 +47,7 @@ class Launched(NamedTuple):
         else:  # each request samples one
             token_ids = [*zip(left)]
         told = () if self.drafts is None else enumerate(self.drafts.tolist())
-        drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].num_drafts)}
+        drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].next_draft_len)}
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
 
@@ -146,7 +146,7 @@ class StepRunner:
 
     def _drafts(self, batch: Batch, computed: Computed, ids: Tensor) -> Tensor | None:
         try:
-            return self.propose and self.propose(batch, computed, ids, int(batch.index.num_drafts.max()))
+            return self.propose and self.propose(batch, computed, ids, int(batch.index.next_draft_lens.max()))
         except Exception:
             if self.shard.comm.size > 1:  # other ranks may be in a collective
                 raise

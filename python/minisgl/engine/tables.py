@@ -30,7 +30,7 @@ class StepIndex(NamedTuple):
     sample_rows: IntArray  # [n] of the tables
     logit_tokens: IntArray  # [n]: which of the t
     rows: IntArray  # [m] of the tables
-    num_drafts: IntArray  # [m]
+    next_draft_lens: IntArray  # [m]
     drafted: IntArray  # [2 * m]: of each, how many tokens of its last draft held; then of each, those of this one
     follows: IntArray  # [m]: `ScheduledReq.follows`
     seq_lens: IntArray  # [m] tokens, this step's included
@@ -49,9 +49,9 @@ class StepIndex(NamedTuple):
         """reqs: not empty."""
         words = pack(f"{len(reqs) * len(reqs[0])}q", *chain.from_iterable(reqs))  # numpy's own ways take twice as long
         table = np.frombuffer(words, np.int64).reshape(len(reqs), -1)
-        rows, starts, num_new, num_samples, num_drafts, num_held, follows = table.T.copy()
+        rows, starts, num_new, num_samples, next_draft_lens, num_accepted, follows = table.T.copy()
         seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
-        counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0))), follows
+        counts = next_draft_lens, np.concatenate((num_accepted, np.maximum(num_samples - 1, 0))), follows
         if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
             rest = offsets[:-1], rows, *counts
             return StepIndex(starts, num_new, seq_lens, rows, *rest, seq_lens, offsets, rows, starts, seq_lens)
@@ -79,7 +79,7 @@ class StepTensors(NamedTuple):
     sample_rows: torch.Tensor
     logit_tokens: torch.Tensor
     rows: torch.Tensor
-    num_drafts: torch.Tensor
+    next_draft_lens: torch.Tensor
     drafted: torch.Tensor
     follows: torch.Tensor
     seq_lens: torch.Tensor
@@ -143,7 +143,7 @@ def resolved(plan: StepPlan, before: StepPlan, result: StepResult, kept: list[in
         if share.follows:
             row, i = share.row, share.follows - 1
             num = sum(kept[i : i + 1])  # there is none if that step has failed
-            share = share._replace(start=share.start + num, num_held=num * has_states, follows=0)
+            share = share._replace(start=share.start + num, num_accepted=num * has_states, follows=0)
             if row in drafts:
                 told = result.drafts.get(i) or [0] * share.num_samples
                 drafts[row] = Draft(row, drafts[row].position + num, tuple(told[: share.num_samples - 1]))
