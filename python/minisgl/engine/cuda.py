@@ -191,8 +191,9 @@ class CapturedSteps(StepRunner):
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         num, row = sum(share.num_samples for share in plan.reqs), self.tables.padding_row
-        if before.kept is None or self.tables.places is None or self._backend.plans_captured or num < plan.num_tokens:
-            plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
+        finds_start = before.accepted is not None and self.tables.places is not None  # a captured step, on the device
+        if not finds_start or self._backend.plans_captured or num < plan.num_tokens:
+            plan = self._resolved(plan, before)
         asks = self.propose is not None and any(share.next_draft_len for share in plan.reqs)
         reqs, size = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan), plan.num_tokens
         # The narrow ones tell no drafts, and know of none that states are to take in.
@@ -215,8 +216,8 @@ class CapturedSteps(StepRunner):
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
         drafts = None if told is None or self.propose is None else told[: len(plan.reqs)]
-        kept = self.left[0][: len(plan.reqs)] if self.left and drafts is not None and shape.is_wide else None
-        return launched._replace(drafts=drafts, plan=plan, kept=kept)
+        accepted = self.left[0][: len(plan.reqs)] if self.left and drafts is not None and shape.is_wide else None
+        return launched._replace(drafts=drafts, plan=plan, accepted=accepted)
 
     def _as_captured(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
         """The requests of a step with drafts, or with prompts for which it would take longer to launch op by op than it
