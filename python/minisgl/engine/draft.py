@@ -17,7 +17,7 @@ from minisgl.models.heads import Head
 
 
 class SecondModel(ModelShard):
-    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
+    """A model in the place of a head: it reads tokens, the last one included, and no hidden states of the model."""
 
     skips_last, block = False, None
 
@@ -34,13 +34,13 @@ class SecondModel(ModelShard):
 
 
 class HeadDrafter:
-    """Says what may come after the last token that will be kept of each request. All of it can be captured."""
+    """Drafts what may come after the last accepted token of each request. All of it can be captured in a CUDA graph."""
 
     def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, *num_pages: int) -> None:
         """layers: of the steps, whose cache a head reads, too; num_pages: of a second model's own."""
         self._head, self._steps = head, steps
         self._layers = layers.of(head, *num_pages) if isinstance(head, SecondModel) else layers
-        # What a captured step leaves to the next: of each request's draft so many tokens held, and what it tells.
+        # What a captured step leaves to the next one: of each request the number of accepted tokens, and its new draft.
         kept = torch.zeros(most_samples(steps.tables.padding_row) + 1, dtype=torch.int32, device=steps.shard.device)
         self.left = kept, kept.new_zeros(len(kept), steps.shard.config.draft_len, dtype=torch.int64)
 
