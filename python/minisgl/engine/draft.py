@@ -66,8 +66,8 @@ class HeadDrafter:
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
     def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
-        """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
-        sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
+        """→ int64: the token after each of the step's; of each of `reqs`, who get drafts, the index of the token that
+        samples the last accepted one, and that one; rows, positions and lengths of [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
         skips, places, num = int(self._head.skips_last), 1 + most * bool(self._head.block), len(given.rows)
         passes, tokens, ends = (skips, max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]
@@ -100,7 +100,7 @@ class HeadDrafter:
 
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
-    """To a CPU's steps, if there is one. model: of the kernels, which owns a head that they compute; 0: none."""
+    """Add a drafter to a CPU's steps, if the model has one. model: handle of the kernels' model; 0: there is none."""
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
