@@ -28,8 +28,8 @@ class Prediction:
 
     def __init__(self, text: Sequence[int] | TokenIds, num_seen: int) -> None:
         self._text, self._place, self._begin, self._num_seen = np.array(text, np.int32), 0, num_seen, num_seen
-        self._length = self._longest = MAX_MATCH  # how many of the last tokens stand before the place; the most so far
-        self._repeats = True  # whether the last two tokens may stand in the text
+        self._length = self._longest = MAX_MATCH  # so many of the last tokens are before the place; the most so far
+        self._repeats = True  # whether it may be that the last two are in the text
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         new, self._num_seen = req.tokens[self._num_seen :], len(req.tokens)
@@ -78,7 +78,7 @@ class TreePath(Prediction):
         self._page_size, self._again = page_size, 0  # how many tokens there have to be for another search
 
     def _seek(self, req: Req) -> None:
-        """Go down from the request's handle; again only when the tokens behind it are more by an eighth."""
+        """Go down from the request's handle; once for each eighth that the tokens behind it have become more."""
         self._length = self._longest = 1 if self._again else MAX_MATCH
         self._text, self._place = self._text[:0], 0
         if len(req.tokens) < self._again:
