@@ -39,13 +39,10 @@ class Launched(NamedTuple):
     accepted: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
 
     def result(self, plan: StepPlan) -> StepResult:
-        """Of tensors that the host can read."""
+        """Of tensors that the host can read. Without drafts, each request that samples has one token."""
         logprobs, prompts = ({} if told is None else told.result() for told in (self.logprobs, self.prompt_logprobs))
-        left = iter(self.ids.tolist())
-        if plan.drafts:
-            token_ids = [tuple(islice(left, share.num_samples)) for share in plan.reqs if share.num_samples]
-        else:  # each request samples one
-            token_ids = [*zip(left)]
+        left, counts = iter(self.ids.tolist()), (share.num_samples for share in plan.reqs if share.num_samples)
+        token_ids: list[tuple[int, ...]] = [tuple(islice(left, num)) for num in counts] if plan.drafts else [*zip(left)]
         told = () if self.drafts is None else enumerate(self.drafts.tolist())
         drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].next_draft_len)}
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)

@@ -108,8 +108,7 @@ class RowTables:
         self.page_size, self.window = page_size, window
         self.window_pages = np.zeros_like(self.pages) if window else self.pages
         self._sampling = records(num_rows)  # positions: of no use here
-        self.logit_rules = LogitRules(num_rows)
-        self.logprob_rules, self.pooled = LogprobRules(), PooledRows()
+        self.logit_rules, self.logprob_rules, self.pooled = LogitRules(num_rows), LogprobRules(), PooledRows()
 
     def apply(self, plan: StepPlan) -> None:
         """Write the plan's admissions and page updates."""
