@@ -115,15 +115,15 @@ class SimulatedEngine:
         guesses, ids, told = {draft.row: draft.ids for draft in plan.drafts}, iter(result.token_ids), {}
         for i, share in enumerate(plan.reqs):
             sampled = next(ids) if share.num_samples else ()
-            if share.num_drafts:
+            if share.next_draft_len:
                 kept = num_right(guesses.get(share.row, ()), sampled)
                 end = share.start + share.num_new - share.num_samples + 1 + kept
                 tokens = [*self._tokens[share.row, :end].tolist(), sampled[kept]]
                 right = self.told(tuple(tokens))
-                for place in range(share.num_drafts * (right >= 0)):
+                for place in range(share.next_draft_len * (right >= 0)):
                     token = next_token(tuple(tokens), self.vocab_size)
                     tokens.append(token if place < right else (token + 1) % self.vocab_size)
-                told[i] = tokens[-share.num_drafts :] if right >= 0 else []
+                told[i] = tokens[-share.next_draft_len :] if right >= 0 else []
         return told
 
     def _vectors(self, plan: StepPlan) -> dict[int, bytes]:
@@ -141,7 +141,7 @@ class SimulatedEngine:
 
     def _run(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
-        for row, start, num_new, num_samples, _, num_held, _ in plan.reqs:
+        for row, start, num_new, num_samples, _, num_accepted, _ in plan.reqs:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
@@ -150,7 +150,7 @@ class SimulatedEngine:
             if self.config.has_states:
                 salt, seen, kept = self._states[row]
                 known = (self._salts[row], ids[:start]) if start else (None, ())
-                assert (salt, seen + kept[:num_held]) == known, "a state has seen other tokens than its sequence's"
+                assert (salt, seen + kept[:num_accepted]) == known, "a state has seen other tokens than its sequence's"
                 sure = start + num_new - max(0, num_samples - 1)
                 self._states[row] = self._salts[row], ids[:sure], ids[sure:]
         sampled: list[tuple[int, ...]] = []

@@ -251,22 +251,22 @@ class ScheduledReq(NamedTuple):
 
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
     them (one, and one for each drafted token; none in prefill chunks but the last) yields the token at the position
-    after it, which the engine writes into the buffer. A request for a vector has none. Of so many tokens behind those
-    the engine tells what they may be: its `num_drafts`, for which the row has pages."""
+    after it, which the engine writes into the buffer. A request for a vector has none. `next_draft_len`: as many tokens
+    the engine is to draft for the next step; the row has pages for them."""
 
     row: int
     start: int
     num_new: int
     num_samples: int
-    num_drafts: int = 0
-    num_held: int = 0  # tokens of its last draft, which states only keep, that these take in before all else
-    follows: int = 0  # 1 + its place in the step before: behind what that keeps of its draft; `start`: if it keeps none
+    next_draft_len: int = 0
+    num_accepted: int = 0  # tokens of its last draft that recurrent states have still to take in, before all else
+    follows: int = 0  # 1 + its place in the step before: it starts behind what that accepts; `start` counts none of it
 
 
 class Draft(NamedTuple):
-    """What a row's next tokens may be, the last of its share: written to the token buffer from `position` on before
-    the step's tokens are computed. What the token before samples says whether one was right. ids: `ID_PENDING` where
-    they are those that the engine tells in the step before (`ScheduledReq.follows`)."""
+    """Guesses of a row's next tokens, which its share verifies as its last ones: written to the token buffer from
+    `position` on before the step is computed. One is accepted if the token before it samples the same. ids:
+    `ID_PENDING` for those that the engine drafts in the step before (`ScheduledReq.follows`)."""
 
     row: int
     position: int
@@ -340,7 +340,7 @@ class StepResult(NamedTuple):
 
 
 def num_right(draft: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens of a draft hold, in whose places a step has sampled `ids`: each one before which it was right."""
+    """How many tokens of a draft are accepted where a step has sampled `ids`: those before the first wrong one."""
     return next((i for i in range(len(draft)) if draft[i] != ids[i] or ids[i + 1] < -1), len(draft))
 
 

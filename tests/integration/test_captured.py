@@ -186,7 +186,7 @@ class Engine:
         self.num_plain = 0  # steps that only decode, and whose states are up to date
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> Any:
-        self.num_plain += plan.num_decode == len(plan.reqs) and not any(share.num_held for share in plan.reqs)
+        self.num_plain += plan.num_decode == len(plan.reqs) and not any(share.num_accepted for share in plan.reqs)
         with torch.inference_mode():
             result: StepResult = self.steps.launch(plan, masks).result(plan)
         return SimpleNamespace(result=lambda: result)

@@ -37,7 +37,7 @@ def planned(ops: Any, reqs: list[ScheduledReq], head: Any, most: int, seed: int)
     """What is planned for a draft of so many tokens behind a step of these requests, half of whose drafts are wrong."""
     generator, index = torch.Generator().manual_seed(seed), StepIndex.of(reqs)
     table = torch.randint(3, (NUM_ROWS, LENGTH), generator=generator, dtype=torch.int32).cuda()
-    names = "logit_tokens", "rows", "num_drafts", "token_rows", "positions"
+    names = "logit_tokens", "rows", "next_draft_lens", "token_rows", "positions"
     numbers = {name: torch.from_numpy(getattr(index, name).astype(np.int32)).cuda() for name in names}
     tensors = SimpleNamespace(**numbers, cu_q=torch.from_numpy(index.offsets.astype(np.int32)).cuda())
     input_ids = table[tensors.token_rows.long(), tensors.positions.long()].long()

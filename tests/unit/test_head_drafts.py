@@ -29,10 +29,10 @@ class HeadEngine(SimulatedEngine):
         assert planned is not None
         result, told = self.submit(planned.plan).result(), dict[int, list[int]]()
         for index, (req, share) in enumerate(zip(planned.reqs, planned.plan.reqs, strict=True)):
-            if share.num_drafts:
+            if share.next_draft_len:
                 known = len(req.tokens) - req.prompt_len + len(result.token_ids[index])  # if all of its draft was right
-                output = expected_output([req.uid, 1, 2], req.max_len + share.num_drafts, ())
-                told[index] = [id if self.is_right else 60 for id in output[known : known + share.num_drafts]]
+                output = expected_output([req.uid, 1, 2], req.max_len + share.next_draft_len, ())
+                told[index] = [id if self.is_right else 60 for id in output[known : known + share.next_draft_len]]
                 self.num_asked += 1
         planner.retire(result._replace(drafts=told))
 

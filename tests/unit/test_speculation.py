@@ -16,7 +16,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Grammar, Req, ReqOutput, SamplingParams, ScheduledReq
 from minisgl.kvcache.radix import PrefixCache
 from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, QUOTED, Lookup, Prediction, TreePath, find_repeated
-from minisgl.scheduler.plan import Growing
+from minisgl.scheduler.plan import PlanBuilder
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Lengths, Speculation
 from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
@@ -489,7 +489,7 @@ def test_who_has_failed_gets_guesses_again_in_time() -> None:
     shares = [(req, ScheduledReq(0, 11, 1, 1))]
     speculation._rates[1], num = 0.42, 0
     while not speculation._wanted(shares, 1):
-        assert not speculation._drafts(shares, 1, Growing(8))
+        assert not speculation._drafts(shares, 1, PlanBuilder(8))
         num += 1
         assert num < 1000
     assert num > 30

@@ -73,7 +73,7 @@ class FamilyFields(Fields):
 def read_model_config(path: str | Path, override: Mapping[str, Any] | None = None, mtp: bool = False) -> ModelConfig:
     """Read `config.json` of a local Hugging Face model directory, and the ends that its other files name.
 
-    override: merged into `config.json` before it is read. mtp: whether the head that foretells tokens is used.
+    override: merged into `config.json` before it is read. mtp: whether the head for multi-token prediction is used.
     Raises: ConfigError naming the missing file, the value of the wrong kind, or what is not supported.
     """
     path = Path(path)
@@ -177,7 +177,7 @@ def _layers(f: FamilyFields) -> tuple[tuple[LayerSpec, ...], tuple[RopeConfig, .
 
 
 def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """Of the head for multi-token prediction, if there is one: as the last of the model that has keys and values."""
+    """The layer of the head for multi-token prediction, if there is one: like the model's last with keys and values."""
     if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
         return ()
     spec = [layer for layer in layers if isinstance(layer.attention.cache, PagedKV)][-1]
@@ -186,7 +186,7 @@ def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
 
 
 def _heads(f: Fields, kinds: Sequence[str] = ()) -> PagedKV:
-    """Of attention. kinds: of layers, where those are meant that see all, which Gemma 4 has of another size."""
+    """Heads of attention. kinds: of all layers, to get the heads of those that see all (Gemma 4: of other size)."""
     num_heads, told = f.integer("num_attention_heads", 0), f.child("per_layer_config")
     num_kv = f.integer("num_key_value_heads", num_heads)
     dim = f.integer("head_dim", f.integer("hidden_size", 0) // num_heads)
@@ -283,7 +283,7 @@ def _mlps(f: FamilyFields, sources: Sequence[int | None]) -> list[DenseMLP | MoE
 
 
 def _architecture(f: Fields) -> str:
-    """The first that is supported; without any, the one that goes by this `model_type`, as in transformers."""
+    """The first of `architectures` that is supported; without that key, the one of `model_type`, as in transformers."""
     names = f.list_of(str, "architectures")
     if not names:
         names = [name for name, family in FAMILIES.items() if family.model_type == f.text("model_type", None)]

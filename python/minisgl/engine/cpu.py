@@ -96,7 +96,7 @@ class WholeStep:
         num_logits = len(input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
-        self._angles.reach(int((batch.index.seq_lens + batch.index.num_drafts).max()))
+        self._angles.reach(int((batch.index.seq_lens + batch.index.next_draft_lens).max()))
         logits, tables = self._logits[:num_logits], self._tables
         sequences, pages, page_size = self._backend.prepare(batch.attention)
         numbers = input_ids, batch.tensors.positions, *slots, sequences, pages, tables.window_table, page_size

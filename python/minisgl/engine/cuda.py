@@ -139,7 +139,7 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
 
 
 def create_steps(shard: ModelShard) -> tuple[tuple[int, int], "CapturedSteps"]:
-    """The numbers of pages of the KV cache, and what launches steps with it."""
+    """→ pages of the KV cache (of layers that see all, and of those with windows), and what launches steps."""
     config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
     second = SecondModel(shard, *config.model.second) if config.model.second and not shard.head else None
@@ -153,7 +153,7 @@ def create_steps(shard: ModelShard) -> tuple[tuple[int, int], "CapturedSteps"]:
 
 
 def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend, second: SecondModel | None) -> int:
-    """What the largest step takes, with a cache of no more pages than it needs."""
+    """Bytes that the largest step takes, measured with a cache of no more pages than it needs."""
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, tables, backend, [num_pages] * 2, max_batch=0, second=second)
@@ -181,46 +181,47 @@ class CapturedSteps(StepRunner):
             drafter = HeadDrafter(head, self, self._layers, *num_pages)
             self.propose, self.left = drafter.propose, drafter.left if shard.ops.draft is not None else None
         longest, kinds = shard.config.draft_len, shard.config.model.states
-        self._has_states, self._belong = bool(kinds), bool(kinds) or head is not None  # tokens of a request, in layers
+        self._has_states, self._by_request = bool(kinds), bool(kinds) or head is not None  # layers know requests
         can = not kinds or shard.ops.captures_chunks(kinds)
-        self._shapes = captured_shapes(max_batch, longest * (self._belong and can), shard.config.max_seq_len)
+        self._shapes = captured_shapes(max_batch, longest * (self._by_request and can), shard.config.max_seq_len)
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._counting = torch.arange(max_batch + 1, dtype=torch.int32, device=shard.device)
         self._graphs = DecodeGraphs(self._capture, self._shapes)
 
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
-        """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
+        """Replay a captured step that holds the plan, padded with requests of nobody's; else launch op by op."""
         num, row = sum(share.num_samples for share in plan.reqs), self.tables.padding_row
-        if before.kept is None or self.tables.places is None or self._backend.plans_captured or num < plan.num_tokens:
-            plan = self._resolved(plan, before)  # else a captured step finds itself where it goes on
-        asks = self.propose is not None and any(share.num_drafts for share in plan.reqs)
+        finds_start = before.accepted is not None and self.tables.places is not None  # a captured step, on the device
+        if not finds_start or self._backend.plans_captured or num < plan.num_tokens:
+            plan = self._resolved(plan, before)
+        asks = self.propose is not None and any(share.next_draft_len for share in plan.reqs)
         reqs, size = plan.reqs if plan.num_decode == len(plan.reqs) else self._as_captured(plan), plan.num_tokens
-        # The narrow ones tell no drafts, and know of none that states are to take in.
-        shapes = self._wide if any(share.num_held or share.follows for share in reqs) else self._shapes
+        # Plain graphs make no drafts, and let states take in no accepted tokens.
+        shapes = self._wide if any(share.num_accepted or share.follows for share in reqs) else self._shapes
         found = (fit(self._wide, reqs, row) if asks else None) or fit(shapes, reqs, row)
         if found is None:
             return super()._launch(plan, masks, before)
-        (shape, padding), few = found, 1 + self.shard.config.draft_len
+        (shape, padding), usual = found, 1 + self.shard.config.draft_len
         index = StepIndex.of((*reqs, *padding))
         if num < size:
             index = index.all_sampled(num, row)
-        if are_new := num < size or bool(plan.admissions):  # what one writes others may read in the same step
-            self.tables.fresh.fill_(max(size, few))
+        if are_new := num < size or bool(plan.admissions):  # requests may read what others write in the same step
+            self.tables.fresh.fill_(max(size, usual))
         self.tables.send(plan, index, masks)
         if self._backend.plans_captured:
             self._backend.prepare_both(self._batch(index, shape).attention, captured=True)
         ids, told = self._graphs.replay(shape)
         if are_new:
-            self.tables.fresh.fill_(few)
+            self.tables.fresh.fill_(usual)
         source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
         launched = self._finish(plan, masks, index, ids[:num], source)
         drafts = None if told is None or self.propose is None else told[: len(plan.reqs)]
-        kept = self.left[0][: len(plan.reqs)] if self.left and drafts is not None and shape.is_wide else None
-        return launched._replace(drafts=drafts, plan=plan, kept=kept)
+        accepted = self.left[0][: len(plan.reqs)] if self.left and drafts is not None and shape.is_wide else None
+        return launched._replace(drafts=drafts, plan=plan, accepted=accepted)
 
     def _as_captured(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
-        """The requests of a step with drafts, or with prompts for which it would take longer to launch op by op than it
-        takes to read what is before each of their tokens; none where it cannot be captured."""
+        """The requests, as a captured step has them, of a step with drafts, or with prompts so short that reading all
+        before each of their tokens takes less time than a launch op by op; none where it cannot be captured."""
         host, row = self.tables.host, self.tables.padding_row
         prompts = [req for req in plan.reqs if req.num_new > req.num_samples]
         num_read = sum(req.num_new * (req.start + req.num_new) for req in prompts)
@@ -229,11 +230,11 @@ class CapturedSteps(StepRunner):
         if logprobs is not None or num_read > _PROMPT_READS * can:
             return ()
         nobody = [ScheduledReq(row, 0, 1, 1)] * bool(prompts)
-        return (*plan.reqs, *nobody) if self._belong else one_by_one(plan.reqs)
+        return (*plan.reqs, *nobody) if self._by_request else one_by_one(plan.reqs)
 
     def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
-        """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the
-        keys and values of those before it."""
+        """The batch of a captured step, whose numbers were sent. In a wide one each token is a sequence of its own to
+        attention, which has the keys and values of those before it."""
         batch = self.batch(index, shape.num_reqs)
         if not shape.is_wide:
             return batch
@@ -245,7 +246,7 @@ class CapturedSteps(StepRunner):
     def _sample(
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
     ) -> Tensor:
-        if ids is not None:  # the drafts were written over, to which penalties look back
+        if ids is not None:  # the replay has overwritten the drafts, which penalties count
             self.tables.write_drafts()
         return super()._sample(logits, tensors, rules, ids)
 

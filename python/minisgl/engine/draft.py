@@ -17,7 +17,7 @@ from minisgl.models.heads import Head
 
 
 class SecondModel(ModelShard):
-    """A model in the place of a head: it reads tokens, the last one included, and nothing of what the model makes."""
+    """A model in the place of a head: it reads tokens, the last one included, and no hidden states of the model."""
 
     skips_last, block = False, None
 
@@ -34,22 +34,22 @@ class SecondModel(ModelShard):
 
 
 class HeadDrafter:
-    """Says what may come after the last token that will be kept of each request. All of it can be captured."""
+    """Drafts what may come after the last accepted token of each request. All of it can be captured in a CUDA graph."""
 
     def __init__(self, head: Head | SecondModel, steps: StepRunner, layers: LayerByLayer, *num_pages: int) -> None:
         """layers: of the steps, whose cache a head reads, too; num_pages: of a second model's own."""
         self._head, self._steps = head, steps
         self._layers = layers.of(head, *num_pages) if isinstance(head, SecondModel) else layers
-        # What a captured step leaves to the next: of each request's draft so many tokens held, and what it tells.
+        # What a captured step leaves to the next one: of each request the number of accepted tokens, and its new draft.
         kept = torch.zeros(most_samples(steps.tables.padding_row) + 1, dtype=torch.int32, device=steps.shard.device)
         self.left = kept, kept.new_zeros(len(kept), steps.shard.config.draft_len, dtype=torch.int64)
 
     def propose(self, batch: Batch, computed: Computed, ids: Tensor, most: int) -> Tensor:
-        """computed: of the step, which has sampled `ids`. → [requests, most] whole numbers; the first `num_drafts` of a
-        request are of use. most: 0: the head only reads the step's tokens: its cache is as long as the model's."""
+        """computed: of the step, which has sampled `ids`. → [requests, most] int64, of which the first `next_draft_len`
+        of a request are its draft. most: 0: the head only reads the step's tokens, so that its cache has them, too."""
         head, context = self._head, computed.context if isinstance(self._head, Head) else None  # which is a head's, too
         context = context or self._layers.context(batch, captured=batch.attention.is_decode)
-        asked, num_reqs = np.flatnonzero(batch.index.num_drafts), len(batch.tensors.rows)
+        asked, num_reqs = np.flatnonzero(batch.index.next_draft_lens), len(batch.tensors.rows)
         reqs = to_device(asked, ids.device) if 0 < len(asked) < num_reqs else slice(None)  # nobody: captured for any
         following, last, token, numbers = self._plan(batch, computed.input_ids, ids, reqs, most)
         x = computed.hidden(None if computed.context else torch.arange(len(following)))
@@ -66,16 +66,16 @@ class HeadDrafter:
         return drafts if isinstance(reqs, slice) else drafts.new_zeros(num_reqs, most).index_copy_(0, reqs, drafts)
 
     def _plan(self, batch: Batch, inputs: Tensor, ids: Tensor, reqs: Tensor | slice, most: int) -> tuple[Tensor, ...]:
-        """→ int64: the token after each of the step; of each of `reqs`, who want drafts, from which the last token is
-        sampled that is kept, and that one. And each pass's rows, positions, lengths, [3, passes, requests * places]."""
+        """→ int64: the token after each of the step's; of each of `reqs`, who get drafts, the index of the token that
+        samples the last accepted one, and that one; rows, positions and lengths of [3, passes, requests * places]."""
         given, tables, kernels = batch.tensors, self._steps.tables, self._steps.shard.ops.draft
         skips, places, num = int(self._head.skips_last), 1 + most * bool(self._head.block), len(given.rows)
         passes, tokens, ends = (skips, max(skips, 1 if places > 1 else most)), given.logit_tokens, given.cu_q[1:]
         if kernels is not None and isinstance(reqs, slice) and len(ids):
             parts = ids.new_empty(len(inputs) + 2 * num, dtype=torch.int64).split((len(inputs), num, num))
             numbers = ids.new_empty(3, passes[1] - passes[0], num, places)
-            known = given.rows, given.num_drafts, given.cu_q, given.positions, tokens, inputs, ids, tables.token_ids
-            kernels.plan(*known, tables.padding_row, bool(skips), *parts, numbers, self.left[0][:num])
+            known = given.rows, given.next_draft_lens, given.cu_q, given.positions, tokens, inputs, ids
+            kernels.plan(*known, tables.token_ids, tables.padding_row, bool(skips), *parts, numbers, self.left[0][:num])
             return *parts, numbers.flatten(2)
         following = tables.token_ids[given.token_rows.long(), given.positions.long() + 1].long()
         next_ids = inputs[(tokens.long() + 1).clamp(max=len(inputs) - 1)]
@@ -83,9 +83,9 @@ class HeadDrafter:
         owner, last = torch.searchsorted(ends, tokens, right=True), (torch.searchsorted(tokens, ends) - 1).clamp(min=0)
         last = tokens[last.scatter_reduce(0, owner, wrong, "amin")].long()[reqs] if most else last
         told, place = (torch.arange(*some, dtype=ends.dtype, device=ids.device) for some in (passes, (0, places)))
-        first, wanted = given.positions[last, None] + (not skips) + told[:, None, None], given.num_drafts[reqs, None]
-        is_wanted = wanted >= torch.maximum(told[:, None, None] + 1, place)  # [passes, requests, places]
-        found = given.rows[reqs, None], first + place, first + wanted.clamp(max=places - 1) + 1
+        first, lens = given.positions[last, None] + (not skips) + told[:, None, None], given.next_draft_lens[reqs, None]
+        is_wanted = lens >= torch.maximum(told[:, None, None] + 1, place)  # [passes, requests, places]
+        found = given.rows[reqs, None], first + place, first + lens.clamp(max=places - 1) + 1
         told = torch.stack([x.where(is_wanted, no) for x, no in zip(found, (tables.padding_row, 0, 1), strict=True)])
         return following, last, following[last], told.flatten(2)
 
@@ -100,7 +100,7 @@ class HeadDrafter:
 
 
 def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int) -> None:
-    """To a CPU's steps, if there is one. model: of the kernels, which owns a head that they compute; 0: none."""
+    """Add a drafter to a CPU's steps, if the model has one. model: handle of the kernels' model; 0: there is none."""
     shard, second = steps.shard, steps.shard.config.model.second
     head: Head | SecondModel | None = SecondModel(shard, *second) if second and not shard.head else shard.head
     spec = head.cpu_spec() if ops is not None and model and isinstance(head, Head) else None
@@ -115,7 +115,7 @@ def add_drafter(steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, mod
         if not most and batch.attention.is_decode:  # nobody wants any: that its cache lacks tokens costs guesses alone
             return None
         told = torch.empty((len(batch.index.rows), most), dtype=torch.int32)
-        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.num_drafts
+        sampled = computed.input_ids, batch.tensors.logit_tokens, ids, batch.tensors.next_draft_lens
         ops.module.draft(model, steps.tables.token_ids, *sampled, told)
         return told
 

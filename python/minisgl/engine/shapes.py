@@ -30,8 +30,8 @@ class GraphShape(NamedTuple):
 
 
 def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[GraphShape]:
-    """Of steps of up to `max_batch` tokens, by size. draft_len: of the longest draft, where layers with states or heads
-    must know which tokens are of one request: there are further shapes, of whole drafts and of one more, nobody's."""
+    """Steps of up to `max_batch` tokens, by size: of one token a request; and wide ones, of n or n + 1 requests with
+    the tokens of n whole drafts. draft_len: of these, where layers (states, heads) need to know whose a token is."""
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
     each, most = 1 + draft_len, min(max_batch, max_seq_len) * (draft_len > 0)
     wide = [GraphShape(n * each, n + more) for n in {*sizes, most // each} for more in (0, 1) if 0 < n * each <= most]
@@ -39,14 +39,14 @@ def captured_shapes(max_batch: int, draft_len: int, max_seq_len: int) -> list[Gr
 
 
 def fit(shapes: Sequence[GraphShape], reqs: Sequence[ScheduledReq], row: int) -> tuple[GraphShape, Reqs] | None:
-    """The smallest that holds a step of `reqs`, and the requests of `row`, nobody's, that fill it. shapes: by size."""
+    """The smallest shape that holds `reqs`, and requests of `row`, nobody's, that fill it, if any. shapes: by size."""
     begin = bisect.bisect_left(shapes, sum(req.num_new for req in reqs), key=lambda shape: shape.num_tokens)
     padded = ((shape, shape.padding(reqs, row)) for shape in shapes[begin:] if reqs)
     return next(((shape, more) for shape, more in padded if more is not None), None)
 
 
 def one_by_one(reqs: Sequence[ScheduledReq]) -> Reqs:
-    """A request for each token, first of those that sample."""
+    """The same tokens with a request for each: those that sample first, and in their order."""
     parts = [(req, req.num_new - req.num_samples, req.num_new) for req in reqs]
     parts += [(req, 0, first) for req, first, _ in parts if first]
     return tuple(ScheduledReq(req.row, req.start + i, 1, 1) for req, first, end in parts for i in range(first, end))

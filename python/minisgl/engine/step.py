@@ -28,26 +28,23 @@ Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
 
 
 class Launched(NamedTuple):
-    """A step's results, which are there when the device has computed it."""
+    """A step's results: m requests, n samples. Their values are there when the device has computed the step."""
 
     ids: Tensor  # [n] int32
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
-    drafts: Tensor | None = None  # [m, longest] int32 or int64: of all m requests, as far as they have `num_drafts`
+    drafts: Tensor | None = None  # [m, longest] int32 or int64: of all m requests, `next_draft_len` of each are of use
     plan: StepPlan = StepPlan(-1, (), (), ())  # as it was computed
-    kept: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
+    accepted: Tensor | None = None  # [m] int32: tokens of its drafts, where the device alone knows what these were
 
     def result(self, plan: StepPlan) -> StepResult:
-        """Of tensors that the host can read."""
+        """Of tensors that the host can read. Without drafts, each request that samples has one token."""
         logprobs, prompts = ({} if told is None else told.result() for told in (self.logprobs, self.prompt_logprobs))
-        left = iter(self.ids.tolist())
-        if plan.drafts:
-            token_ids = [tuple(islice(left, share.num_samples)) for share in plan.reqs if share.num_samples]
-        else:  # each request samples one
-            token_ids = [*zip(left)]
+        left, counts = iter(self.ids.tolist()), (share.num_samples for share in plan.reqs if share.num_samples)
+        token_ids: list[tuple[int, ...]] = [tuple(islice(left, num)) for num in counts] if plan.drafts else [*zip(left)]
         told = () if self.drafts is None else enumerate(self.drafts.tolist())
-        drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].num_drafts)}
+        drafts = {i: ids[:num] for i, ids in told if (num := plan.reqs[i].next_draft_len)}
         return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
 
@@ -102,7 +99,7 @@ class LayerByLayer:
 
 
 class StepRunner:
-    """Launches steps, in order. forward: computes the layers of one; propose: says what may follow the ids of one."""
+    """Launches steps, in order. forward: computes the layers of one; propose: drafts what follows its ids, if any."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
@@ -110,7 +107,7 @@ class StepRunner:
         self._before = Launched(tables.token_ids[0, :0])
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
-        """Its results are on their way to the host, from a GPU to pinned memory."""
+        """Launch a step → its results, on their way to the host, from a GPU to pinned memory."""
         self.tables.host.apply(plan)
         self.kv.states.copy(plan.states)
         nothing = Launched(self.tables.token_ids[0, :0])
@@ -121,12 +118,12 @@ class StepRunner:
         return self._before
 
     def _resolved(self, plan: StepPlan, before: Launched) -> StepPlan:
-        """With what the step before has left; it waits for that."""
+        """The plan with starts and drafts that only the step before knows: if there are such, it waits for that."""
         if not any(share.follows for share in plan.reqs):
             return plan
         self.tables.token_ids[0, 0].item()  # what is on its way from a device is there then
-        kept = [] if before.kept is None else before.kept.tolist()
-        return resolved(plan, before.plan, before.result(before.plan), kept, bool(self.shard.config.model.states))
+        accepted = [] if before.accepted is None else before.accepted.tolist()
+        return resolved(plan, before.plan, before.result(before.plan), accepted, bool(self.shard.config.model.states))
 
     def _launch(self, plan: StepPlan, masks: Masks | None, before: Launched) -> Launched:
         """Launch a step that computes something, op by op."""
@@ -146,7 +143,7 @@ class StepRunner:
 
     def _drafts(self, batch: Batch, computed: Computed, ids: Tensor) -> Tensor | None:
         try:
-            return self.propose and self.propose(batch, computed, ids, int(batch.index.num_drafts.max()))
+            return self.propose and self.propose(batch, computed, ids, int(batch.index.next_draft_lens.max()))
         except Exception:
             if self.shard.comm.size > 1:  # other ranks may be in a collective
                 raise

@@ -26,12 +26,12 @@ class StepIndex(NamedTuple):
     starts: IntArray  # [m]: the first token's position
     num_new: IntArray  # [m]
     sample_positions: IntArray  # [n] of the tokens to be sampled
-    # What the device is told, too: `StepTensors`.
+    # From here on what the device gets, too: `StepTensors`.
     sample_rows: IntArray  # [n] of the tables
     logit_tokens: IntArray  # [n]: which of the t
     rows: IntArray  # [m] of the tables
-    num_drafts: IntArray  # [m]
-    drafted: IntArray  # [2 * m]: of each, how many tokens of its last draft held; then of each, those of this one
+    next_draft_lens: IntArray  # [m]: `ScheduledReq.next_draft_len`
+    drafted: IntArray  # [2 * m]: `num_accepted` of each request, then how many drafted tokens each of them verifies
     follows: IntArray  # [m]: `ScheduledReq.follows`
     seq_lens: IntArray  # [m] tokens, this step's included
     offsets: IntArray  # [m + 1]: request i has tokens [offsets[i], offsets[i + 1])
@@ -41,7 +41,7 @@ class StepIndex(NamedTuple):
 
     @property
     def numbers(self) -> tuple[IntArray, ...]:
-        """What the device is told."""
+        """What is copied to the device, in the order of `StepTensors`."""
         return self[3:]
 
     @staticmethod
@@ -49,9 +49,9 @@ class StepIndex(NamedTuple):
         """reqs: not empty."""
         words = pack(f"{len(reqs) * len(reqs[0])}q", *chain.from_iterable(reqs))  # numpy's own ways take twice as long
         table = np.frombuffer(words, np.int64).reshape(len(reqs), -1)
-        rows, starts, num_new, num_samples, num_drafts, num_held, follows = table.T.copy()
+        rows, starts, num_new, num_samples, next_draft_lens, num_accepted, follows = table.T.copy()
         seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
-        counts = num_drafts, np.concatenate((num_held, np.maximum(num_samples - 1, 0))), follows
+        counts = next_draft_lens, np.concatenate((num_accepted, np.maximum(num_samples - 1, 0))), follows
         if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
             rest = offsets[:-1], rows, *counts
             return StepIndex(starts, num_new, seq_lens, rows, *rest, seq_lens, offsets, rows, starts, seq_lens)
@@ -79,7 +79,7 @@ class StepTensors(NamedTuple):
     sample_rows: torch.Tensor
     logit_tokens: torch.Tensor
     rows: torch.Tensor
-    num_drafts: torch.Tensor
+    next_draft_lens: torch.Tensor
     drafted: torch.Tensor
     follows: torch.Tensor
     seq_lens: torch.Tensor
@@ -91,7 +91,7 @@ class StepTensors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step, ready to run."""
+    """One step, ready to run: the same numbers on the host, on the device, and as attention backends take them."""
 
     index: StepIndex
     tensors: StepTensors
@@ -108,8 +108,7 @@ class RowTables:
         self.page_size, self.window = page_size, window
         self.window_pages = np.zeros_like(self.pages) if window else self.pages
         self._sampling = records(num_rows)  # positions: of no use here
-        self.logit_rules = LogitRules(num_rows)
-        self.logprob_rules, self.pooled = LogprobRules(), PooledRows()
+        self.logit_rules, self.logprob_rules, self.pooled = LogitRules(num_rows), LogprobRules(), PooledRows()
 
     def apply(self, plan: StepPlan) -> None:
         """Write the plan's admissions and page updates."""
@@ -133,20 +132,20 @@ class RowTables:
         return words
 
 
-def resolved(plan: StepPlan, before: StepPlan, result: StepResult, kept: list[int], has_states: bool) -> StepPlan:
-    """A plan with what was not known when it was made: how far the step before has got, and what it tells. kept: tokens
-    of that one's drafts, by request; empty: its own plan says which these were."""
+def resolved(plan: StepPlan, before: StepPlan, result: StepResult, accepted: list[int], has_states: bool) -> StepPlan:
+    """The plan of a step that follows, with its starts and drafts, which were not known when it was made. before,
+    result: of the step before; accepted: how many tokens of its drafts, by request; empty: its plan has the drafts."""
     guesses, ids = {draft.row: draft.ids for draft in before.drafts}, iter(result.token_ids)
-    kept = kept or [num_right(guesses.get(one.row, ()), next(ids)) if one.num_samples else 0 for one in before.reqs]
+    accepted = accepted or [num_right(guesses.get(x.row, ()), next(ids)) if x.num_samples else 0 for x in before.reqs]
     drafts, reqs = {draft.row: draft for draft in plan.drafts}, list[ScheduledReq]()
     for share in plan.reqs:
         if share.follows:
             row, i = share.row, share.follows - 1
-            num = sum(kept[i : i + 1])  # there is none if that step has failed
-            share = share._replace(start=share.start + num, num_held=num * has_states, follows=0)
+            num = sum(accepted[i : i + 1])  # there is none if that step has failed
+            share = share._replace(start=share.start + num, num_accepted=num * has_states, follows=0)
             if row in drafts:
-                told = result.drafts.get(i) or [0] * share.num_samples
-                drafts[row] = Draft(row, drafts[row].position + num, tuple(told[: share.num_samples - 1]))
+                ids_of_engine = result.drafts.get(i) or [0] * share.num_samples
+                drafts[row] = Draft(row, drafts[row].position + num, tuple(ids_of_engine[: share.num_samples - 1]))
         reqs.append(share)
     return plan._replace(reqs=tuple(reqs), drafts=tuple(drafts.values()))
 

@@ -30,7 +30,7 @@ class MaskRow(NamedTuple):
 
 
 class NativeMatcher:
-    """As far as it is used here it is a `llguidance.LLMatcher`, which a `MaskWorker` can have, too."""
+    """A native matcher, for a `MaskWorker`, too, with the methods of `llguidance.LLMatcher` that are used here."""
 
     def __init__(self, address: int) -> None:
         self._ours, self.address = load_masks(), address
@@ -40,7 +40,7 @@ class NativeMatcher:
 
     @property
     def num_tokens(self) -> int:
-        """Of the output, that it has taken; -1: it is broken."""
+        """How many tokens of the output it has taken; -1: it is broken."""
         return int(self._ours.num_tokens_of(self.address))
 
     @property
@@ -52,7 +52,7 @@ class NativeMatcher:
         return NativeMatcher(self._ours.copy_matcher(self.address))
 
     def take(self, ids: Sequence[int], length: int) -> bool:
-        """These are the last of so many tokens of the output; those of them that it has are not taken again."""
+        """Take those of `ids`, the last tokens of an output of `length`, that it has not yet; whether it can go on."""
         return bool(self._ours.advance(self.address, length, ids, 0, 0))
 
     def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
@@ -98,7 +98,7 @@ class MaskWorker:
     """Computes masks in the order of their steps, on a thread of its own."""
 
     def __init__(self, dear: float) -> None:
-        """dear: seconds of a core."""
+        """dear: seconds of a core from which on a mask counts as dear (`num_dear`)."""
         ours = self._ours = load_masks()  # whose short functions keep Python's lock: to get it back takes longer
         for short in (ours.submit, ours.go_on, ours.tell, ours.num_dear_of, ours.last_cost_of):
             short.release_gil = False
@@ -115,8 +115,8 @@ class MaskWorker:
         return float(self._ours.last_cost_of(self._own))
 
     def submit(self, rows: npt.NDArray[np.int64] | None, words: Words, states: Words, *read: Words) -> None:
-        """Write masks and states of a step, as `core.Masks` says, later. rows: of `MaskRow`s, which name what is read;
-        None: of the last job, each with one token more, which will be in the array that is read, at its row's place."""
+        """Have masks (words: [masks, words] int32) and states ([masks] int32) of a step written later, as `core.Masks`
+        says. rows: `MaskRow`s, which refer to `read`; None: as in the last job, each with the next token, read[0]'s."""
         while self._held and MASK_PENDING not in self._held[0][0].tolist():
             self._held.popleft()
         self._held.append((states, words, *read))
@@ -132,6 +132,6 @@ class MaskWorker:
 
 
 def tell() -> None:
-    """Workers hear that tokens are written for which they wait, if there are workers."""
+    """Wake workers, if there are any: tokens that they wait for are written."""
     if load_masks.cache_info().currsize:
         load_masks().tell()

@@ -142,7 +142,7 @@ class Pages:
         self.states: list[StateCopy] = []
         self.slots = range(config.max_running_requests + 1, config.max_running_requests + 1 + config.num_snapshots)
         self.free_slots = [*self.slots]
-        self.held: dict[int, int] = {}  # by slot, how many tokens that it keeps its state is still to take in
+        self.accepted: dict[int, int] = {}  # by slot: accepted draft tokens, which its state is still to take in
         self.snapshots: dict[int, int] = {}  # slots, by the cached page before; the one used least recently first
 
     @property
@@ -239,7 +239,7 @@ class Pages:
     def copy_state(self, source: int, target: int) -> None:
         """Have the next plan make the state in a slot that of another one, or zeros."""
         self.states.append(StateCopy(source, target))
-        self.held[target] = self.held.get(source, 0)
+        self.accepted[target] = self.accepted.get(source, 0)
 
     def take_slot(self) -> int | None:
         """One that is free, or that of the snapshot used least recently; None: all are in use."""

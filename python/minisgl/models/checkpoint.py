@@ -43,9 +43,9 @@ _RENAMED_PARTS = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, _RENAMED))})(?=\
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
 
 
-class Shard:
-    """One file, of safetensors or of `torch.save`. Of the latter nothing but tensors is unpickled. `close` gives its
-    pages back."""
+class WeightFile:
+    """One file of a checkpoint: safetensors, GGUF or `torch.save`, of which nothing but tensors is unpickled. `close`
+    gives its pages back."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ class Shard:
 class Stored(NamedTuple):
     """A tensor in a file, or the part of it that is `at` an index, as an expert's in a stack; from row `first` on."""
 
-    shard: Shard
+    shard: WeightFile
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -115,9 +115,9 @@ class Checkpoint:
     def __init__(self, model_dir: str | Path, model: ModelConfig | None = None) -> None:
         places = ({model.second[0]: OF_HEAD} if model and model.mtp and model.second else {}) | {str(model_dir): ""}
         self._source, self._stored = " and ".join(places), dict[str, Stored]()
-        self._shards = {Shard(path): prefix for place, prefix in places.items() for path in weight_files(Path(place))}
-        for shard, prefix in self._shards.items():
-            for stored in shard.stored():
+        self._files = {WeightFile(path): prefix for at, prefix in places.items() for path in weight_files(Path(at))}
+        for file, prefix in self._files.items():
+            for stored in file.stored():
                 ours = prefix + our_name(stored.name)
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
@@ -192,8 +192,8 @@ class Checkpoint:
             logger.warning("%s: tensors that are no part of the model are left out: %s", self._source, listing(rest, 4))
 
     def close(self) -> None:
-        for shard in self._shards:
-            shard.close()
+        for file in self._files:
+            file.close()
 
 
 def our_name(name: str) -> str:

@@ -11,7 +11,7 @@ from minisgl.core import Req
 from minisgl.kvcache.radix import RadixNode, TokenIds, path_up
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
-QUOTED = 8  # tokens: who has said so many again goes on to; so far behind its place a text is looked at for one
+QUOTED = 8  # tokens: who has repeated so many goes on to quote; and how far behind its place one token is looked for
 _MOST_PLACES, _MOST_CHILDREN = 1024, 32  # that are looked at: of the last tokens; of a node's, for less than a page
 
 
@@ -19,12 +19,12 @@ class Drafter(Protocol):
     """A function of the calls made, the same on every rank: no clock, no randomness. It must be quick."""
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        """At most `most` ids behind those known and `num_pending` (0, 1) in flight. What it raises switches it off."""
+        """Guess up to `most` tokens behind those known and `num_pending` (0, 1) in flight. An error switches it off."""
 
 
 class Prediction:
-    """What a client expects behind a request's first `num_seen` tokens (OpenAI's `prediction`). After a difference, the
-    place is looked for where most of the last tokens are, next behind the last place, where one token is enough."""
+    """Follows a text that a client expects behind a request's first `num_seen` tokens (OpenAI's `prediction`). After a
+    difference, it goes on where most of the last tokens come again; right behind the last place one is enough."""
 
     def __init__(self, text: Sequence[int] | TokenIds, num_seen: int) -> None:
         self._text, self._place, self._begin, self._num_seen = np.array(text, np.int32), 0, num_seen, num_seen
@@ -42,7 +42,7 @@ class Prediction:
         return self._text[self._place + num_pending :][:num].tolist() if num > 0 else []
 
     def _seek(self, req: Req) -> None:
-        """Find where the output goes on, which has left the text at its place. Nowhere: a length of 0."""
+        """Find the place at which the text goes on as the output, which has left it. There is none: a length of 0."""
         num = MAX_MATCH if self._repeats else 1
         last = np.array(req.tokens[max(self._begin, len(req.tokens) - num) :], np.int32)
         behind = self._place if self._longest >= QUOTED else len(self._text)
@@ -51,8 +51,8 @@ class Prediction:
 
 
 class Lookup(Prediction):
-    """What followed a request's last tokens when they came before ("prompt lookup"): where most of them did, the last
-    time. Drafts grow with what came again, from one token, until that was `QUOTED` once; then it is a prediction."""
+    """What followed a request's last tokens when they came before ("prompt lookup"): the longest match, of these the
+    newest. Drafts grow with it, from one token on; after a match of `QUOTED` tokens the text is a prediction."""
 
     def __init__(self, req: Req) -> None:
         super().__init__(first := req.prefix[: max(1, len(req.prefix) - 1)], len(first))  # of its tokens
@@ -71,11 +71,11 @@ class Lookup(Prediction):
 
 class TreePath(Prediction):
     """What other requests of the namespace had behind the same tokens, as the prefix tree has it: of several the
-    newest. It holds no pages, and evicted text is still a guess. Where it was wrong, drafts begin with one token."""
+    newest. It holds no pages, and evicted text is still a guess. After a wrong one, drafts begin with one token."""
 
     def __init__(self, page_size: int) -> None:
         super().__init__((), 0)
-        self._page_size, self._again = page_size, 0  # so many tokens are there to be before another search
+        self._page_size, self._again = page_size, 0  # how many tokens there have to be for another search
 
     def _seek(self, req: Req) -> None:
         """Go down from the request's handle; once for each eighth that the tokens behind it have become more."""
@@ -101,8 +101,8 @@ class TreePath(Prediction):
 
 
 def find_repeated(ids: TokenIds, text: TokenIds, near: int) -> tuple[Sequence[int], int]:
-    """Where a text that goes on has the longest end of `ids`: ends, ascending, and its length, up to `MAX_MATCH`; of
-    one token only those up to `QUOTED` behind `near`. [], 0: none. ids: not empty."""
+    """The longest suffix of `ids` (not empty) in `text`, before its end → the positions behind it, ascending, and its
+    length, up to `MAX_MATCH`. One token counts only up to `QUOTED` behind `near`. [], 0: there is none."""
     if len(ids) >= MIN_MATCH:
         ends, back = np.flatnonzero(text[:-1] == ids[-1]) + 1, np.arange(1, min(MAX_MATCH, len(ids)) + 1)
         places = ends[(ends > 1) & (text[ends - 2] == ids[-2])][-_MOST_PLACES:, None]

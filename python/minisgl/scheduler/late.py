@@ -22,8 +22,8 @@ Submitted = tuple[Planned, StepHandle]
 
 
 class Row(NamedTuple):
-    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these. Their
-    masks are at `place` of the step's."""
+    """Samples of one request: the token at position `length`, and one behind each token of its draft. Their masks are
+    the step's from number `place` on."""
 
     req: Req
     output: Matching
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 class Computing(Protocol):
-    """Who computes the masks that are not computed beside Python, and has both."""
+    """Has some of a step's masks computed beside Python (`share`), and computes the others itself (`compute`)."""
 
     all_allowed: Words
 
@@ -45,7 +45,7 @@ class Computing(Protocol):
 
 
 class Beside:
-    """Has masks computed beside Python, from the first ones on that can be."""
+    """Has masks computed beside Python: by a native thread that does not need the interpreter's lock."""
 
     def __init__(self) -> None:
         self._worker: MaskWorker | None = None

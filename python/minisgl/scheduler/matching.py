@@ -16,13 +16,13 @@ CHEAP_SECONDS, FREE_SECONDS = 0.00025, 0.001  # of a core: a mask that takes so 
 
 @dataclass(slots=True, eq=False)
 class Matching:
-    """How far a request's output has got in its grammar. One thread at a time follows it."""
+    """How far a request's output has got in its grammar. One thread at a time follows it: the planner's or `job`'s."""
 
     grammar: CompiledGrammar  # held, so that the store keeps it while the request waits
-    asks_forced: bool = False  # for tokens that have to come next
+    asks_forced: bool = False  # whether the matcher is asked for tokens that have to come next
     matcher: Matcher | None = None
     taken: int = 0  # tokens of the output, by a matcher that does not count them
-    forced: Sequence[int] = ()
+    forced: Sequence[int] = ()  # such tokens, behind those that the matcher has taken
     forced_to: int = 0  # the position before which planners have been told of such tokens
     error: str | None = None  # its request is being ended
     cost: float = 0.0  # seconds of a core that the next mask may take; before the first as its grammar's others
@@ -32,7 +32,7 @@ class Matching:
 
     @property
     def num_tokens(self) -> int:
-        """Of the output, that the matcher has taken. One that has broken meanwhile is let go."""
+        """How many tokens of the output the matcher has taken. A matcher that has broken meanwhile is dropped."""
         if isinstance(self.matcher, NativeMatcher):
             if (num := self.matcher.num_tokens) >= 0:
                 return num

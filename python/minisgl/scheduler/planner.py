@@ -18,7 +18,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, ReqState, SamplingParams, ScheduledReq, StepResult
 from minisgl.kvcache.pages import SOON, Pages
 from minisgl.scheduler.drafters import Drafter
-from minisgl.scheduler.plan import Growing, Planned
+from minisgl.scheduler.plan import Pending, PlanBuilder, Planned
 from minisgl.scheduler.speculation import Speculation
 from minisgl.utils.fairness import FairQueue
 from minisgl.utils.math import align_down, div_ceil
@@ -26,13 +26,13 @@ from minisgl.utils.math import align_down, div_ceil
 # Tokens of room for each running request to grow before another one is admitted; with less it is retracted soon.
 _GROWTH_TOKENS = 64
 _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
-# A prompt's token whose log-probabilities are told takes as much of a step as so many others: logits for all words.
-_TELLING_COST = 8
-_READING = 3  # new tokens: their attention takes as long as it takes to read and widen what lies before them
+# What a prompt token with log-probabilities takes of a step's budget, in tokens: logits of the whole vocabulary.
+_LOGPROBS_COST = 8
+_READING = 3  # new tokens: reading the keys and values before them takes as long as attention of so many
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW, _LPM_OLDEST_EVERY = 128, 8
-_SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
+_SPARSE, _TEMPLATE_TOKENS = 32, 8  # where snapshots of states are due: see `_borders`
 
 
 class Planner:
@@ -47,12 +47,12 @@ class Planner:
         self.waiting: FairQueue[Req] = FairQueue()  # by uid
         self.running: list[Req] = []  # in order of admission; only the last may have much of its prefill left
         self.leaving: list[Req] = []  # finished or retracted, their pages still in use by steps in flight
-        self.inflight: deque[Planned] = deque()
+        self.inflight: deque[Planned] = deque()  # submitted and not yet retired, oldest first
         self.pages, self.speculation = Pages(config), Speculation(config, drafter)
         self._step_id = self._num_admitted = 0
+        self.num_retracted = 0  # times that a running request was sent back to the queue
         every = config.check_integrity  # steps; by default a walk, of 0.2 microseconds a page, takes next to no time
         self._check_every = max(256, config.num_pages // 50) if every is None else every
-        self.num_retracted = 0  # times that a running request was sent back to the queue
 
     def reset(self) -> KeysView[int]:
         """Forget all but the requests that have not begun → their uids; the caller ends the rest. None is in flight."""
@@ -112,7 +112,7 @@ class Planner:
 
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
-        step = Growing(self.config.max_prefill_length)
+        step = PlanBuilder(self.config.max_prefill_length)
         if (self.speculation.is_on or any(plan.drafts for plan, _ in self.inflight)) and not self._may_follow(step):
             return None
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
@@ -128,25 +128,25 @@ class Planner:
             return None
         self.speculation.lengthen(step, self.pages)
         checked = self._check_every and self._step_id % self._check_every == 0
-        planned = step.planned(self._step_id, self.pages, self.running if checked else [])
+        planned = step.build(self._step_id, self.pages, self.running if checked else [])
         self.inflight.append(planned)
         self._step_id += 1
         return planned
 
-    def _may_follow(self, step: Growing) -> bool:
-        """Whether it is known how far the steps in flight get and what may come next. If not: the same requests go on
-        behind the only one, and there are pages for all that they may keep."""
+    def _may_follow(self, step: PlanBuilder) -> bool:
+        """Whether the next step can be planned now: no step in flight verifies or makes drafts; or only one is in
+        flight, the same requests go on behind it (`step.pending`), and there are pages for all that it may accept."""
         shares = [one for plan, _ in self.inflight for one in enumerate(plan.reqs, 1)]
-        if not (shares := [(i, share) for i, share in shares if share.num_samples > 1 or share.num_drafts]):
+        if not (shares := [(i, share) for i, share in shares if share.num_samples > 1 or share.next_draft_len]):
             return True
-        step.before = {share.row: (i, share.num_samples - 1, share.num_drafts) for i, share in shares}
+        step.pending = {one.row: Pending(i, one.num_samples - 1, one.next_draft_len) for i, one in shares}
         others = [r for r in self.running if r.held or r.params.grammar or r.num_tokens > r.num_computed + 1]
         can = len(self.inflight) == 1 and not ((self.waiting and self.pages.rows) or others)  # for whom there is a row
         num = len(self.running) * div_ceil(1 + self.config.draft_len, self._page_size)
         return can and self.speculation.can_follow(self.inflight[0].plan) and self.pages.missing(num, num) <= 0
 
-    def _plan_running(self, step: Growing) -> bool:
-        """Whether there are pages for all of them."""
+    def _plan_running(self, step: PlanBuilder) -> bool:
+        """Give running requests their shares of the step, oldest first → whether there were pages for all of them."""
         has_pages, page_size, budget, keeps_states = True, self._page_size, step.budget, bool(self.pages.slots)
         for index, req in enumerate(self.running):  # a retraction takes requests off the end, none from before this one
             num_tokens, start = req.num_tokens, req.num_computed
@@ -163,7 +163,7 @@ class Planner:
                     num_new = min([num_new, *(border - start for border in req.borders if border > start)])
             if num_new > 1:  # what a token of everyone's output takes is no less if it comes a step later
                 num_new, cost = self._share(req, start, num_new, budget - (len(self.running) - index - 1))
-            most = num_new + step.before.get(req.row, (0, 0))[1]
+            most = num_new + step.pending.get(req.row, Pending()).draft_len
             if start + most > len(req.pages) * page_size and not self._grow(req, most):
                 has_pages = False
                 continue
@@ -172,7 +172,8 @@ class Planner:
         step.budget = budget
         return has_pages
 
-    def _plan_waiting(self, step: Growing) -> None:
+    def _plan_waiting(self, step: PlanBuilder) -> None:
+        """Admit waiting requests while budget, rows and pages are left."""
         while step.budget > 0 and self.waiting:
             req = self._next_waiting()
             num_new = self._admit(req, step.budget) if self.pages.rows else 0
@@ -189,12 +190,13 @@ class Planner:
     def _share(self, req: Req, start: int, num_new: int, budget: int) -> tuple[int, int]:
         """How many of so many tokens of a prompt, behind those before `start`, a step's budget holds, at least one; and
         what they take of it, with their attention (docs/adr/0030-attention-in-a-step.md)."""
-        each = _TELLING_COST if req.tells_prompt and not req.params.pooling else 1
+        each = _LOGPROBS_COST if req.tells_prompt and not req.params.pooling else 1
         span = self.config.attention_tokens
         num_new = max(1, min(num_new, ((budget + 1) * span - _READING * start - 1) // (each * span + start)))
         return num_new, num_new * each + (num_new + _READING) * start // span
 
-    def _schedule(self, req: Req, num_new: int, step: Growing) -> None:
+    def _schedule(self, req: Req, num_new: int, step: PlanBuilder) -> None:
+        """Give a request a share of `num_new` tokens, and count them as computed already."""
         start, pages = req.num_computed, self.pages
         end = req.num_computed = start + num_new
         req.num_inflight += 1
@@ -203,8 +205,8 @@ class Planner:
             pages.share(req, end)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
-        held, follows = pages.held.pop(req.row, 0), step.before.get(req.row, (0,))[0]
-        share = ScheduledReq(req.row, start, num_new, num_samples, 0, held, follows)
+        accepted, follows = pages.accepted.pop(req.row, 0), step.pending.get(req.row, Pending()).follows
+        share = ScheduledReq(req.row, start, num_new, num_samples, 0, accepted, follows)
         (step.decode if num_new == num_samples else step.prefill).append((req, share))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
@@ -212,11 +214,11 @@ class Planner:
         plan, reqs = self.inflight.popleft()
         assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
         outputs, token_ids, sample, ended = list[ReqOutput](), iter(result.token_ids), 0, ReqState.FINISHED
-        drafts, told, prompts = {draft.row: draft.ids for draft in plan.drafts}, result.logprobs, result.prompt_logprobs
+        drafts, of_samples, of_prompts = {x.row: x.ids for x in plan.drafts}, result.logprobs, result.prompt_logprobs
         for index, (req, scheduled) in enumerate(zip(reqs, plan.reqs, strict=True)):
             req.num_inflight -= 1
-            if prompts:
-                req.prompt_logprobs += prompts.get(index, b"")
+            if of_prompts:
+                req.prompt_logprobs += of_prompts.get(index, b"")
             if result.pooled and (vector := result.pooled.get(index)) is not None and req.state is not ended:
                 end = ReqOutput(req, (), FinishReason.STOP, pooled=vector)
                 outputs.append(self._finish(end) if vector else self._accept(req, (-1,)))
@@ -227,7 +229,7 @@ class Planner:
                 elif req.state is not ended:
                     if drafts and (draft := drafts.get(scheduled.row)):
                         ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
-                    logprobs = b"".join([told.get(sample + i, b"") for i in range(len(ids))]) if told else b""
+                    logprobs = b"".join([of_samples.get(sample + i, b"") for i in range(len(ids) * bool(of_samples))])
                     outputs.append(self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids, logprobs))
                 sample += len(sampled)
         self.speculation.hear(reqs, plan, result)
@@ -270,6 +272,7 @@ class Planner:
         return True
 
     def _next_waiting(self) -> Req:
+        """Of the client whose turn it is the request that comes first by the policy."""
         waiting = self.waiting.turn()
         if self.config.schedule_policy == "priority":  # of equal ones the first
             return min(waiting.values(), key=lambda req: req.params.priority)

@@ -8,7 +8,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ID_PENDING, Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
-from minisgl.scheduler.plan import Growing, Ids
+from minisgl.scheduler.plan import Ids, Pending, PlanBuilder
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Speculation:
         ngram: dict[str, Callable[[Req], Drafter]] = {"tree": lambda _: TreePath(config.page_size), "ngram": Lookup}
         own = None if drafter is None else {config.speculate: lambda _: drafter}
         self._makers = own or (ngram if config.speculate == "ngram" else {})  # who comes first is asked first
-        self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine
+        self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine for drafts
         whole = config.cuda_graph_max_bs > 0 and (self._asks or config.has_states)
         self._costs = *config.step_costs, (1 + config.draft_len) * whole
         self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
@@ -80,9 +80,9 @@ class Speculation:
         """From this position on, a request's grammar prescribes these tokens: it has no other choice."""
         self._forced[uid], self._resting = (position, ids), 0
 
-    def lengthen(self, step: Growing, pages: Pages) -> None:
-        """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
-        whose last tokens all sample. Their counts are as without, until it is known what holds."""
+    def lengthen(self, step: PlanBuilder, pages: Pages) -> None:
+        """Add drafts to the shares of a step that sample, where there are pages for these: such shares become prefill
+        whose last tokens all sample. Counts of requests stay as without, until it is known what is accepted."""
         size = 0 if step.prefill else len(step.decode)
         rest = min(size, _REST) if self._makers else _REST  # each is asked in vain as often as one request alone
         self._num_steps += (is_resting := 0 < size == self._resting <= len(self._rates) and self._num_steps < rest)
@@ -100,18 +100,18 @@ class Speculation:
             return
         step.decode, step.prefill = [], []
         for req, share in shares:
-            row, start, num_new, num_samples, num_drafts, num_held, follows = share
-            end = start + num_new + step.before.get(row, (0, 0))[1]  # at most
+            row, start, num_new, num_samples, next_draft_len, num_accepted, follows = share
+            end = start + num_new + step.pending.get(row, Pending()).draft_len  # at most
             if (ids := drafts.get(row)) and (num := self._room(req, end, len(ids), pages)):
                 step.drafts.append(Draft(row, start + num_new, tuple(ids[:num])))
                 num_new, num_samples, end = num_new + num, num_samples + num, end + num
             if (most := min(wanted.get(row, 0), req.max_len - end - 1)) > 0:
-                num_drafts = max(0, self._room(req, end, most + 1, pages) - 1)  # behind one that is sampled
-            share = ScheduledReq(row, start, num_new, num_samples, num_drafts, num_held, follows)
+                next_draft_len = max(0, self._room(req, end, most + 1, pages) - 1)  # behind one that is sampled
+            share = ScheduledReq(row, start, num_new, num_samples, next_draft_len, num_accepted, follows)
             (step.decode if num_new == num_samples == 1 else step.prefill).append((req, share))
 
     def _wanted(self, shares: Shares, num: int) -> dict[int, int]:
-        """By row, how many tokens the engine is to tell of the next step, of `num` samples; empty: they do not pay."""
+        """By row, how long a draft the engine is to make, in a step of `num` samples; empty: they would not pay."""
         lengths, wanted = Lengths(self._costs, num, num, self._most_samples - num), dict[int, int]()
         for req, share in shares:
             if share.num_samples and not req.num_stale and (req.params.grammar is None or not self._asks):
@@ -126,13 +126,13 @@ class Speculation:
         return is_own and all(share.num_new == share.num_samples for share in plan.reqs)
 
     def hear(self, reqs: Sequence[Req], plan: StepPlan, result: StepResult) -> None:
-        """What a step of the engine says may follow, by uid. Asked and telling nothing, its drafter has failed."""
-        self._asks &= bool(result.drafts) or not any(share.num_drafts for share in plan.reqs)
+        """Take in the drafts that the engine made in a step. Asked and making none, its drafter has failed."""
+        self._asks &= bool(result.drafts) or not any(share.next_draft_len for share in plan.reqs)
         self._told = {reqs[index].uid: draft for index, draft in result.drafts.items()}
 
     def settle(self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: Ids, pages: Pages) -> Ids:
-        """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right. It is
-        remembered how the draft fared, but for what is prescribed: that says nothing of guesses."""
+        """A step has sampled `ids` for a request → those that are accepted: each one before which the draft was right.
+        How the draft fared is remembered, but for what a grammar prescribes: that says nothing of guesses."""
         draft = (self._told.get(req.uid) or [0] * len(draft))[: len(draft)] if draft[0] == ID_PENDING else draft
         name, right = self._names.get(req.uid, ""), num_right(draft, ids)
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
@@ -145,7 +145,7 @@ class Speculation:
             if (rate := rates.get(key, -1.0)) >= 0 and name != "grammar":
                 rates[key] = (1 - (1 - rate) * kept**right) * (kept if num_wrong else 1)
         req.num_computed += right
-        pages.held[share.row] = right * (self._config.has_states and not req.num_inflight)  # else those who follow know
+        pages.accepted[share.row] = right * (self._config.has_states and not req.num_inflight)  # else `follows`
         return ids[: right + 1]
 
     def forget(self, uids: Collection[int]) -> None:
@@ -154,8 +154,8 @@ class Speculation:
             for uid in uids:
                 known.pop(uid, None)
 
-    def _drafts(self, shares: Shares, num_samples: int, step: Growing) -> dict[int, Sequence[int]]:
-        """By row; empty if they do not pay."""
+    def _drafts(self, shares: Shares, num_samples: int, step: PlanBuilder) -> dict[int, Sequence[int]]:
+        """By row, the draft that a share of this step verifies; empty if all together do not pay."""
         num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
         room = min(room, left) if (left := self._config.cuda_graph_max_bs - num_rows) >= 0 else room  # of its graph
         lengths, drafts = Lengths(self._costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
@@ -168,7 +168,7 @@ class Speculation:
                 can = share.num_samples and share.num_new <= 1 + self._config.draft_len  # verify drafts in this step
                 if not can or req.num_computed <= req.prompt_len or req.held or req.paced or req.num_stale:
                     continue
-                _, num_before, num_told = step.before.get(share.row, (0, 0, 0))
+                _, num_before, num_told = step.pending.get(share.row, Pending())
                 told = [ID_PENDING] * num_told if share.follows else self._told.get(req.uid, ())
                 num_pending = 0 if share.follows else req.num_tokens - 1 - len(req.tokens)
                 begin, forced = self._forced.get(req.uid, (req.num_tokens, []))
