@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
-from minisgl.parser.parts import BARE, MAX_TYPES, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
+from minisgl.grammar.schema import MAX_TYPES, PATTERNS, definitions, listed, literals, resolved
+from minisgl.parser.parts import BARE, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
 
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known

@@ -76,12 +76,9 @@ class ChatRenderer(_OpenAIRenderer):
         self.assemblers.append(assembler)
         for reply in replies:
             assembler.read(reply, self)
-        return {
-            "index": index,
-            "message": _message(assembler.blocks),
-            "logprobs": chat_logprobs(replies) if self.request.logprobs else None,
-            "finish_reason": assembler.finish_reason(replies[-1]),
-        }
+        logprobs = chat_logprobs(replies) if self.request.logprobs else None
+        told = {"logprobs": logprobs, "finish_reason": assembler.finish_reason(replies[-1])}
+        return {"index": index, "message": _message(assembler.blocks), **told}
 
     def usage(self) -> dict[str, Any]:
         num_reasoning = sum(assembler.num_reasoning for assembler in self.assemblers)
@@ -145,26 +142,19 @@ class GenerateRenderer(Renderer):
 
     def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:
         last = replies[-1]
+        counts = {"prompt_tokens": last.num_prompt_tokens, "completion_tokens": last.num_output_tokens}
+        told = {**counts, "cached_tokens": last.num_cached_tokens}
         return {
             "text": "".join(reply.text for reply in replies),
             "output_ids": unpack_ids(b"".join(reply.token_ids for reply in replies)),
-            "meta_info": {
-                "id": self.id,
-                "finish_reason": last.finish_reason,
-                "prompt_tokens": last.num_prompt_tokens,
-                "completion_tokens": last.num_output_tokens,
-                "cached_tokens": last.num_cached_tokens,
-            },
+            "meta_info": {"id": self.id, "finish_reason": last.finish_reason, **told},
         }
 
 
 def chat_logprobs(replies: Sequence[UserReply]) -> dict[str, Any]:
     """`logprobs` of a chat's choice, or of a chunk of it."""
-    content = [
-        {**_chat_token(token), "top_logprobs": [_chat_token(top) for top in token.top]}
-        for reply in replies
-        for token in reply.logprobs
-    ]
+    tokens = (token for reply in replies for token in reply.logprobs)
+    content = [{**_chat_token(token), "top_logprobs": [*map(_chat_token, token.top)]} for token in tokens]
     return {"content": content, "refusal": None}
 
 
@@ -179,17 +169,11 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: Sequence[int]) 
     alternatives always include the token itself. Of different tokens with one text the most probable one is shown.
     """
     texts = [_spelled(token.token, "bytes:") for token in tokens]
-    return {
-        "text_offset": offsets,
-        "token_logprobs": [token.logprob for token in tokens],
-        "tokens": texts,
-        "top_logprobs": [
-            None
-            if token.logprob is None
-            else {text: token.logprob} | {_spelled(top.token, "bytes:"): top.logprob for top in reversed(token.top)}
-            for token, text in zip(tokens, texts, strict=True)
-        ],
-    }
+    values = [token.logprob for token in tokens]
+    tops = ({_spelled(top.token, "bytes:"): top.logprob for top in reversed(token.top)} for token in tokens)
+    told = zip(texts, values, tops, strict=True)
+    shown = [None if value is None else {text: value} | top for text, value, top in told]
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": texts, "top_logprobs": shown}
 
 
 def mean_logprob(replies: Sequence[UserReply]) -> float:
