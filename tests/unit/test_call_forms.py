@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import SchemaError, followed
+from minisgl.grammar.schema import SchemaError, followed, json_kinds
 from minisgl.grammar.store import GrammarStore
 from minisgl.parser.tools import TOOL_PARSERS, calls_form
 from tests.unit.test_grammar import accepts, compile_in, store, walk
@@ -293,6 +293,39 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYWORDS, inner, max_size=4),
     max_leaves=12,
 )
+
+
+def test_types_within_types_are_read_once(store: GrammarStore) -> None:
+    """A schema of a few kB that names each of its parts many times, in many levels, in the API server."""
+    for key in ("anyOf", "oneOf", "allOf"):
+        defs: dict[str, Any] = {"L0": {"type": ["integer", "null"]}}
+        defs |= {f"L{level}": {key: [{"$ref": f"#/$defs/L{level - 1}"}] * 40} for level in range(1, 12)}
+        schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/L11"}}, "required": ["x"], "$defs": defs}
+        assert json_kinds(schema["properties"]["x"], schema) == {"integer", "null"}  # type: ignore[index]
+        forms = {name: form(name, "f", tools=[tool("f", schema)]) for name in FORMATS}
+        if key == "anyOf":
+            matcher = compiled(store, forms["qwen3_coder"])
+            assert accepts(matcher.deep_copy(), written("qwen3_coder", "f", {"x": 5}))
+            assert not accepts(matcher, written("qwen3_coder", "f", {"x": "b"}))
+    endless = {"properties": {"x": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/A"}]}}}
+    assert json_kinds({"$ref": "#/$defs/A"}, endless) == set()
+    for name in FORMATS:
+        form(name, "f", tools=[tool("f", endless)], required=False)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "pythonic", "gemma4"])
+def test_what_arguments_have_in_common_does_not_multiply(name: str) -> None:
+    """It would be gigabytes, in the API server, of bodies that are let in."""
+    reference = {"type": "object", "properties": {"y": {"$ref": "#/$defs/A"}}}
+    shared = {"A": {"type": "string", "description": "x" * 10000}}
+    schema = {"properties": {f"x{index}": reference for index in range(20_000)}, "$defs": shared}
+    many = {"properties": {f"x{index}": {"type": "integer"} for index in range(20_000)}}
+    for wide in (schema, many):
+        with pytest.raises(RequestError, match="tools: their calls take more than") as caught:
+            form(name, "f", tools=[tool("f", wide)])
+        assert caught.value.param == "tools"
+    few = {"properties": {f"x{index}": reference for index in range(20)}, "$defs": shared}
+    form(name, "f", tools=[tool("f", few)])
 
 
 @settings(max_examples=300, deadline=None)

@@ -6,7 +6,7 @@ property that has it; annotations are left out. An object has no properties but 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
@@ -23,7 +23,6 @@ _LISTS = (*_IN_PLACE, "prefixItems", "items")
 _NAMING = ("properties", "patternProperties")
 _TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
-MAX_TYPES = 8  # within types, which a schema may have without end
 _REFUSED: dict[str, list[Any]] = _TABLE["refused"]
 _IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's
 _FORMATS = ("email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
@@ -65,8 +64,10 @@ def resolved(schema: Any, root: Any) -> Any:
             return schema
         target = root
         for step in filter(None, reference[1:].split("/")):
-            inside = {str(at): one for at, one in enumerate(target)} if isinstance(target, list) else target
-            target = inside.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(inside, dict) else None
+            if isinstance(target, list) and re.fullmatch("[0-9]{1,6}", step):
+                target = (target[int(step) : int(step) + 1] or [None])[0]
+            else:
+                target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
         if not isinstance(target, dict):
             return schema
         schema = target
@@ -88,24 +89,33 @@ def literals(schema: Any) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
+def json_kinds(schema: Any, root: Any) -> set[str]:
     """The types that values of a schema have, as JSON schema names them; none when any may be."""
-    schema = resolved(schema, root)
-    if not isinstance(schema, dict) or depth > MAX_TYPES:
-        return set()
-    kinds = schema.get("type")
-    if isinstance(kinds, str | list):
-        return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
-    if values := literals(schema):
-        return {KINDS.get(type(value), "null") for value in values}
-    branches = [json_kinds(one, root, depth + 1) for key in _IN_PLACE for one in listed(schema, key)]
-    return set[str]().union(*branches) if all(branches) else set()
+    kinds = [_types(one) for one in leaves(schema, root, lambda one: [] if _types(one) else listed(one, *_IN_PLACE))]
+    return set[str]().union(*kinds) if all(kinds) else set()
 
 
-def definitions(schema: Any) -> dict[str, Any]:
+def _types(schema: Any) -> set[str]:
+    given: dict[str, Any] = schema if isinstance(schema, dict) else {}
+    kinds = [given["type"]] if isinstance(given.get("type"), str) else listed(given, "type")
+    return {kind for kind in kinds if isinstance(kind, str)} or {KINDS.get(type(x), "null") for x in literals(given)}
+
+
+def leaves(schema: Any, root: Any, branches: Callable[[dict[str, Any]], list[Any]]) -> list[Any]:
+    """Of the alternatives within a schema, those that have none; each once, however often a client names it."""
+    seen: dict[int, tuple[Any, list[Any]]] = {}  # by `id`; held, so that nothing else gets it
+    waiting = [schema]
+    while waiting:
+        one = resolved(waiting.pop(), root)
+        if id(one) not in seen:
+            seen[id(one)] = one, (inner := branches(one) if isinstance(one, dict) else [])
+            waiting += reversed(inner)
+    return [one for one, inner in seen.values() if not inner]
+
+
+def definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
     """What references in a schema name, which its parts need too."""
-    shared = ("$defs", "definitions", "components")
-    return {key: schema[key] for key in shared if key in schema} if isinstance(schema, dict) else {}
+    return {key: schema[key] for key in ("$defs", "definitions", "components") if key in schema}
 
 
 def followed(schema: Any) -> dict[str, Any]:
@@ -138,7 +148,7 @@ class _Follower:
 
     def _parts(self, schema: Mapping[str, Any], seen: set[str]) -> Iterator[Mapping[str, Any]]:
         """The schemas that hold for the same value as this one."""
-        inner = [part for key in _IN_PLACE for part in listed(schema, key)]
+        inner = listed(schema, *_IN_PLACE)
         if "$ref" in schema and (reference := _pointer(schema, self._root)) not in seen:
             seen.add(reference)
             inner.append(resolved(schema, self._root))
@@ -244,11 +254,10 @@ class _Follower:
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
         """The branches of `oneOf`, where their types, or a property of theirs, say which one it is."""
         ones = [resolved(branch, self._root) if isinstance(branch, dict) else {} for branch in schema["oneOf"]]
-        kinds = [{kind.replace("integer", "number") for kind in json_kinds(one, self._root)} for one in ones]
-        pairs = [*zip(ones, kinds, strict=True)]
+        pairs = [(one, {kind.replace("integer", "number") for kind in json_kinds(one, self._root)}) for one in ones]
         objects = [one for one, some in pairs if some <= {"object"} and isinstance(one.get("properties"), dict)]
         others = [kind for one, some in pairs if one not in objects for kind in some]
-        apart = all(kinds) and len({*others, "object"}) > len(others)
+        apart = all(some for _, some in pairs) and len({*others, "object"}) > len(others)
         if apart and len(objects) < 2:
             return list(schema["oneOf"])
         if not objects or not (apart or len(objects) == len(ones)):
@@ -267,10 +276,9 @@ class _Follower:
         return None
 
 
-def listed(schema: Mapping[str, Any], key: str) -> list[Any]:
-    """The members, or names, that a keyword has."""
-    value = schema.get(key)
-    return list(value) if isinstance(value, list | dict) else []
+def listed(schema: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The members, or names, that these keywords have."""
+    return [one for value in map(schema.get, keys) if isinstance(value, list | dict) for one in value]
 
 
 def _is_composed(schema: Mapping[str, Any]) -> bool:

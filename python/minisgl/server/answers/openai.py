@@ -94,12 +94,9 @@ def _message(blocks: Sequence[Block]) -> dict[str, Any]:
     content, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
     calls = [_call(block, block.text) for block in blocks if block.kind == "call"]
     nothing = None if calls or reasoning else ""
-    message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    return message
+    more = {"reasoning_content": reasoning, "tool_calls": calls}
+    message = {"role": "assistant", "content": content or nothing, "refusal": None}
+    return message | {name: value for name, value in more.items() if value}
 
 
 def _call(block: Block, arguments: str) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from minisgl.core import MAX_BIAS, MAX_COUNT, MAX_SEED, RANGES, Grammar, Range, SamplingParams
 from minisgl.errors import RequestError
+from minisgl.parser.tools import MAX_TEXT
 from minisgl.server.bodies.content import text_of
 from minisgl.server.bodies.fields import SCHEMAS, Body, Count, Ids, Items, Object, optional
 from minisgl.server.errors import at_most, refuse_unless
 
 MAX_CHOICES = 4096
-MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
 _ANY_OBJECT: Object = {"type": "object"}
 _KINDS = SCHEMAS["kinds"]
 
@@ -77,8 +77,7 @@ def _response_format(value: Any) -> list[Grammar]:
 def _structured_outputs(value: Any) -> Grammar:
     name = "structured_outputs"
     given = {key: part for key, part in value.items() if key != "whitespace" and part not in (None, False)}
-    kinds = "json, regex, choice, grammar, json_object"
-    refuse_unless(len(given) == 1, f"{name} must have exactly one of {kinds}", name)
+    refuse_unless(len(given) == 1, f"{name} must have exactly one of json, regex, choice, grammar, json_object", name)
     ((key, part),) = given.items()
     if key == "json_object":
         refuse_unless(part is True, f"{name}.json_object must be true or false", name)
