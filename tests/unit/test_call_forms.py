@@ -341,3 +341,28 @@ def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[st
             arguments = {"x": value, "type": value}
             text = written(name, "f", arguments)
             assert len(parse(parser_of(name, {"f": schema}), text)[1]) == 1
+
+
+@pytest.mark.parametrize("name", [name for name, spec in TOOL_PARSERS.items() if spec.language == "tags"])
+@pytest.mark.parametrize(
+    ("limits", "good", "bad"),
+    [
+        ({"minLength": 1}, ["a", "two\nlines", "x\n</parameter> y"], [""]),
+        ({"minLength": 2, "maxLength": 60}, ["ab", "a" * 60], ["a", "a" * 61]),
+        ({"pattern": "^https?://"}, ["http://a", "https://b\n"], ["ftp://a"]),
+        ({"pattern": "[0-9]", "maxLength": 99}, ["a5", "5\n"], ["a"]),
+        ({"pattern": "^[^@]+@[^@]+$"}, ["a@b", "a\n@b"], ["a"]),
+        ({"pattern": "^a$|^b$"}, ["a", "b"], ["ab"]),
+    ],
+    ids=str,
+)
+def test_strings_end_where_their_tag_does(
+    store: GrammarStore, name: str, limits: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    """Whatever else they may have in them: the model could never end the call."""
+    schema = {"type": "object", "properties": {"x": {"type": "string", **limits}}, "required": ["x"]}
+    matcher = compiled(store, form(name, "f", tools=[tool("f", schema)]))
+    for value in good + bad:
+        text = written(name, "f", {"x": value})
+        assert accepts(matcher.deep_copy(), text) == (value in good), value
+        assert not accepts(matcher.deep_copy(), text + "more")

@@ -311,7 +311,8 @@ NULL = {"type": "null"}
 def test_branches_told_apart_by_their_types(store: GrammarStore) -> None:
     """As nullable references of other languages' libraries are written, and enumerations of their values."""
     union: dict[str, Any] = {"oneOf": [NULL, REF_A, {"enum": [1, "a"]}, {"type": "array"}], **DEFS}
-    for value in (None, A1, 1, "a", []):
+    given: list[Any] = [None, A1, 1, "a", []]
+    for value in given:
         assert takes(store, union, value), value
     for value in (AC, {}, 2, "b", True):
         assert not takes(store, union, value), value

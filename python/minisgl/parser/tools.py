@@ -301,7 +301,7 @@ def _arguments(language: str, function: Field) -> Form:
     return {"any": starts if first < len(items) else [*starts, []]}
 
 
-_END, _QUOTES = "\n</parameter>\n", ('<|"|>', '<|"|>')
+_END, _STOP, _QUOTES = "\n</parameter>\n", r"\n<\/parameter>\n", ('<|"|>', '<|"|>')
 
 
 def _branches(schema: dict[str, Any]) -> list[Any]:
@@ -326,8 +326,10 @@ def _value(field: Field, begin: str = "", end: str = _END) -> Form:
         patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
     if not patterns:
         return [begin, {"until": end}]
-    lark = f"start: V {json.dumps(tail)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
-    form = {"kind": "grammar", "text": lark, "param": field.param, "then": end[len(tail) :]}
+    value = " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
+    if tail:  # nowhere but at the end: the longest match would go on behind it
+        value = f"(({value}) {json.dumps(tail)}) & ~/(?s:.*){_STOP}(?s:.+)/"
+    form = {"kind": "grammar", "text": f"start: V\nV: {value}", "param": field.param, "then": end[len(tail) :]}
     return [begin, form if field.binds else {**form, "or": {"until": end}}]
 
 

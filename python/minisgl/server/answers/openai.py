@@ -151,8 +151,8 @@ class GenerateRenderer(Renderer):
 def chat_logprobs(replies: Sequence[UserReply]) -> dict[str, Any]:
     """`logprobs` of a chat's choice, or of a chunk of it."""
     tokens = (token for reply in replies for token in reply.logprobs)
-    content = [{**_chat_token(token), "top_logprobs": [*map(_chat_token, token.top)]} for token in tokens]
-    return {"content": content, "refusal": None}
+    shown = [{**_chat_token(token), "top_logprobs": [*map(_chat_token, token.top)]} for token in tokens]
+    return {"content": shown, "refusal": None}
 
 
 def _chat_token(token: TokenLogprob | TopLogprob) -> dict[str, Any]:
@@ -168,8 +168,7 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: Sequence[int]) 
     texts = [_spelled(token.token, "bytes:") for token in tokens]
     values = [token.logprob for token in tokens]
     tops = ({_spelled(top.token, "bytes:"): top.logprob for top in reversed(token.top)} for token in tokens)
-    told = zip(texts, values, tops, strict=True)
-    shown = [None if value is None else {text: value} | top for text, value, top in told]
+    shown = [None if own is None else {text: own} | top for text, own, top in zip(texts, values, tops, strict=True)]
     return {"text_offset": offsets, "token_logprobs": values, "tokens": texts, "top_logprobs": shown}
 
 

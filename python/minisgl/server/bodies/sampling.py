@@ -117,8 +117,7 @@ def _bounded(text: str, name: str) -> str:
 
 Defaults = Mapping[str, float | int]  # of the model: sampling fields that a request may leave out
 MAX_STOPS, MAX_STOP_LEN = SCHEMAS["stop"]["maxItems"], SCHEMAS["stop"]["maxLength"]
-MAX_STOP_IDS = 128
-MAX_BIASES = SCHEMAS["logit_bias"]["maxProperties"]
+MAX_STOP_IDS, MAX_BIASES = 128, SCHEMAS["logit_bias"]["maxProperties"]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
