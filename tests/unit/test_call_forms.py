@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import SchemaError, followed
+from minisgl.grammar.schema import SchemaError, followed, json_kinds
 from minisgl.grammar.store import GrammarStore
 from minisgl.parser.tools import TOOL_PARSERS, calls_form
 from tests.unit.test_grammar import accepts, compile_in, store, walk
@@ -295,6 +295,39 @@ JUNK = st.recursive(
 )
 
 
+def test_types_within_types_are_read_once(store: GrammarStore) -> None:
+    """A schema of a few kB that names each of its parts many times, in many levels, in the API server."""
+    for key in ("anyOf", "oneOf", "allOf"):
+        defs: dict[str, Any] = {"L0": {"type": ["integer", "null"]}}
+        defs |= {f"L{level}": {key: [{"$ref": f"#/$defs/L{level - 1}"}] * 40} for level in range(1, 12)}
+        schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/L11"}}, "required": ["x"], "$defs": defs}
+        assert json_kinds(schema["properties"]["x"], schema) == {"integer", "null"}  # type: ignore[index]
+        forms = {name: form(name, "f", tools=[tool("f", schema)]) for name in FORMATS}
+        if key == "anyOf":
+            matcher = compiled(store, forms["qwen3_coder"])
+            assert accepts(matcher.deep_copy(), written("qwen3_coder", "f", {"x": 5}))
+            assert not accepts(matcher, written("qwen3_coder", "f", {"x": "b"}))
+    endless = {"properties": {"x": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/A"}]}}}
+    assert json_kinds({"$ref": "#/$defs/A"}, endless) == set()
+    for name in FORMATS:
+        form(name, "f", tools=[tool("f", endless)], required=False)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "pythonic", "gemma4"])
+def test_what_arguments_have_in_common_does_not_multiply(name: str) -> None:
+    """It would be gigabytes, in the API server, of bodies that are let in."""
+    reference = {"type": "object", "properties": {"y": {"$ref": "#/$defs/A"}}}
+    shared = {"A": {"type": "string", "description": "x" * 10000}}
+    schema = {"properties": {f"x{index}": reference for index in range(20_000)}, "$defs": shared}
+    many = {"properties": {f"x{index}": {"type": "integer"} for index in range(20_000)}}
+    for wide in (schema, many):
+        with pytest.raises(RequestError, match="tools: their calls take more than") as caught:
+            form(name, "f", tools=[tool("f", wide)])
+        assert caught.value.param == "tools"
+    few = {"properties": {f"x{index}": reference for index in range(20)}, "$defs": shared}
+    form(name, "f", tools=[tool("f", few)])
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(KEYWORDS, JUNK, max_size=5), st.booleans())
 def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[str, Any], required: bool) -> None:
@@ -308,3 +341,28 @@ def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[st
             arguments = {"x": value, "type": value}
             text = written(name, "f", arguments)
             assert len(parse(parser_of(name, {"f": schema}), text)[1]) == 1
+
+
+@pytest.mark.parametrize("name", [name for name, spec in TOOL_PARSERS.items() if spec.language == "tags"])
+@pytest.mark.parametrize(
+    ("limits", "good", "bad"),
+    [
+        ({"minLength": 1}, ["a", "two\nlines", "x\n</parameter> y"], [""]),
+        ({"minLength": 2, "maxLength": 60}, ["ab", "a" * 60], ["a", "a" * 61]),
+        ({"pattern": "^https?://"}, ["http://a", "https://b\n"], ["ftp://a"]),
+        ({"pattern": "[0-9]", "maxLength": 99}, ["a5", "5\n"], ["a"]),
+        ({"pattern": "^[^@]+@[^@]+$"}, ["a@b", "a\n@b"], ["a"]),
+        ({"pattern": "^a$|^b$"}, ["a", "b"], ["ab"]),
+    ],
+    ids=str,
+)
+def test_strings_end_where_their_tag_does(
+    store: GrammarStore, name: str, limits: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    """Whatever else they may have in them: the model could never end the call."""
+    schema = {"type": "object", "properties": {"x": {"type": "string", **limits}}, "required": ["x"]}
+    matcher = compiled(store, form(name, "f", tools=[tool("f", schema)]))
+    for value in good + bad:
+        text = written(name, "f", {"x": value})
+        assert accepts(matcher.deep_copy(), text) == (value in good), value
+        assert not accepts(matcher.deep_copy(), text + "more")

@@ -26,7 +26,8 @@ from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.source import VocabularyConfig
 from minisgl.grammar.store import CompiledGrammar, GrammarStore
-from minisgl.server.bodies.sampling import MAX_CHOICES, MAX_TEXT
+from minisgl.parser.tools import MAX_TEXT
+from minisgl.server.bodies.sampling import MAX_CHOICES
 from tests.schemas import schemas
 from tests.tokenizers_fixture import make_byte_level
 

@@ -7,6 +7,7 @@ import datetime
 import decimal
 import enum
 import ipaddress
+import itertools
 import json
 import pathlib
 import random
@@ -37,7 +38,8 @@ A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a
 B = {"type": "object", "properties": {"b": {"type": "integer"}}}
 DEFS = {"$defs": {"A": A, "B": B}}
 REF_A, REF_B = {"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}
-A1, AB, AC = {"a": 1}, {"a": 1, "b": 2}, {"a": 1, "c": 2}
+REF_X = {"$ref": "#/properties/x/anyOf/0"}
+A1, AB, AC, BA = {"a": 1}, {"a": 1, "b": 2}, {"a": 1, "c": 2}, {"b": 2, "a": 1}
 CLOSED: list[tuple[Any, list[Any], list[Any]]] = [
     (A, [A1], [AC, {}]),
     ({"properties": {}}, [{}], [A1]),
@@ -61,18 +63,28 @@ CLOSED: list[tuple[Any, list[Any], list[Any]]] = [
     ({**A, "additionalProperties": {"type": "integer"}}, [A1, AC], [{"a": 1, "c": "x"}]),
     ({"type": "object", "properties": {"x": {"type": "object"}}}, [{"x": AC}], []),
     ({**A, "additionalProperties": None}, [A1], [AC]),
+    # However references are written, and wherever definitions are.
+    ({"$ref": "#/definitions/Page%3CA%3E", "definitions": {"Page<A>": A}}, [A1], [AC, {"a": "x"}, 1]),
+    ({"$ref": "#/definitions/Page<A>", "definitions": {"Page<A>": A}}, [A1], [AC, {"a": "x"}, 1]),
+    ({"$ref": "#/components/schemas/A", "components": {"schemas": {"A": A}}}, [A1], [AC, {"a": "x"}]),
+    ({"$id": "http://x/y.json", "$ref": "y.json#/$defs/A", **DEFS}, [A1], [AC, {"a": "x"}]),
+    ({"$id": "http://x/y.json", "$ref": "http://x/y.json#/$defs/A", **DEFS}, [A1], [AC, {"a": "x"}]),
+    ({"$ref": "#a", "$defs": {"A": {"$anchor": "a", **A}}}, [A1], [AC, {"a": "x"}]),
+    ({"properties": {"x": {"$id": "http://x/x", **REF_A, **DEFS}}}, [{"x": A1}], [{"x": AC}, {"x": {"a": "x"}}]),
     # Compositions: by the names of all parts.
     ({"allOf": [A, B]}, [A1, AB], [AC, {"b": 1}, {"a": 1, "b": "x"}]),
     ({"allOf": [REF_A, REF_B], **DEFS}, [A1, AB], [AC]),
     ({**REF_A, **DEFS, "properties": {"b": {"type": "integer"}}}, [A1, AB], [AC, {"a": 1, "b": "x"}]),
-    ({**B, "allOf": [REF_A], **DEFS}, [A1, AB], [AC]),
-    ({**B, "anyOf": [A, {"properties": {"c": {}}, "required": ["c"]}]}, [A1, AB, {"c": 1}], [{}, {"a": 1, "d": 1}]),
+    ({**B, "allOf": [REF_A], **DEFS}, [A1, BA], [AC, AB]),
+    ({**B, "anyOf": [A, {"properties": {"c": {}}, "required": ["c"]}]}, [A1, BA, {"c": 1}], [{}, {"a": 1, "d": 1}, AB]),
+    ({"allOf": [REF_B, REF_A], **DEFS}, [A1, BA], [AB]),  # in the order of the schema
     ({"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, [AB, A1], [{}, AC]),
     ({"allOf": [{"properties": {"x": A}}, {"properties": {"x": B}}]}, [{"x": AB}], [{"y": 1}]),
     ({"allOf": [A, {**B, "additionalProperties": True}]}, [AB, AC], [{}]),
     ({"allOf": [{"allOf": [REF_A, REF_B]}, {"properties": {"c": {}}}], **DEFS}, [{**AB, "c": 1}], [{**AB, "d": 1}]),
     ({"allOf": [A, B], "unevaluatedProperties": False}, [AB], [AC]),
     ({**A, "unevaluatedProperties": False}, [A1], [AC]),
+    ({"properties": {"x": {"anyOf": [A, {}]}, "y": {"allOf": [REF_X, B]}}}, [{"y": AB}], []),
     # A part of a composition elsewhere: open there, and therefore here.
     ({"properties": {"x": REF_A, "y": {"allOf": [REF_A, REF_B]}}, **DEFS}, [{"x": A1, "y": AB}], [{"y": AC}]),
 ]  # fmt: skip
@@ -291,6 +303,52 @@ def test_branches_told_apart(store: GrammarStore) -> None:
     defs["B"]["properties"]["t"] = {"enum": ["a", "b"]}  # type: ignore[index]
     with pytest.raises(RequestError, match="oneOf"):
         compile_in(store, "json", schema)
+
+
+NULL = {"type": "null"}
+
+
+def test_branches_told_apart_by_their_types(store: GrammarStore) -> None:
+    """As nullable references of other languages' libraries are written, and enumerations of their values."""
+    union: dict[str, Any] = {"oneOf": [NULL, REF_A, {"enum": [1, "a"]}, {"type": "array"}], **DEFS}
+    given: list[Any] = [None, A1, 1, "a", []]
+    for value in given:
+        assert takes(store, union, value), value
+    for value in (AC, {}, 2, "b", True):
+        assert not takes(store, union, value), value
+    tagged = {name: {**A, "properties": {"t": {"const": name}}, "required": ["t"]} for name in "AB"}
+    union = {"oneOf": [REF_A, NULL, REF_B], "$defs": tagged}
+    assert all(takes(store, union, value) for value in (None, {"t": "A"}, {"t": "B"})) and not takes(store, union, {})
+    untyped = {name: {"properties": {"t": {"const": name}}, "required": ["t"]} for name in "AB"}
+    assert not takes(store, {"oneOf": [REF_A, REF_B], "$defs": untyped}, 5)  # it would match both
+    for branches in ([NULL, {"$ref": "#/$defs/A"}], [{"type": "integer"}, {"type": "number"}], [NULL, True]):
+        with pytest.raises(RequestError, match="oneOf"):
+            compile_in(store, "json", {"oneOf": branches, "$defs": untyped})
+
+
+def test_bounds_beyond_what_the_compiler_has(store: GrammarStore) -> None:
+    """Those of 64 bits and of floats, as libraries write them for their types."""
+    for kind in ("integer", "number"):
+        for least, most in ((-(2**63), 2**63 - 1), (0, 2**64 - 1), (-3.4028234663852886e38, 3.4028234663852886e38)):
+            schema = {"type": kind, "minimum": least, "maximum": most}
+            assert takes(store, schema, 10**18) and takes(store, schema, 0), schema
+            assert takes(store, schema, -5) == (least < 0), schema
+    with pytest.raises(RequestError, match="range"):
+        compile_in(store, "json", {"type": "number", "minimum": 1e30})
+
+
+@pytest.mark.parametrize("form", ["date", "date-time"])
+def test_dates_are_in_the_calendar(store: GrammarStore, form: str) -> None:
+    matcher = compile_in(store, "json", {"type": "string", "format": form})
+    for year, month in itertools.product((0, 1, 4, 100, 400, 1000, 1900, 2000, 2021, 2024, 9999), range(14)):
+        for day in (0, 1, 28, 29, 30, 31, 32):
+            text = f"{year:04}-{month:02}-{day:02}"
+            try:
+                is_one = bool(datetime.date.fromisoformat(text))
+            except ValueError:
+                is_one = False
+            written = json.dumps(text + "T01:02:03Z" * (form == "date-time"))
+            assert accepts(matcher.deep_copy(), written) == is_one, text
 
 
 @st.composite

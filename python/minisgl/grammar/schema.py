@@ -6,22 +6,27 @@ property that has it; annotations are left out. An object has no properties but 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import msgspec
 
 Way = tuple[str, ...]  # to a schema within another
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names and schemas
+_DEFINITIONS = ("$defs", "definitions", "schemas")  # the last one in "components"
+_MAPS = ("properties", "patternProperties", *_DEFINITIONS)  # of names and schemas
 _IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
 _LISTS = (*_IN_PLACE, "prefixItems", "items")
 _NAMING = ("properties", "patternProperties")
 _TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
+KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _REFUSED: dict[str, list[Any]] = _TABLE["refused"]
 _IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's
-_FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
+_FORMATS = ("email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
+_BOUNDS = (("minimum", "exclusiveMinimum", max, -(10**18)), ("maximum", "exclusiveMaximum", min, 10**18))
 _DECIMAL = "^(?!^[-+.]*$)"  # how older versions of pydantic say that a decimal number has a digit
 
 
@@ -47,23 +52,33 @@ def children(schema: Mapping[str, Any]) -> Iterator[tuple[Way, Any]]:
             yield from (((key, name), inner) for name, inner in value.items())
         elif key in _LISTS and isinstance(value, list):
             yield from (((key, str(index)), inner) for index, inner in enumerate(value))
-        elif key in ("items", "additionalItems", "additionalProperties") and isinstance(value, dict):
+        elif key in ("items", "additionalItems", "additionalProperties", "components") and isinstance(value, dict):
             yield (key,), value
 
 
 def resolved(schema: Any, root: Any) -> Any:
     """What a schema that is a reference within `root` stands for; the schema itself when it is none."""
     for _ in range(16):
-        reference = schema.get("$ref") if isinstance(schema, dict) else None
-        if not isinstance(reference, str) or reference[:2] not in ("#", "#/"):
+        reference = _pointer(schema, root) if isinstance(schema, dict) else ""
+        if reference[:2] not in ("#", "#/"):
             return schema
         target = root
         for step in filter(None, reference[1:].split("/")):
-            target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+            if isinstance(target, list) and re.fullmatch("[0-9]{1,6}", step):
+                target = (target[int(step) : int(step) + 1] or [None])[0]
+            else:
+                target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
         if not isinstance(target, dict):
             return schema
         schema = target
     return schema
+
+
+def _pointer(schema: Mapping[str, Any], root: Any) -> str:
+    """Its reference, without what URIs escape, and without the name of `root`, which other libraries put before it."""
+    document, sign, pointer = str(schema.get("$ref")).partition("#")
+    own = str(root.get("$id", "") if isinstance(root, dict) else "").rstrip("#")
+    return "#" + unquote(pointer) if document in ("", own, own.rpartition("/")[2]) else document + sign + pointer
 
 
 def literals(schema: Any) -> list[Any]:
@@ -74,9 +89,33 @@ def literals(schema: Any) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def definitions(schema: Any) -> dict[str, Any]:
+def json_kinds(schema: Any, root: Any) -> set[str]:
+    """The types that values of a schema have, as JSON schema names them; none when any may be."""
+    kinds = [_types(one) for one in leaves(schema, root, lambda one: [] if _types(one) else listed(one, *_IN_PLACE))]
+    return set[str]().union(*kinds) if all(kinds) else set()
+
+
+def _types(schema: Any) -> set[str]:
+    given: dict[str, Any] = schema if isinstance(schema, dict) else {}
+    kinds = [given["type"]] if isinstance(given.get("type"), str) else listed(given, "type")
+    return {kind for kind in kinds if isinstance(kind, str)} or {KINDS.get(type(x), "null") for x in literals(given)}
+
+
+def leaves(schema: Any, root: Any, branches: Callable[[dict[str, Any]], list[Any]]) -> list[Any]:
+    """Of the alternatives within a schema, those that have none; each once, however often a client names it."""
+    seen: dict[int, tuple[Any, list[Any]]] = {}  # by `id`; held, so that nothing else gets it
+    waiting = [schema]
+    while waiting:
+        one = resolved(waiting.pop(), root)
+        if id(one) not in seen:
+            seen[id(one)] = one, (inner := branches(one) if isinstance(one, dict) else [])
+            waiting += reversed(inner)
+    return [one for one, inner in seen.values() if not inner]
+
+
+def definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
     """What references in a schema name, which its parts need too."""
-    return {key: schema[key] for key in ("$defs", "definitions") if key in schema} if isinstance(schema, dict) else {}
+    return {key: schema[key] for key in ("$defs", "definitions", "components") if key in schema}
 
 
 def followed(schema: Any) -> dict[str, Any]:
@@ -101,17 +140,17 @@ class _Follower:
         for key in (*_MAPS, "required", "enum", "prefixItems", *_IN_PLACE):
             if not isinstance(schema.get(key), (dict if key in _MAPS else list) | None):
                 raise SchemaError(f"{key} must be {'an object' if key in _MAPS else 'a list'}", path)
-        self._used.add(str(schema.get("$ref")))
+        self._used.add(_pointer(schema, self._root))
         if _is_composed(schema):
-            self._open.update(str(part.get("$ref")) for part in (schema, *self._parts(schema, set())))
+            self._open.update(_pointer(part, self._root) for part in (schema, *self._parts(schema, set())))
         for way, inner in children(schema):
             self._collect(inner, (*path, *way))
 
     def _parts(self, schema: Mapping[str, Any], seen: set[str]) -> Iterator[Mapping[str, Any]]:
         """The schemas that hold for the same value as this one."""
-        inner = [part for key in _IN_PLACE for part in listed(schema, key)]
-        if "$ref" in schema and str(schema["$ref"]) not in seen:
-            seen.add(str(schema["$ref"]))
+        inner = listed(schema, *_IN_PLACE)
+        if "$ref" in schema and (reference := _pointer(schema, self._root)) not in seen:
+            seen.add(reference)
             inner.append(resolved(schema, self._root))
         for part in inner:
             if isinstance(part, dict) and part is not schema:
@@ -127,30 +166,35 @@ class _Follower:
             raise SchemaError(f"a schema must be an object, not {schema!r:.40}", path)
         seals = schema.get("unevaluatedProperties") is False
         schema, composed = self._plain(schema, path), _is_composed(schema)
-        names: set[str] | None = None
+        names: list[str] | None = None
         if composed:
-            parts = [schema, *self._parts(schema, set())]
+            parts = [*self._parts(schema, set())]
+            first = next((key for key in schema if key in ("properties", "$ref", *_IN_PLACE)), "")
+            parts.insert(0 if first == "properties" else len(parts), schema)
             named = [name for part in parts for name in listed(part, "properties")]
             shared |= {name for name in named if named.count(name) > 1}
             is_map = any("additionalProperties" in part or "patternProperties" in part for part in parts)
             if not is_map and any("properties" in part for part in parts):
-                names = {*named, *(str(name) for part in parts for name in listed(part, "required"))}
+                names = [*named, *(str(name) for part in parts for name in listed(part, "required"))]
         made = {key: copy(value) for key, value in schema.items()}
         for way, inner in children(schema):
             key, where = way[0], (*path, *way)
             pointer = "/".join(("#", *(step.replace("~", "~0").replace("/", "~1") for step in where)))
             if key in _IN_PLACE:
-                new = self.node(inner, where, "inner" if composed and closing == "all" else closing, shared)
+                is_part = closing == "all" and (composed or pointer in self._open)
+                new = self.node(inner, where, "inner" if is_part else closing, shared)
             elif closing == "none" or (key == "properties" and way[1] in shared):
                 new = self.node(inner, where, "none")
-            elif key in ("$defs", "definitions") and pointer not in self._used:
-                new = True
+            elif key in _DEFINITIONS and pointer not in self._used:
+                new = False  # if it cannot be followed, unless somebody names it all the same
+                with suppress(SchemaError):
+                    new = self.node(inner, where)
             else:
                 new = self.node(inner, where, "inner" if pointer in self._open else "all")
             holder, step = (made, key) if len(way) == 1 else (made[key], way[1])
             holder[int(step) if isinstance(holder, list) else step] = new
         if names is not None and (closing == "all" or seals):
-            made["properties"] = {**dict.fromkeys(sorted(names), True), **made.get("properties", {})}
+            made["properties"] = {**dict.fromkeys(names, True), **made.get("properties", {})}
             made["additionalProperties"] = False
         elif not composed and (seals or (closing == "all" and any(key in schema for key in _NAMING))):
             if made.keys().isdisjoint(("additionalProperties", "patternProperties")):  # what is required is no guess
@@ -171,7 +215,11 @@ class _Follower:
         for key, neutral in _REFUSED.items():
             if key in made and made.pop(key) not in neutral:
                 raise SchemaError(f"{key} is not supported", path)
-        for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if "$ref" in made and (pointer := _pointer(made, self._root))[0] == "#":
+            made["$ref"] = "#" + quote(pointer[1:], safe="/$")
+        for bound, exclusive, nearer, end in _BOUNDS:
+            for key in {bound, exclusive} & made.keys():  # no number that is sought is beyond these ends
+                made[key] = nearer(made[key], end) if type(made[key]) in (int, float) else made[key]
             if isinstance(made.get(exclusive), bool) and made.pop(exclusive) and bound in made:  # as in draft 4
                 made[exclusive] = made.pop(bound)
         patterns = [made.pop("pattern")] if "pattern" in made else []
@@ -204,10 +252,15 @@ class _Follower:
         schema["additionalProperties"] = False
 
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
-        """The branches of `oneOf`, where a property of theirs says which one it is."""
-        resolved_ones = [resolved(branch, self._root) for branch in schema["oneOf"]]
-        objects = [one for one in resolved_ones if isinstance(one, dict) and isinstance(one.get("properties"), dict)]
-        if not objects or len(objects) < len(resolved_ones):
+        """The branches of `oneOf`, where their types, or a property of theirs, say which one it is."""
+        ones = [resolved(branch, self._root) if isinstance(branch, dict) else {} for branch in schema["oneOf"]]
+        pairs = [(one, {kind.replace("integer", "number") for kind in json_kinds(one, self._root)}) for one in ones]
+        objects = [one for one, some in pairs if some <= {"object"} and isinstance(one.get("properties"), dict)]
+        others = [kind for one, some in pairs if one not in objects for kind in some]
+        apart = all(some for _, some in pairs) and len({*others, "object"}) > len(others)
+        if apart and len(objects) < 2:
+            return list(schema["oneOf"])
+        if not objects or not (apart or len(objects) == len(ones)):
             return None
         discriminator = schema.get("discriminator")
         told = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
@@ -216,14 +269,16 @@ class _Follower:
             values = [value for some in tags for value in some]
             required = told is not None or all(tag in listed(branch, "required") for branch in objects)
             if required and all(tags) and all(values.count(value) == 1 for value in values):
-                return [{**branch, "required": [*listed(branch, "required"), tag]} for branch in schema["oneOf"]]
+                return [
+                    {**one, "type": "object", "required": [*listed(one, "required"), tag]} if is_object else one
+                    for one, is_object in zip(schema["oneOf"], [one in objects for one in ones], strict=True)
+                ]
         return None
 
 
-def listed(schema: Mapping[str, Any], key: str) -> list[Any]:
-    """The members, or names, that a keyword has."""
-    value = schema.get(key)
-    return list(value) if isinstance(value, list | dict) else []
+def listed(schema: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The members, or names, that these keywords have."""
+    return [one for value in map(schema.get, keys) if isinstance(value, list | dict) for one in value]
 
 
 def _is_composed(schema: Mapping[str, Any]) -> bool:

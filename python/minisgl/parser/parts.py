@@ -9,11 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from minisgl.config.chat import reasoning_after
-from minisgl.grammar.schema import listed, literals, resolved
+from minisgl.grammar.schema import KINDS, json_kinds, resolved
 
-MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
-_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 # Names of arguments that can be read where they stand without quotes, by the language of calls.
 _WORD = r"""[\w$@](?:[^\s()[\]{},="']*[^\s()[\]{},="':+-])?"""
@@ -230,25 +228,11 @@ class BracketReader:
         return len(read), "".join(read), False
 
 
-def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
-    """The types that values of a schema have, as JSON schema names them; none when any may be."""
-    schema = resolved(schema, root)
-    if not isinstance(schema, dict) or depth > MAX_TYPES:
-        return set()
-    kinds = schema.get("type")
-    if isinstance(kinds, str | list):
-        return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
-    if values := literals(schema):
-        return {_KINDS.get(type(value), "null") for value in values}
-    branches = [json_kinds(one, root, depth + 1) for key in ("anyOf", "oneOf", "allOf") for one in listed(schema, key)]
-    return set[str]().union(*branches) if all(branches) else set()
-
-
 def typed_value(text: str, kinds: set[str]) -> str:
     """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
     if kinds != {"string"}:
         with contextlib.suppress(ValueError, RecursionError):
-            kind = _KINDS.get(type(value := _json_value(_PYTHON.get(text.strip(), text))), "null")
+            kind = KINDS.get(type(value := _json_value(_PYTHON.get(text.strip(), text))), "null")
             if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
                 return _dump(value)
     return _dump(text)

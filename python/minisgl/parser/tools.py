@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
-from minisgl.parser.parts import BARE, MAX_TYPES, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
+from minisgl.grammar.schema import PATTERNS, definitions, leaves, listed, literals, resolved
+from minisgl.parser.parts import BARE, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
 
 Form = Any  # of `grammar/source.py`
+MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
 _OTHER = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "propertyNames", "additionalProperties")
 _OBJECT = {"type": "object"}
@@ -231,11 +232,19 @@ class Field(NamedTuple):
     schema: dict[str, Any]
     param: str
     binds: bool
+    room: list[int]  # one number: characters of schemas that there may be still
     needed: bool = True
 
     def json(self, otherwise: dict[str, Any], whitespace: str = "compact") -> Form:
         form = {"kind": "json", "text": json.dumps(self.schema), "whitespace": whitespace, "param": self.param}
+        self.take(len(form["text"]))
         return form if self.binds else {**form, "or": {**form, "text": json.dumps(otherwise)}}
+
+    def take(self, size: int) -> None:
+        """Raises: RequestError before schemas with many parts in common make a form that is out of all proportion."""
+        self.room[0] -= size
+        if self.room[0] < 0:
+            raise RequestError(f"tools: their calls take more than {MAX_TEXT} characters to describe", param="tools")
 
     def maybe(self, form: Form) -> Form:
         return form if self.needed else {"any": [form, []]}
@@ -251,9 +260,10 @@ def calls_form(
     parallel: there may be several calls. required: arguments match their schema, or the request is refused; else that
     is so for functions that are `strict`, and others whose schema cannot be followed have any arguments.
     """
+    room = [MAX_TEXT]
     functions = [
-        Field(f["name"], _of_object(f), f"tools[{index}].function.parameters", required or f.get("strict") is True)
-        for index, f in enumerate(tool["function"] for tool in tools)
+        Field(f["name"], _of_object(f), f"tools[{at}].function.parameters", required or f.get("strict") is True, room)
+        for at, f in enumerate(tool["function"] for tool in tools)
         if f["name"] in names
     ]
     spec, choices = TOOL_PARSERS[parser or UNKNOWN], []
@@ -286,20 +296,24 @@ def _arguments(language: str, function: Field) -> Form:
     items = [[f"{f.name}:", _value(f, *_QUOTES)] if named else [f"{f.name}=", f.json({}, "python")] for f in fields]
     behind = [field.maybe(["," if named else ", ", item]) for field, item in zip(fields, items, strict=True)]
     first = next((index for index, field in enumerate(fields) if field.needed), len(items))
+    function.take(8 * first * len(fields))  # as each of the first ones may be left out
     starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
     return {"any": starts if first < len(items) else [*starts, []]}
 
 
-_END, _QUOTES = "\n</parameter>\n", ('<|"|>', '<|"|>')
+_END, _STOP, _QUOTES = "\n</parameter>\n", r"\n<\/parameter>\n", ('<|"|>', '<|"|>')
 
 
-def _value(field: Field, begin: str = "", end: str = _END, depth: int = 0) -> Form:
-    """An argument before the end of its tag, or as Gemma 4 writes it: strings as they are from `begin` on, and JSON."""
-    schema = resolved(field.schema, field.schema)
+def _branches(schema: dict[str, Any]) -> list[Any]:
     branches = [{**schema, "type": kind} for kind in listed(schema, "type")] or schema.get("anyOf")
-    if isinstance(branches, list) and depth < MAX_TYPES and all(isinstance(branch, dict) for branch in branches):
-        shared = definitions(field.schema)
-        return {"any": [_value(field._replace(schema=shared | branch), begin, end, depth + 1) for branch in branches]}
+    return branches if isinstance(branches, list) and all(isinstance(branch, dict) for branch in branches) else []
+
+
+def _value(field: Field, begin: str = "", end: str = _END) -> Form:
+    """An argument before the end of its tag, or as Gemma 4 writes it: strings as they are from `begin` on, and JSON."""
+    schema, shared = resolved(field.schema, field.schema), definitions(field.schema)
+    if (found := leaves(schema, field.schema, _branches)) and found[0] is not schema:
+        return {"any": [_value(field._replace(schema=shared | branch), begin, end) for branch in found]}
     tail = "" if begin else end
     if values := literals(schema):
         return {"any": [[begin, one, end] if isinstance(one, str) else [json.dumps(one), tail] for one in values]}
@@ -312,8 +326,10 @@ def _value(field: Field, begin: str = "", end: str = _END, depth: int = 0) -> Fo
         patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
     if not patterns:
         return [begin, {"until": end}]
-    lark = f"start: V {json.dumps(tail)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
-    form = {"kind": "grammar", "text": lark, "param": field.param, "then": end[len(tail) :]}
+    value = " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
+    if tail:  # nowhere but at the end: the longest match would go on behind it
+        value = f"(({value}) {json.dumps(tail)}) & ~/(?s:.*){_STOP}(?s:.+)/"
+    form = {"kind": "grammar", "text": f"start: V\nV: {value}", "param": field.param, "then": end[len(tail) :]}
     return [begin, form if field.binds else {**form, "or": {"until": end}}]
 
 
@@ -324,18 +340,18 @@ def _searched(pattern: str) -> str:
     return f"{'' if start else '(?s:.*)'}({inner}){'' if end else '(?s:.*)'}"
 
 
-def _fields(function: Field) -> list[Field]:
+def _fields(whole: Field) -> list[Field]:
     """The arguments of a function. Raises: RequestError when its schema has no list of them."""
-    schema = resolved(function.schema, function.schema)
+    schema = resolved(whole.schema, whole.schema)
     fields = schema.get("properties") or {}
     if any(schema.get(key) not in (None, True, False, {}) for key in _OTHER) or not isinstance(fields, dict):
-        message = f"{function.param} must be an object of named properties, for this model's format of calls"
-        raise RequestError(message, param=function.param)
-    shared, required = definitions(function.schema), [*map(str, listed(schema, "required"))]
+        message = f"{whole.param} must be an object of named properties, for this model's format of calls"
+        raise RequestError(message, param=whole.param)
+    shared, needed = definitions(whole.schema), [*map(str, listed(schema, "required"))]
     if schema.get("additionalProperties") is not False:  # what is required may be named there alone
-        fields = {name: fields.get(name, {}) for name in (*fields, *required)}
+        fields = {name: fields.get(name, {}) for name in (*fields, *needed)}
     return [
-        Field(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
+        whole._replace(name=name, schema=shared | own, param=f"{whole.param}.properties.{name}", needed=name in needed)
         for name, schema in fields.items()
-        if isinstance(inner := {} if schema is True else schema, dict)
+        if isinstance(own := {} if schema is True else schema, dict)
     ]

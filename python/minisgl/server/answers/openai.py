@@ -76,12 +76,9 @@ class ChatRenderer(_OpenAIRenderer):
         self.assemblers.append(assembler)
         for reply in replies:
             assembler.read(reply, self)
-        return {
-            "index": index,
-            "message": _message(assembler.blocks),
-            "logprobs": chat_logprobs(replies) if self.request.logprobs else None,
-            "finish_reason": assembler.finish_reason(replies[-1]),
-        }
+        logprobs = chat_logprobs(replies) if self.request.logprobs else None
+        told = {"logprobs": logprobs, "finish_reason": assembler.finish_reason(replies[-1])}
+        return {"index": index, "message": _message(assembler.blocks), **told}
 
     def usage(self) -> dict[str, Any]:
         num_reasoning = sum(assembler.num_reasoning for assembler in self.assemblers)
@@ -97,12 +94,9 @@ def _message(blocks: Sequence[Block]) -> dict[str, Any]:
     content, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
     calls = [_call(block, block.text) for block in blocks if block.kind == "call"]
     nothing = None if calls or reasoning else ""
-    message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    return message
+    more = {"reasoning_content": reasoning, "tool_calls": calls}
+    message = {"role": "assistant", "content": content or nothing, "refusal": None}
+    return message | {name: value for name, value in more.items() if value}
 
 
 def _call(block: Block, arguments: str) -> dict[str, Any]:
@@ -145,27 +139,20 @@ class GenerateRenderer(Renderer):
 
     def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:
         last = replies[-1]
+        counts = {"prompt_tokens": last.num_prompt_tokens, "completion_tokens": last.num_output_tokens}
+        told = {**counts, "cached_tokens": last.num_cached_tokens}
         return {
             "text": "".join(reply.text for reply in replies),
             "output_ids": unpack_ids(b"".join(reply.token_ids for reply in replies)),
-            "meta_info": {
-                "id": self.id,
-                "finish_reason": last.finish_reason,
-                "prompt_tokens": last.num_prompt_tokens,
-                "completion_tokens": last.num_output_tokens,
-                "cached_tokens": last.num_cached_tokens,
-            },
+            "meta_info": {"id": self.id, "finish_reason": last.finish_reason, **told},
         }
 
 
 def chat_logprobs(replies: Sequence[UserReply]) -> dict[str, Any]:
     """`logprobs` of a chat's choice, or of a chunk of it."""
-    content = [
-        {**_chat_token(token), "top_logprobs": [_chat_token(top) for top in token.top]}
-        for reply in replies
-        for token in reply.logprobs
-    ]
-    return {"content": content, "refusal": None}
+    tokens = (token for reply in replies for token in reply.logprobs)
+    shown = [{**_chat_token(token), "top_logprobs": [*map(_chat_token, token.top)]} for token in tokens]
+    return {"content": shown, "refusal": None}
 
 
 def _chat_token(token: TokenLogprob | TopLogprob) -> dict[str, Any]:
@@ -179,17 +166,10 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: Sequence[int]) 
     alternatives always include the token itself. Of different tokens with one text the most probable one is shown.
     """
     texts = [_spelled(token.token, "bytes:") for token in tokens]
-    return {
-        "text_offset": offsets,
-        "token_logprobs": [token.logprob for token in tokens],
-        "tokens": texts,
-        "top_logprobs": [
-            None
-            if token.logprob is None
-            else {text: token.logprob} | {_spelled(top.token, "bytes:"): top.logprob for top in reversed(token.top)}
-            for token, text in zip(tokens, texts, strict=True)
-        ],
-    }
+    values = [token.logprob for token in tokens]
+    tops = ({_spelled(top.token, "bytes:"): top.logprob for top in reversed(token.top)} for token in tokens)
+    shown = [None if own is None else {text: own} | top for text, own, top in zip(texts, values, tops, strict=True)]
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": texts, "top_logprobs": shown}
 
 
 def mean_logprob(replies: Sequence[UserReply]) -> float:

@@ -203,13 +203,10 @@ class Renderer(ABC):
         num_output = sum(reply.num_output_tokens for reply in self.last.values())
         right, wrong = (sum(reply.drafted[i] for reply in self.last.values()) for i in (0, 1))
         drafted = {"accepted_prediction_tokens": right, "rejected_prediction_tokens": wrong}
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_output,
-            "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)},
-            **({"completion_tokens_details": drafted} if right + wrong else {}),
-        }
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+        cached = {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)}
+        more = {"completion_tokens_details": drafted} if right + wrong else {}
+        return {**counts, "prompt_tokens_details": cached, **more}
 
     # What is told of a block: when it begins, when more text of it has come, and when it is whole.
     def begin(self, block: Block) -> Events:  # noqa: ARG002

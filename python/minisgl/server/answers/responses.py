@@ -52,11 +52,10 @@ class ResponsesRenderer(MessageRenderer):
             "model": self.model,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
-            "temperature": params.temperature,
             "text": {"format": (body.text or {}).get("format") or {"type": "text"}, "verbosity": "medium"},
             "tool_choice": body.tool_choice or "auto",
             "tools": [_TABLE["tools"][tool["type"]] | tool for tool in tools],
-            "top_p": params.top_p,
+            **{name: getattr(params, name) for name in ("temperature", "top_p")},
         }
 
     def first_chunks(self, reply: UserReply) -> Events:  # noqa: ARG002
@@ -125,15 +124,11 @@ class ResponsesRenderer(MessageRenderer):
         response = self._response(_STATUS.get(reason, "completed"), self.output)
         if reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        usage, num_reasoning = self.usage(), self.assembler.num_reasoning
+        usage, details = self.usage(), {"output_tokens_details": {"reasoning_tokens": self.assembler.num_reasoning}}
         response["completed_at"] = int(time.time())
-        response["usage"] = {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},  # writing costs nobody
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": num_reasoning},
-            "total_tokens": usage["total_tokens"],
-        }
+        details["input_tokens_details"] = {**usage["prompt_tokens_details"], "cache_write_tokens": 0}  # costs nobody
+        counts = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+        response["usage"] = {**counts, **details, "total_tokens": usage["total_tokens"]}
         if self.keep is not None and self.request.body.store is not False:
             self.keep(response, self.request.items)
         return response

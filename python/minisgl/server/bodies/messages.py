@@ -54,7 +54,7 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     """Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
     body = load(MessagesBody, data, reading)
-    named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "chat_template_kwargs")
+    named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "tool_choice", "chat_template_kwargs")
     messages, config = _messages(body), body.output_config or {}
     last = messages[-1] if messages else {}
 
@@ -69,7 +69,6 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
         "stop": body.stop_sequences or body.stop,
         "thinking": body.thinking and body.thinking.model_dump(),
         "tools": functions_of(body.tools or (), {"custom": function}, reading, OBJECTS["described_tool"]),
-        "tool_choice": body.tool_choice,
         "reasoning_effort": config.get("effort"),
         "response_format": config.get("format") or body.output_format,
     }

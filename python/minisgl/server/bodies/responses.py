@@ -125,11 +125,9 @@ def _function(tool: Object) -> Object:
     return {name: tool[name] for name in OBJECTS["function"].known if name in tool}
 
 
-_ONE_STRING = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-_FUNCTIONS: dict[str, Describe] = {
-    "function": _function,
-    "custom": lambda tool: {**_function(tool), "parameters": _ONE_STRING},  # what takes free text has one string
-}
+# What takes free text has one string.
+_FREE = {"parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}
+_FUNCTIONS: dict[str, Describe] = {"function": _function, "custom": lambda tool: _function(tool) | _FREE}
 
 
 def messages_of(items: list[Item]) -> list[Object]:

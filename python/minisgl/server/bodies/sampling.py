@@ -13,19 +13,14 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from minisgl.core import MAX_BIAS, MAX_COUNT, MAX_SEED, RANGES, Grammar, Range, SamplingParams
 from minisgl.errors import RequestError
+from minisgl.parser.tools import MAX_TEXT
 from minisgl.server.bodies.content import text_of
 from minisgl.server.bodies.fields import SCHEMAS, Body, Count, Ids, Items, Object, optional
 from minisgl.server.errors import at_most, refuse_unless
 
 MAX_CHOICES = 4096
-MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
 _ANY_OBJECT: Object = {"type": "object"}
-_KINDS = {
-    **{kind: kind for kind in ("json", "regex", "choice", "grammar")},  # in `structured_outputs`
-    **{f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")},
-    "json_schema": "json",
-    "ebnf": "grammar",
-}
+_KINDS = SCHEMAS["kinds"]
 
 
 class GrammarFields(BaseModel):
@@ -82,8 +77,7 @@ def _response_format(value: Any) -> list[Grammar]:
 def _structured_outputs(value: Any) -> Grammar:
     name = "structured_outputs"
     given = {key: part for key, part in value.items() if key != "whitespace" and part not in (None, False)}
-    kinds = "json, regex, choice, grammar, json_object"
-    refuse_unless(len(given) == 1, f"{name} must have exactly one of {kinds}", name)
+    refuse_unless(len(given) == 1, f"{name} must have exactly one of json, regex, choice, grammar, json_object", name)
     ((key, part),) = given.items()
     if key == "json_object":
         refuse_unless(part is True, f"{name}.json_object must be true or false", name)
@@ -122,12 +116,9 @@ def _bounded(text: str, name: str) -> str:
 
 
 Defaults = Mapping[str, float | int]  # of the model: sampling fields that a request may leave out
-MAX_STOPS, MAX_STOP_LEN = 16, 1024
-MAX_STOP_IDS = 128
-MAX_BIASES = 1024  # OpenAI's client libraries know of 300
+MAX_STOPS, MAX_STOP_LEN = SCHEMAS["stop"]["maxItems"], SCHEMAS["stop"]["maxLength"]
+MAX_STOP_IDS, MAX_BIASES = 128, SCHEMAS["logit_bias"]["maxProperties"]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-_STRING: Object = {"minLength": 1, "maxLength": MAX_STOP_LEN}
-_BIAS = {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}
 
 
 def _within(name: str, text: str) -> Any:
@@ -154,16 +145,9 @@ class SamplingFields(RequestFields):
     repetition_penalty: float | None = _within(
         "repetition_penalty", "Divides positive logits of tokens in prompt and output, multiplies negative ones."
     )
-    logit_bias: dict[str, Any] | None = optional(
-        "Token id: what is added to its logit.",
-        maxProperties=MAX_BIASES,
-        propertyNames={"pattern": "^[0-9]{1,9}$"},
-        additionalProperties=_BIAS,
-    )
+    logit_bias: dict[str, Any] | None = optional("Token id: what is added to its logit.", **SCHEMAS["logit_bias"])
     seed: Count | None = optional("The same seed, the same output; -1 is none.", Range(-MAX_SEED - 1, MAX_SEED))
-    stop: str | Items[str] | None = optional(
-        "What ends the output; it is cut off.", maxItems=MAX_STOPS, items={"type": "string", **_STRING}, **_STRING
-    )
+    stop: str | Items[str] | None = optional("What ends the output; it is cut off.", **SCHEMAS["stop"])
     stop_token_ids: Ids | None = optional("Tokens that end the output.", maxItems=MAX_STOP_IDS)
     include_stop_str_in_output: bool | None = optional("Do not cut the stop string off.")
     min_tokens: Count | None = optional("No end before so many tokens; at most `max_tokens`.", Range(0, MAX_COUNT))

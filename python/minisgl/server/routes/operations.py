@@ -74,23 +74,17 @@ class Operations:
     async def server_info(self) -> Response:
         """What was decided at start, and what is going on."""
         stats = await self._frontend.ask(wire.StatsMsg, wire.StatsReply, self._seconds)
-        load = {
-            "num_requests_in_flight": self._frontend.num_in_flight,
-            "num_running_requests": stats.num_running,
-            "num_waiting_requests": stats.num_waiting,
-            "num_pages_in_use": stats.num_used_pages,
-        }
+        load = {"num_running_requests": stats.num_running, "num_waiting_requests": stats.num_waiting}
+        load |= {"num_requests_in_flight": self._frontend.num_in_flight, "num_pages_in_use": stats.num_used_pages}
         config, engine, scheduler = self._config, self._config.engine, self._config.scheduler
         settings = {
             "version": minisgl.__version__,
-            "served_model_name": config.served_model_name,
+            **{name: getattr(config, name) for name in ("served_model_name", "num_tokenizer", "default_sampling")},
             "architecture": engine.model.architecture,
             "tensor_parallel_size": engine.tp_size,
             **{name: getattr(engine, name) for name in ("model_path", "dtype", "device")},
             **{name: getattr(scheduler, name) for name in _OF_SCHEDULER.split()},
             "attention_backend": f"{engine.prefill_backend},{engine.decode_backend}",
-            "num_tokenizer": config.num_tokenizer,
-            "default_sampling": config.default_sampling,
         }
         return json_response({**settings, "num_pages": stats.num_pages, "load": load})
 
