@@ -90,8 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """The drafting engine's."""
-    room = {"max_seq_len": 2048, "max_running_requests": max(16, 4 * max(args.streams))}  # samples of drafts
     given = engine_options(parse_args(flags))
+    samples = 8 if "draft_model" in given else 4  # of a stream: DFlash's drafts are longer than a head's
+    room = {"max_seq_len": 2048, "max_running_requests": max(16, samples * max(args.streams))}
     kind = "ngram" if args.predict is None and "draft_model" not in given else "off"
     options = {**room, "speculate": kind, **given}
     if args.shape is not None:  # several fit one device

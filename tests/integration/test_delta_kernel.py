@@ -34,9 +34,15 @@ class Case:
 
 
 def make_case(
-    shape: Shape, lengths: list[int], dtype: torch.dtype, width: int = 4, drafts: Drafts | None = None
+    shape: Shape,
+    lengths: list[int],
+    dtype: torch.dtype,
+    width: int = 4,
+    drafts: Drafts | None = None,
+    longest: int = LONGEST,
 ) -> Case:
-    """drafts: of each sequence, how many tokens held that its slot keeps, and how many of its own are tried."""
+    """drafts: of each sequence, how many tokens held that its slot keeps, and how many of its own are tried; longest:
+    how many may be."""
     torch.manual_seed(0)
     num_k, k_dim, num_v, v_dim = shape
     channels, num, num_slots = 2 * num_k * k_dim + num_v * v_dim, len(lengths), len(lengths) + 3
@@ -45,8 +51,8 @@ def make_case(
     memory = torch.full((num_slots, num_v, k_dim, v_dim), torch.nan)
     conv[slots], memory[slots] = torch.randn(num, *conv.shape[1:]), torch.randn(num, *memory.shape[1:])
     features = channels + num_v * v_dim
-    kept = torch.full((num_slots, LONGEST, features + 2 * num_v), torch.nan)
-    kept[slots] = torch.randn(num, LONGEST, kept.shape[-1])
+    kept = torch.full((num_slots, longest, features + 2 * num_v), torch.nan)
+    kept[slots] = torch.randn(num, *kept.shape[1:])
     weights = DeltaWeights(
         (torch.randn(channels, width) / 2).to(DEVICE, dtype),
         (torch.rand(num_v) * 4).log().to(DEVICE),
@@ -192,6 +198,13 @@ def test_drafts(shape: Shape, dtype: torch.dtype, is_captured: bool) -> None:
     for slot, end, (_, num_tried) in zip(case.seqs.slots.tolist(), case.seqs.cu_q[1:].tolist(), drafts, strict=True):
         kept = case.state.kept[slot, :num_tried]
         torch.testing.assert_close(kept[:, used], inputs[end - num_tried : end][:, used], atol=0, rtol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [SHAPES[1], *WIDE], ids=str)
+def test_drafts_of_more_tokens_than_are_prepared_at_once(shape: Shape) -> None:
+    drafts = [(9, 9), (9, 0), (0, 9), (7, 1), (5, 3), (8, 0), (0, 1)]
+    check(make_case(shape, [10, 1, 10, 2, 4, 1, 2], torch.float32, drafts=drafts, longest=9))
 
 
 @needs_gpu

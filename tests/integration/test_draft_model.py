@@ -115,6 +115,7 @@ def test_on_gpus_it_is_taken_with_attention_of_its_own(tmp_path: Path) -> None:
     assert config.engine.model.head_dim != config.engine.model.second[1].head_dim
     alone = step_costs(replace(config.engine, model=replace(config.engine.model, second=None)))
     assert step_costs(config.engine)[1] > alone[1]  # what it reads costs a step that drafts
+    assert step_costs(config.engine)[1] > 1 + config.engine.draft_len, "each of its passes is a step of a tiny model"
     with pytest.raises(ConfigError, match="not with the attention of sdpa"):
         on_gpus(second, "--attn", "sdpa")
     with pytest.raises(ConfigError, match="only a model whose layers have caches alike"):

@@ -14,9 +14,9 @@ from typing import Any
 import pynvml
 import pytest
 
-from minisgl.benchmark.shapes import write_shape
+from minisgl.benchmark.shapes import read_shape, write_shape
 from minisgl.config.args import args_from_options, parse_args
-from minisgl.config.device import gpu_tokens
+from minisgl.config.device import gpu_tokens, step_costs
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import (
@@ -134,6 +134,26 @@ def test_a_gpu_asks_a_head_where_a_flag_says_so() -> None:
     headed = replace(model, mtp=model.layers[:1])
     assert decide(GPUS, headed).scheduler.speculate == "off"
     assert decide(GPUS, headed, speculate="mtp").scheduler.speculate == "mtp"
+
+
+@pytest.mark.parametrize(
+    ("model", "small", "measured"),
+    [
+        ("qwen3.5-9b", None, {1: 1.29, 8: 1.44, 32: 1.64}),
+        ("qwen3.5-0.8b", None, {1: 1.80, 8: 1.89, 32: 1.97}),
+        ("qwen3-14b", "qwen3-0.6b", {1: 1.43, 8: 1.48, 32: 1.80}),
+    ],
+)
+def test_a_step_of_drafts_costs_about_what_was_measured(
+    model: str, small: str | None, measured: dict[int, float]
+) -> None:
+    """Of three tokens for each of so many requests, in plain steps of these, on an H200 (docs/performance-log.md)."""
+    first = read_shape(model)
+    drafts = {"mtp": first.layers[3:4]} if small is None else {"second": ("", read_shape(small))}
+    engine = replace(decide(GPUS, first).engine, draft_len=3, model=replace(first, **drafts))
+    of_row, verify = step_costs(engine)
+    for num, times in measured.items():
+        assert (1 + of_row * 4 * num + verify) / (1 + of_row * num) == pytest.approx(times, rel=0.2)
 
 
 def test_where_torch_computes_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:

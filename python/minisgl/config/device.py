@@ -93,8 +93,9 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
 
 def step_costs(engine: EngineConfig) -> tuple[float, float]:
     """`SchedulerConfig.step_costs`. On GPUs about what it takes beside an H200: bytes that are read; half a millisecond
-    a step, 0.03 a token that a head tells, 0.4 while the host plans, with 0.012 a token. Steps of drafts that cannot be
-    captured (short convolutions) take as long as two."""
+    a step, and each pass of a second model, of which there is one more than it tells; 0.03 a token that a head tells,
+    0.005 a recurrent layer; 0.4 while the host plans, with 0.012 a token; where the engine tells drafts, steps follow:
+    0.15, with 0.01. Steps of drafts that cannot be captured (short convolutions) take as long as two."""
     if engine.device == "cuda" and any(isinstance(kind, ShortConv) for kind in engine.model.states):
         return 0.06, 1.0
     model, num_bytes = engine.model, engine.model.weight_bytes(engine.dtype, engine.tp_size)
@@ -104,8 +105,11 @@ def step_costs(engine: EngineConfig) -> tuple[float, float]:
     share = model.second[1].weight_bytes("int8") / model.weight_bytes("int8") if model.second else 0  # of a guess
     host = 2.2e-4 if model.mtp else 1.3e-4  # seconds
     of_cpu = 0.15 + share + 0.15 * bool(model.mtp), 0.03 + host / (1.5e-4 + num_bytes / 6e10)
-    verify = (4e-4 + num_told * (3e-5 + told / 4e12)) / (step := 5e-4 + num_bytes / 4e12)
-    return of_cpu if engine.device == "cpu" else (0.004 + 12e-6 / step, verify)
+    is_model, step = model.second is not None and not model.mtp, 5e-4 + num_bytes / 4e12
+    telling = (num_told + 1) * (5e-4 + told / 4e12) if is_model else num_told * (3e-5 + told / 4e12)
+    host, row = (1.5e-4, 1e-5) if num_told else (4e-4, 12e-6)
+    verify = (host + telling + 5e-6 * len(model.states)) / step
+    return of_cpu if engine.device == "cpu" else (0.004 + row / step, verify)
 
 
 def _head_pays(args: ServerArgs, engine: EngineConfig, machine: Capabilities) -> bool:

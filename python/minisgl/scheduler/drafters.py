@@ -28,24 +28,24 @@ class Prediction:
 
     def __init__(self, text: Sequence[int] | TokenIds, num_seen: int) -> None:
         self._text, self._place, self._begin, self._num_seen = np.array(text, np.int32), 0, num_seen, num_seen
-        self._length = self._longest = MAX_MATCH  # so many of the last tokens are before the place; the most so far
+        self._length = self.longest = MAX_MATCH  # so many of the last tokens are before the place; the most so far
         self._repeats = True  # whether it may be that the last two are in the text
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         new, self._num_seen = req.tokens[self._num_seen :], len(req.tokens)
         num = int(sum(takewhile(bool, map(eq, new, self._text[self._place :])))) if self._length else -1
         self._place, self._length = self._place + max(0, num), self._length + num if num == len(new) else 0
-        if not self._length and (self._repeats or self._longest >= QUOTED):
+        if not self._length and (self._repeats or self.longest >= QUOTED):
             self._seek(req)
-        self._longest = max(self._longest, self._length)
-        num = min(most, most if self._longest >= QUOTED else 2 * self._length - 3 - num_pending) if self._length else 0
+        self.longest = max(self.longest, self._length)
+        num = min(most, most if self.longest >= QUOTED else 2 * self._length - 3 - num_pending) if self._length else 0
         return self._text[self._place + num_pending :][:num].tolist() if num > 0 else []
 
     def _seek(self, req: Req) -> None:
         """Find the place at which the text goes on as the output, which has left it. There is none: a length of 0."""
         num = MAX_MATCH if self._repeats else 1
         last = np.array(req.tokens[max(self._begin, len(req.tokens) - num) :], np.int32)
-        behind = self._place if self._longest >= QUOTED else len(self._text)
+        behind = self._place if self.longest >= QUOTED else len(self._text)
         ends, self._length = find_repeated(last, self._text, behind)
         self._place = next((end for end in ends if end > behind), ends[-1]) if ends else self._place
 
@@ -56,7 +56,7 @@ class Lookup(Prediction):
 
     def __init__(self, req: Req) -> None:
         super().__init__(first := req.prefix[: max(1, len(req.prefix) - 1)], len(first))  # of its tokens
-        self._begin = self._length = self._longest = 0
+        self._begin = self._length = self.longest = 0
         self._ids, self._pairs = self._text, {*(first[:-1].astype(np.int64) << 32 | first[1:]).tolist()}
 
     def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
@@ -79,7 +79,7 @@ class TreePath(Prediction):
 
     def _seek(self, req: Req) -> None:
         """Go down from the request's handle; once for each eighth that the tokens behind it have become more."""
-        self._length = self._longest = 1 if self._again else MAX_MATCH
+        self._length = self.longest = 1 if self._again else MAX_MATCH
         self._text, self._place = self._text[:0], 0
         if len(req.tokens) < self._again:
             return

@@ -7,24 +7,26 @@ from collections.abc import Callable, Collection, Sequence
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ID_PENDING, Draft, Req, ScheduledReq, StepPlan, StepResult, most_samples, num_right
 from minisgl.kvcache.pages import Pages
-from minisgl.scheduler.drafters import Drafter, Lookup, Prediction, TreePath
+from minisgl.scheduler.drafters import QUOTED, Drafter, Lookup, Prediction, TreePath
 from minisgl.scheduler.plan import Ids, Pending, PlanBuilder
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 Shares = Sequence[tuple[Req, ScheduledReq]]
-# The share of drafted tokens that is right: at first, and if the engine guesses; how much of it one changes, or a step
-# without, where none would pay, and where some might. If nobody wanted any, so many steps are not looked at.
-_FIRST_RATE, _ENGINES_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 / 64, 1 / 2048, 16
+# The share of drafted tokens that is right: at first, and if the engine guesses or a text is quoted; how much of it one
+# changes, or a step without, where none would pay, and where some might. If nobody wanted any, so many steps rest.
+_FIRST_RATE, _SURE_RATE, _LEARNING, _FADE, _RARE, _REST = 0.7, 0.9, 1 / 8, 1 / 64, 1 / 2048, 16
 
 
 class Lengths:
     """How long drafts are to be: what gives most tokens for the time of the whole step. Thus they get shorter the more
-    requests run. costs: `SchedulerConfig.step_costs`, and the tokens of a request in captured steps that have room
-    for whole drafts only, else 0. room: tokens that all of them may have. pays: whether drafts gain anything."""
+    requests run. costs: `SchedulerConfig.step_costs`, the tokens of a request in captured steps that have room for
+    whole drafts only, else 0, and those of the largest captured step, which drafts do not leave. room: tokens that all
+    of them may have beside that. pays: whether drafts gain anything."""
 
-    def __init__(self, costs: tuple[float, float, int], num_rows: int, num_samples: int, room: int) -> None:
-        (self._row_cost, self._verify_cost, self._whole), self._room = costs, room
+    def __init__(self, costs: tuple[float, float, int, int], num_rows: int, num_samples: int, room: int) -> None:
+        self._row_cost, self._verify_cost, self._whole, graph = costs
+        self._room = min(room, graph - num_rows) if num_rows <= graph else room
         self._plain = self._tokens, self._cost = float(num_samples), 1 + self._row_cost * num_rows
         self.pays, self.least = False, self._row_cost * num_samples / self._cost  # of less right tokens no draft pays
 
@@ -55,12 +57,10 @@ class Speculation:
         self._makers = own or (ngram if config.speculate == "ngram" else {})  # who comes first is asked first
         self._asks = config.speculate in ("mtp", "model", "eagle", "dflash")  # the engine for drafts
         whole = config.cuda_graph_max_bs > 0 and (self._asks or config.has_states)
-        self._costs = *config.step_costs, (1 + config.draft_len) * whole
-        self._drafters: dict[int, dict[str, Drafter]] = {}  # by uid, in their order
-        self._names: dict[int, str] = {}  # by uid: who has guessed last
-        self._rates: dict[int, float] = {}  # by uid; -1: a drafter has failed
+        self._costs = *config.step_costs, (1 + config.draft_len) * whole, config.cuda_graph_max_bs
+        self._drafters, self._names = dict[int, dict[str, Drafter]](), dict[int, str]()  # by uid; who was last
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
-        self._first = _ENGINES_RATE if self._asks else _FIRST_RATE
+        self._first, self._rates = _SURE_RATE if self._asks else _FIRST_RATE, dict[int, float]()  # -1: a drafter failed
         self._first_rates: dict[int, float] = {False: self._first, True: self._first}  # by whether it is sampled
         self._resting, self._num_steps = 0, 1  # so many requests, looked at, wanted no draft; steps since
         self.num_drafted, self.num_right, self._told = Counter[str](), Counter[str](), dict[int, Sequence[int]]()
@@ -157,7 +157,6 @@ class Speculation:
     def _drafts(self, shares: Shares, num_samples: int, step: PlanBuilder) -> dict[int, Sequence[int]]:
         """By row, the draft that a share of this step verifies; empty if all together do not pay."""
         num_rows, room = sum(share.num_new for _, share in shares), min(step.budget, self._most_samples - num_samples)
-        room = min(room, left) if (left := self._config.cuda_graph_max_bs - num_rows) >= 0 else room  # of its graph
         lengths, drafts = Lengths(self._costs, num_rows, num_samples, room), dict[int, Sequence[int]]()
         if not self._makers and not self._asks:  # the others pay nothing for those that bring their own
             shares = [one for one in shares if one[0].uid in self._drafters or one[0].uid in self._forced]
@@ -200,6 +199,8 @@ class Speculation:
             for name, drafter in own.items():
                 if ids := drafter.propose(req, num_pending, most)[:most]:
                     self._names[req.uid] = name
+                    if self._rates[uid := req.uid] == self._first and isinstance(drafter, Lookup):
+                        self._rates[uid] = _SURE_RATE if drafter.longest >= QUOTED else self._first
                     return ids
             self._names[req.uid] = self._config.speculate
             return told[num_pending : num_pending + most]

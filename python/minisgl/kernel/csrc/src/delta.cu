@@ -96,55 +96,93 @@ struct Drafts {
 // Heads of values that a block of so many warps at most takes at once.
 constexpr int heads_at_once(int warps) { return std::max(1, std::min(kGroup, warps / kShares)); }
 
-// Grid [heads of keys, sequences]. All warps go from token to token together, as often as there are values beyond kHeads.
+constexpr int kPrepared = std::max(1, std::min(8, 40960 / int(sizeof(Scratch))));  // tokens that `drafts` prepares at once
+
+// What is known of tokens before any of them changes a state, and what comes of them. No warp waits between two tokens.
+struct Ahead {
+  Scratch tokens[kPrepared];
+  float lengths[kPrepared][sizeof(Lengths) / sizeof(float)];
+  Gates gates[kPrepared][kGroup];
+
+  // Of `num` tokens from `begin` on, by a block of kThreads; keeps: for the step after this one.
+  template <int kThreads, int kEach>
+  __device__ __forceinline__ void prepare(const Params& p, const Drafts& d, int key, Window (&windows)[kEach], int begin, int num, bool keeps) {
+    Element x[kEach][kPrepared];  // all are on their way at the same time
+    float weights[kEach][kBefore + 1];
+#pragma unroll
+    for (int j = 0; j < kEach; j++) {
+      int channel = channel_of(key, min(int(threadIdx.x) + j * kThreads, kLocal - 1));
+      load_weight(weights[j], p, channel);
+#pragma unroll
+      for (int n = 0; n < kPrepared; n++) x[j][n] = n < num ? d.x(p, begin + n)[channel] : Element();
+    }
+    for (int i = threadIdx.x; i < num * kGroup; i += kThreads) {
+      gates[i / kGroup][i % kGroup] = gates_of(p, d.ba(p, begin + i / kGroup), key * kGroup + i % kGroup);
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; j++) {
+      int i = threadIdx.x + j * kThreads, channel = channel_of(key, min(i, kLocal - 1));
+      if (i >= kLocal) continue;
+#pragma unroll
+      for (int n = 0; n < kPrepared; n++) {
+        int t = begin + n;
+        if (n >= num) continue;
+        reinterpret_cast<float*>(&tokens[n])[i] = windows[j].push(weights[j], to_float(x[j][n]));
+        if (keeps && t + 1 == d.sure) windows[j].save(p, channel, d.slot);
+        if (keeps && t >= d.sure) d.kept(p, t - d.sure)[channel] = x[j][n];
+      }
+    }
+    __syncthreads();
+    for (int n = threadIdx.x / 32; n < num; n += kThreads / 32) {
+      const Lengths found(tokens[n]);
+      if (threadIdx.x % 32 == 0) *reinterpret_cast<Lengths*>(lengths[n]) = found;
+    }
+    for (int i = threadIdx.x; keeps && i < num * 2 * kGroup; i += kThreads) {
+      int t = begin + i / (2 * kGroup), at = i / kGroup % 2 * kNumV + key * kGroup + i % kGroup;
+      if (t >= d.sure) d.kept(p, t - d.sure)[kChannels + kValues + at] = d.ba(p, t)[at];
+    }
+    __syncthreads();
+  }
+};
+
+// Grid [heads of keys, sequences]. A block goes through the tokens as often as there are values beyond kHeads.
 template <int kHeads>
 __global__ void __launch_bounds__(32 * kShares * kHeads, kShares * kHeads <= 4 ? 2 : 1) drafts_kernel(const Params p) {
-  constexpr int kThreads = 32 * kShares * kHeads, kEach = (kLocal + kThreads - 1) / kThreads;
-  __shared__ alignas(16) Scratch s;
+  constexpr int kWarps = kShares * kHeads, kThreads = 32 * kWarps, kEach = (kLocal + kThreads - 1) / kThreads;
+  constexpr int kRowsEach = (kPrepared + kShares - 1) / kShares;
+  __shared__ alignas(16) Ahead s;
   if (!p.early) pdl_wait();
   int key = blockIdx.x, warp = threadIdx.x / 32;
   const Drafts d(p, blockIdx.y);
   if (d.is_long && d.held == 0) return pdl_wait();
-  float* features = reinterpret_cast<float*>(&s);
   for (int first = 0; first < kGroup; first += kHeads) {
-    bool is_last = first + kHeads >= kGroup;
-    int local = min(first + warp / kShares, kGroup - 1), head = key * kGroup + local;  // twice the last one, at worst
+    int local = min(first + warp / kShares, kGroup - 1);  // twice the last one, at worst
     Share share;
     share.load(p, d.slot, key, local * kShares + warp % kShares);
     if (first == 0) pdl_wait();
     Window windows[kEach];
-    Element x[kEach];  // of the token that is next: it is on its way while one is computed
 #pragma unroll
     for (int j = 0; j < kEach; j++) {
-      int i = threadIdx.x + j * kThreads, channel = channel_of(key, min(i, kLocal - 1));
-      windows[j].fill(p, channel, d.start, d.start, d.slot);
-      x[j] = d.x(p, d.start - d.held)[channel];
+      windows[j].fill(p, channel_of(key, min(int(threadIdx.x) + j * kThreads, kLocal - 1)), d.start, d.start, d.slot);
     }
-    for (int t = d.start - d.held; t < d.end; t++) {
-      Gates gates = gates_of(p, d.ba(p, t), head);
-      Finish finish;
-      bool is_sure = t + 1 == d.sure, is_kept = t >= d.sure, ends = t >= d.start && warp < kHeads && first + warp < kGroup;
-      if (ends) finish.load(p, t, key * kGroup + first + warp);
+    for (int begin = d.start - d.held; begin < d.end; begin += kPrepared) {
+      int num = min(kPrepared, d.end - begin), head = first + warp % kHeads, token = warp / kHeads;  // of its rows of results
+      s.prepare<kThreads>(p, d, key, windows, begin, num, first + kHeads >= kGroup);
+      auto ends = [&](int n) { return n < num && begin + n >= d.start && head < kGroup; };
+      Finish finish[kRowsEach];
 #pragma unroll
-      for (int j = 0; j < kEach; j++) {
-        int i = threadIdx.x + j * kThreads, channel = channel_of(key, min(i, kLocal - 1));
-        if (i >= kLocal) continue;
-        float weight[kBefore + 1];
-        load_weight(weight, p, channel);
-        features[i] = windows[j].push(weight, to_float(x[j]));
-        if (is_last && is_sure) windows[j].save(p, channel, d.slot);
-        if (is_last && is_kept) d.kept(p, t - d.sure)[channel] = x[j];
-        if (t + 1 < d.end) x[j] = d.x(p, t + 1)[channel];
+      for (int i = 0; i < kRowsEach; i++) {
+        if (int n = token + i * kShares; ends(n)) finish[i].load(p, begin + n, key * kGroup + head);
+      }
+      for (int n = 0; n < num; n++) {
+        advance<false>(share, s.tokens[n], *reinterpret_cast<const Lengths*>(s.lengths[n]), s.gates[n][local], local);
+        if (begin + n + 1 == d.sure) share.store();
       }
       __syncthreads();
-      if (is_last && is_kept && threadIdx.x < 2 * kGroup) {
-        int at = threadIdx.x / kGroup * kNumV + key * kGroup + threadIdx.x % kGroup;
-        d.kept(p, t - d.sure)[kChannels + kValues + at] = d.ba(p, t)[at];
+#pragma unroll
+      for (int i = 0; i < kRowsEach; i++) {
+        if (int n = token + i * kShares; ends(n)) finish[i].store_row(p, begin + n, key * kGroup + head, s.tokens[n].out + head * kDimV);
       }
-      advance<false>(share, s, Lengths(s), gates, local);
-      if (is_sure) share.store();
-      __syncthreads();
-      if (ends) finish.store_row(p, t, key * kGroup + first + warp, s.out + (first + warp) * kDimV);
     }
   }
   for (int t = d.end; t < p.cu_q[d.seq + 1] && !d.is_long; t++) {  // nobody's: what it has must be numbers
