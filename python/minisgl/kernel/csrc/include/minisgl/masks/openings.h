@@ -15,6 +15,7 @@ namespace minisgl {
 inline Library library;
 
 constexpr size_t kMostPlaces = 4096;      // of a grammar that are told apart
+constexpr int kLongestOpening = 64;       // tokens: what a matcher takes up, and a copy of it, grows with them
 constexpr int64_t kMostKept = 1024;       // matchers, of all grammars
 constexpr int kMostKeptOfOne = 128;       // of a grammar
 constexpr double kWorthKeeping = 100e-6;  // seconds of a core: to copy a matcher takes a fifth of that
@@ -35,11 +36,11 @@ class Openings {
   // Where a token leads, or kNowhere.
   int32_t follow(int32_t place, uint32_t token) {
     std::lock_guard guard(lock);
-    if (place == kNowhere || places[place].num_passed < 2) return kNowhere;
+    if (place == kNowhere || places[place].num_passed < 2 || places[place].depth >= kLongestOpening) return kNowhere;
     const auto [found, is_new] = nexts.try_emplace(uint64_t(place) << 32 | token, int32_t(places.size()));
     if (!is_new) return found->second;
     if (places.size() < kMostPlaces) {
-      places.emplace_back();
+      places.push_back({places[place].depth + 1});
       return found->second;
     }
     nexts.erase(found);
@@ -82,6 +83,7 @@ class Openings {
 
  private:
   struct Place {
+    int depth = 0;  // tokens before it
     int64_t num_passed = 0;
     void* matcher = nullptr;
     std::vector<uint32_t> words;
