@@ -36,7 +36,7 @@ def vocabulary() -> Vocabulary:
 def _all_masks_are_dear() -> Iterator[None]:
     load_masks().keep_from(0.0)
     yield
-    load_masks().keep_from(100e-6)
+    load_masks().keep_from(60e-6)
 
 
 def matchers_of(vocabulary: Vocabulary, schema: str) -> tuple[NativeMatcher, LLMatcher]:
