@@ -85,7 +85,7 @@ def test_masks_are_those_of_llguidance(vocabulary: Vocabulary, schema: str, choi
 
 def test_who_takes_tokens_and_asks_later_goes_on_as_a_copy_too(vocabulary: Vocabulary) -> None:
     (first, plain), before = matchers_of(vocabulary, SCHEMAS[0]), 0
-    for _ in range(6):
+    for _ in range(12):
         ours, theirs, before = first.deep_copy(), plain.deep_copy(), load_masks().num_copied()
         for _ in range(4):
             assert (mask_of(ours) == mask_of(theirs)).all()
@@ -96,7 +96,7 @@ def test_who_takes_tokens_and_asks_later_goes_on_as_a_copy_too(vocabulary: Vocab
 
 def test_only_beginnings_are_remembered(vocabulary: Vocabulary) -> None:
     first, plain = matchers_of(vocabulary, '{"type": "array", "items": {"enum": [1]}, "minItems": 100}')
-    for _ in range(LONGEST + 8):  # each of them knows one place more
+    for _ in range(LONGEST + 12):  # each of them knows one place more
         ours, theirs, before = first.deep_copy(), plain.deep_copy(), load_masks().num_copied()
         words = mask_of(ours)
         for _ in range(LONGEST + 20):
@@ -136,9 +136,9 @@ def test_so_many_are_kept_and_no_more(vocabulary: Vocabulary) -> None:
     for _ in range(9):  # more of them than 1,024 of all grammars would have room for, if they stayed
         first, plain = matchers_of(vocabulary, '{"type": "string"}')
         quote = next(int(one) for one in allowed(mask_of(plain)) if vocabulary.tokenizer.decode_bytes([one]) == b'"')
-        begun = [first.deep_copy() for _ in range(2)]
+        begun = [first.deep_copy() for _ in range(6)]
         assert all((mask_of(one) == mask_of(plain)).all() for one in begun)
-        starts = allowed([both(one, quote) for one in begun][-1])  # a second one has passed: what is behind is numbered
+        starts = allowed([both(one, quote) for one in begun][-1])  # others have passed: what is behind is numbered
         before, some = ours.num_copied(), starts[: MOST_KEPT + 40].tolist()
         for token in some * 2:
             follower = first.deep_copy()

@@ -71,8 +71,8 @@ class Openings {
     Place& found = places[place];
     found.num_passed++;
     found.num_dear += seconds >= worth;
-    // What is cheap takes long now and then: whose code and data are not in the caches.
-    const bool is_dear = found.num_dear >= (found.is_behind ? 1 : 2) && 2 * found.num_dear > found.num_passed;
+    // A cheap one takes long now and then, such as the first of a step, whose code and data are not in the caches.
+    const bool is_dear = found.num_dear >= (found.is_behind ? 1 : 3) && 2 * found.num_dear > found.num_passed;
     if (!is_dear || found.matcher != nullptr) return;
     if (num_kept >= kMostKeptOfOne || total >= kMostKept) return;
     num_kept++;
