@@ -128,7 +128,10 @@ int64_t make_matcher(int64_t vocabulary, const String& grammar, const String& pa
   const auto& from = at<const Vocabulary>(vocabulary);
   void* own = library.new_matcher(&from.init, "llguidance", grammar.c_str());
   Course course(&from, Pattern::make(std::string_view(pattern.data(), pattern.size()), int32_t(from.longest)));
-  return handle_of(new Handle(std::make_shared<Matcher>(own, std::move(course))));
+  const bool has_openings = course.pattern == nullptr;  // a pattern's masks are known by what is left of it
+  auto openings = has_openings ? std::make_shared<Openings>() : nullptr;
+  const int32_t place = has_openings ? Openings::kStart : Openings::kNowhere;
+  return handle_of(new Handle(std::make_shared<Matcher>(own, std::move(course), std::move(openings), place)));
 }
 
 // At the same place.
@@ -136,7 +139,7 @@ int64_t copy_matcher(int64_t matcher) {
   Matcher& from = matcher_at(matcher);
   std::lock_guard guard(from.lock);
   from.course.renew();
-  auto made = std::make_shared<Matcher>(library.clone(from.own), from.course);
+  auto made = std::make_shared<Matcher>(library.clone(from.own), from.course, from.openings, from.place);
   made->num_tokens = from.num_tokens.load();
   return handle_of(new Handle(std::move(made)));
 }
@@ -169,7 +172,7 @@ bool try_take(int64_t matcher, int64_t token) {
   const auto id = uint32_t(token);
   std::lock_guard guard(own.lock);
   const bool takes = library.validate_tokens(own.own, &id, 1) == 1 && library.consume_tokens(own.own, &id, 1) == 0;
-  if (takes) own.course.follow(&id, 1);
+  if (takes) own.course.follow(&id, 1), own.leave();
   if (library.is_error(own.own)) own.num_tokens = -1;  // by a limit
   return takes;
 }
@@ -178,6 +181,7 @@ bool rollback(int64_t matcher, int64_t num) {
   Matcher& own = matcher_at(matcher);
   std::lock_guard guard(own.lock);
   own.course.go_back(size_t(num));
+  own.leave();
   return library.rollback(own.own, size_t(num)) == 0;
 }
 
@@ -186,6 +190,12 @@ int64_t num_known() { return known_masks.count(); }
 
 // What is kept of masks, for tests: so many bytes, of those that took so many seconds of a core.
 void limit_known(int64_t most_bytes, double dear) { known_masks.limit(size_t(most_bytes), dear); }
+
+// How many masks came with a copy of another matcher.
+int64_t num_copied() { return Openings::num_copied; }
+
+// For tests: the seconds of a core from which on matchers are kept whose masks took as long.
+void keep_from(double worth) { Openings::worth = worth; }
 
 // A host has written tokens.
 void tell() { tokens.tell(); }
@@ -227,6 +237,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(try_take, try_take);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rollback, rollback);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_known, num_known);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(limit_known, limit_known);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_copied, num_copied);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(keep_from, keep_from);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tell, tell);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_worker, make_worker);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_dear_of, num_dear_of);

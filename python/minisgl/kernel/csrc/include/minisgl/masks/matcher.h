@@ -1,8 +1,8 @@
 // Matchers of llguidance, and what is known of the places where outputs have got.
 #pragma once
 
-#include <minisgl/llguidance.h>
 #include <minisgl/masks/known_masks.h>
+#include <minisgl/masks/openings.h>
 #include <minisgl/masks/pattern.h>
 #include <time.h>
 
@@ -29,7 +29,6 @@ inline double seconds(clockid_t clock) {
   return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
 }
 
-inline Library library;
 inline KnownMasks known_masks(kMostKnown, kWorth);
 
 // Of a model. It stays for ever.
@@ -85,9 +84,12 @@ struct Matcher {
   std::atomic<double> cost = 0;         // seconds of a core that the last mask took, or a quarter of what was known before
   void* own;
   Course course;
+  std::shared_ptr<Openings> openings;  // null: there are none
+  int32_t place = Openings::kNowhere;  // in them
   std::mutex lock;
 
-  Matcher(void* own, Course course) : own(own), course(std::move(course)) {
+  Matcher(void* own, Course course, std::shared_ptr<Openings> openings, int32_t place)
+      : own(own), course(std::move(course)), openings(std::move(openings)), place(place) {
     if (library.is_error(own)) num_tokens = -1;
   }
   ~Matcher() { library.free(own); }
@@ -98,9 +100,16 @@ struct Matcher {
     const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
     const int64_t missing = length - num_tokens;
     bool holds = num_tokens >= 0 && missing >= 0 && missing <= num;
-    if (holds && missing > 0 && !library.is_stopped(own)) {
-      holds = library.consume_tokens(own, ids + num - missing, size_t(missing)) == 0;
-      if (holds) course.follow(ids + num - missing, size_t(missing));
+    const bool goes_on = holds && !library.is_stopped(own);
+    const uint32_t* last = ids + num - (goes_on ? missing : 0);
+    if (goes_on && follow(last, size_t(missing), words, num_bytes)) {
+      num_tokens = length;
+      cost = std::max(seconds(CLOCK_THREAD_CPUTIME_ID) - start, cost / 4);
+      return true;
+    }
+    if (goes_on && missing > 0) {
+      holds = library.consume_tokens(own, last, size_t(missing)) == 0;
+      if (holds) course.follow(last, size_t(missing));
     }
     if (holds && num_bytes > 0) holds = mask(words, num_bytes);
     num_tokens = holds ? length : -1;
@@ -108,8 +117,30 @@ struct Matcher {
     return holds;
   }
 
+  // It gets other tokens than those of outputs that go on.
+  void leave() { place = Openings::kNowhere; }
+
  private:
+  // Whether another matcher has taken these tokens before and computed the mask, if one is asked for. If so it is written, and
+  // this one goes on as a copy of that.
+  bool follow(const uint32_t* ids, size_t num, uint32_t* words, size_t num_bytes) {
+    for (size_t i = 0; i < num && place != Openings::kNowhere; i++) place = openings->follow(place, ids[i]);
+    void* other = num_bytes > 0 && place != Openings::kNowhere ? openings->copy(place, words, num_bytes) : nullptr;
+    if (other == nullptr) return false;
+    library.free(own);
+    own = other;
+    return true;
+  }
+
   bool mask(uint32_t* words, size_t num_bytes) {
+    if (place == Openings::kNowhere) return compute(words, num_bytes);
+    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);
+    if (!compute(words, num_bytes)) return false;
+    openings->pass(place, own, words, num_bytes, seconds(CLOCK_THREAD_CPUTIME_ID) - start);
+    return true;
+  }
+
+  bool compute(uint32_t* words, size_t num_bytes) {
     const auto key = library.is_stopped(own) ? std::nullopt : course.key();
     if (key && known_masks.find(*key, words, num_bytes)) return true;
     const double start = key ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
