@@ -18,7 +18,7 @@ def longest_draft(kind: str, asked: int | None, is_free: bool, states: object = 
     """The most tokens of a request that a step may verify (31: one less than a tile). asked: None, no flag says it.
     is_free: drafts have no graphs and no buffers; then predictions are verified with "off", too. states: of layers."""
     told = {"mtp": 8 if is_free else 3, "model": 4, "eagle": 4, "dflash": 7}
-    return 0 if kind == "off" and not is_free else asked or told.get(kind, 8 if is_free or states else 31)
+    return 0 if kind == "off" and not is_free else asked or told.get(kind, 8 if states else 15 if is_free else 31)
 
 
 def with_draft(args: ServerArgs, path: Path, model: ModelConfig, device: str | None) -> tuple[ServerArgs, ModelConfig]:

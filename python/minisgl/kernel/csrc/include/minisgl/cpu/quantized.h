@@ -11,6 +11,7 @@ namespace minisgl::cpu {
 
 constexpr int64_t kRowsOfCodes = 64;  // that stay in the cache
 constexpr int kUnits = 8;             // of a group
+constexpr int64_t kCodesAhead = 4096;  // bytes, which come from memory while many rows are multiplied
 
 // One row's 8-bit integers, to groups of 32 of which the last is filled up with zeros. totals: of 16 integers, scaled;
 // pair_totals: of 32. columns: which inputs they are, or null. A group with a NaN has a scale that is one.
@@ -142,9 +143,42 @@ inline Floats add_group(Floats acc, const Bytes* codes, const Floats* scales, co
   return acc + total * x.scales[at];
 }
 
-// Rows by a panel → sums: [rows, kPanel]. It reads a stream through memory, and leaves it to the processor to read ahead.
+// So many rows keep a core so busy that the processor no longer reads far enough ahead by itself. With fewer, its own way is
+// faster.
+template <class S>
+constexpr int64_t kBusyRows = S::kBits == 8 ? 24 : 4;
+
+// Whether the registers hold both strips of a group, which then share what is read of a row.
+template <class S>
+constexpr bool kHasBothStrips = kHasByteDots && kLanes == 16 && S::kSubs == 1;
+
+// The same for both strips of a group, added to `to`: [rows, kPanel].
+template <class S>
+inline void add_rows(float* to, const Bytes (*codes)[kUnits], const Floats* scales, const Floats* least, const ByteRows& x, int64_t at,
+                     int64_t rows) {
+  for (int64_t m = 0; m < rows; ++m, at += x.stride, to += kPanel) {
+    Ints dots[2] = {};
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+      Bytes unit = broadcast_unit(x.bytes + at * kGroup + 4 * u);
+      keep(unit);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) dots[h] = dot_bytes<S::kValueBits == 8>(dots[h], codes[h][u], unit);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      Floats acc = load(to + h * kLanes);
+      if constexpr (S::kHasLeast) acc -= least[h] * x.pair_totals[at];
+      store(to + h * kLanes, acc + __builtin_convertvector(dots[h], Floats) * scales[h] * x.scales[at]);
+    }
+  }
+}
+
+// Rows by a panel → sums: [rows, kPanel]. It reads a stream through memory, and leaves it to the processor to read ahead but
+// where several rows keep it busy.
 template <class S, bool is_one>
 [[gnu::noinline]] void multiply_packed(const Format& f, const char* panel, ByteRows x, int64_t rows, float* sums) {
+  constexpr bool kAreTogether = kHasBothStrips<S> && !is_one;
   alignas(16) uint8_t table[16];
   fill_table(f, table);
   std::fill(sums, sums + rows * kPanel, 0.0f);
@@ -156,20 +190,29 @@ template <class S, bool is_one>
     for (int64_t end = g + f.span; g < end; ++g) {
       auto steps = reinterpret_cast<const int8_t*>(panel);
       panel += steps_size;
+      Bytes codes[kAreTogether ? 2 : 1][kUnits];
+      Floats scales[2][S::kSubs], least[2][S::kSubs];
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h, steps += kLanes, panel += code_bytes(S::kBits) / 2) {
-        Bytes codes[kUnits];
-        Floats scales[S::kSubs], least[S::kSubs];
-        read_codes<S>(panel, table, codes);
-        for (int s = 0; s < S::kSubs; ++s) scales[s] = heads[h].scale_of(f, steps, s), least[s] = heads[h].least_of(f, steps, s);
+        auto& mine = codes[kAreTogether ? h : 0];
+        read_codes<S>(panel, table, mine);
+        for (int s = 0; s < S::kSubs; ++s) scales[h][s] = heads[h].scale_of(f, steps, s), least[h][s] = heads[h].least_of(f, steps, s);
         if constexpr (is_one) {
-          acc[h] = add_group<S>(acc[h], codes, scales, least, x, g);
+          acc[h] = add_group<S>(acc[h], mine, scales[h], least[h], x, g);
           if constexpr (S::kBits == 8) asm volatile("" : : : "memory");  // else the compiler mixes the loads of both strips
-        } else {
-          float* to = sums + h * kLanes;
-          for (int64_t m = 0, at = g; m < rows; ++m, at += x.stride, to += kPanel)
-            store(to, add_group<S>(load(to), codes, scales, least, x, at));
+          continue;
         }
+        for (int64_t b = 0; rows >= kBusyRows<S> && b < code_bytes(S::kBits) / 2; b += 64) __builtin_prefetch(panel + kCodesAhead + b);
+        float* to = sums + h * kLanes;
+        for (int64_t m = 0, at = g; !kAreTogether && m < rows; ++m, at += x.stride, to += kPanel)
+          store(to, add_group<S>(load(to), mine, scales[h], least[h], x, at));
+      }
+      if constexpr (kAreTogether) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 8
+          for (int u = 0; u < kUnits; ++u) keep(codes[h][u]);
+        add_rows<S>(sums, codes, scales[0], least[0], x, g, rows);
       }
     }
   }
