@@ -381,10 +381,9 @@ def packed(m: int) -> None:
 TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile
 
 
-def draft() -> None:
-    """By some of its tests, where torch's kernels are checked beside ours."""
-    some = "mixed-True or nobodys or no_numbers or 509 or 300-64 or moved"
-    path = Path(__file__).resolve().parent.parent / "tests" / "integration" / "test_draft_kernels.py"
+def tests_of(file: str, some: str) -> None:
+    """Kernels by some of their tests, where torch's kernels are checked beside ours."""
+    path = Path(__file__).resolve().parent.parent / "tests" / "integration" / file
     if pytest.main(["-q", "-n0", "-p", "no:cacheprovider", str(path), "-k", some]):
         raise ValueError("a test failed")
 
@@ -400,7 +399,11 @@ GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step,
 GROUPS["norm_router"] = norm_router
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
-GROUPS["triton_grouped_gemm"], GROUPS["experts"], GROUPS["draft"] = grouped_gemm, experts, draft
+GROUPS["triton_grouped_gemm"], GROUPS["experts"] = grouped_gemm, experts
+some = "mixed-True or nobodys or no_numbers or 509 or 300-64 or moved"
+GROUPS["draft"] = partial(tests_of, "test_draft_kernels.py", some)
+some = "test_drafts and False and bfloat16 and 12 or prepared and not 128"
+GROUPS["delta_drafts"] = partial(tests_of, "test_delta_kernel.py", some)
 GROUPS |= {"delta_tokens": partial(delta_net, [1] * 5), "delta_chunks": partial(delta_net, [1, 2, 70, 1, 130])}
 GROUPS["delta_stream"] = partial(delta_net, [1] * 20 + [2] + [1] * 120)
 
