@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -326,6 +327,28 @@ def test_what_arguments_have_in_common_does_not_multiply(name: str) -> None:
         assert caught.value.param == "tools"
     few = {"properties": {f"x{index}": reference for index in range(20)}, "$defs": shared}
     form(name, "f", tools=[tool("f", few)])
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4"])
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"enum": [f"value{index}" for index in range(1000)]},
+        {"type": "string", "pattern": "a" * 10_000},
+        {"anyOf": [{"type": "string", "description": str(index)} for index in range(1000)]},
+        {"anyOf": [{"$ref": "#/$defs/B"}] * 1000},
+        {"type": [*map(str, range(500))], **{f"k{index}": 0 for index in range(500)}},
+    ],
+    ids=["values", "pattern", "alternatives", "references", "types"],
+)
+def test_arguments_that_are_no_json_do_not_multiply_either(name: str, shared: dict[str, Any]) -> None:
+    """A first one that is needed, so that not even optional ones before it are many."""
+    reference, defs = {"$ref": "#/$defs/A"}, {"A": shared, "B": {"type": "string"}}
+    schema = {"properties": {f"x{index}": reference for index in range(1000)}, "required": ["x0"], "$defs": defs}
+    begin = time.process_time()
+    with pytest.raises(RequestError, match="tools: their calls take more than"):
+        form(name, "f", tools=[tool("f", schema)])
+    assert time.process_time() - begin < 2  # seconds; all of them would be megabytes, or gigabytes
 
 
 @settings(max_examples=300, deadline=None)

@@ -103,8 +103,7 @@ def _types(schema: Any) -> set[str]:
 
 def leaves(schema: Any, root: Any, branches: Callable[[dict[str, Any]], list[Any]]) -> list[Any]:
     """Of the alternatives within a schema, those that have none; each once, however often a client names it."""
-    seen: dict[int, tuple[Any, list[Any]]] = {}  # by `id`; held, so that nothing else gets it
-    waiting = [schema]
+    seen, waiting = dict[int, tuple[Any, list[Any]]](), [schema]  # by `id`; held, so that nothing else gets it
     while waiting:
         one = resolved(waiting.pop(), root)
         if id(one) not in seen:

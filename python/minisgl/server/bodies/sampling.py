@@ -110,8 +110,7 @@ def _grammar(kind: str, value: Any, name: str, whitespace: Any = None) -> Gramma
 
 
 def _bounded(text: str, name: str) -> str:
-    is_short = len(text) <= MAX_TEXT
-    refuse_unless(is_short, f"{name} has {len(text)} characters, more than {MAX_TEXT}", name)
+    refuse_unless(len(text) <= MAX_TEXT, f"{name} has {len(text)} characters, more than {MAX_TEXT}", name)
     return text
 
 
