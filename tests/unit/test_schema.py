@@ -321,6 +321,13 @@ def test_branches_told_apart_by_their_types(store: GrammarStore) -> None:
     assert all(takes(store, union, value) for value in (None, {"t": "A"}, {"t": "B"})) and not takes(store, union, {})
     untyped = {name: {"properties": {"t": {"const": name}}, "required": ["t"]} for name in "AB"}
     assert not takes(store, {"oneOf": [REF_A, REF_B], "$defs": untyped}, 5)  # it would match both
+    tagged["B"]["type"] = ["object", "null"]
+    assert all(takes(store, {"oneOf": [REF_A, REF_B], "$defs": tagged}, value) for value in (None, {"t": "B"}))
+    tagged["A"]["type"] = ["object", "null"]
+    assert not takes(store, {"oneOf": [REF_A, REF_B], "$defs": tagged}, None)  # it would match both
+    maps = {"A": {"type": "object", "additionalProperties": {"type": "integer"}}, "B": {"type": "string"}}
+    for value, is_right in ({"k": 1}, True), ("b", True), ({"k": "b"}, False), (1, False):
+        assert takes(store, {"oneOf": [REF_A, REF_B], "$defs": maps}, value) == is_right, value
     for branches in ([NULL, {"$ref": "#/$defs/A"}], [{"type": "integer"}, {"type": "number"}], [NULL, True]):
         with pytest.raises(RequestError, match="oneOf"):
             compile_in(store, "json", {"oneOf": branches, "$defs": untyped})

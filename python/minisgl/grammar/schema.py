@@ -254,14 +254,14 @@ class _Follower:
         """The branches of `oneOf`, where their types, or a property of theirs, say which one it is."""
         ones = [resolved(branch, self._root) if isinstance(branch, dict) else {} for branch in schema["oneOf"]]
         pairs = [(one, {kind.replace("integer", "number") for kind in json_kinds(one, self._root)}) for one in ones]
-        objects = [one for one, some in pairs if some <= {"object"} and isinstance(one.get("properties"), dict)]
-        others = [kind for one, some in pairs if one not in objects for kind in some]
-        apart = all(some for _, some in pairs) and len({*others, "object"}) > len(others)
+        objects = [one for one, its in pairs if type(one.get("properties")) is dict and (not its or "object" in its)]
+        kinds = [kind for one, its in pairs for kind in its if kind != "object" or one not in objects[1:]]
+        apart = all(its for _, its in pairs) and len({*kinds}) == len(kinds)  # but for objects with properties
         if apart and len(objects) < 2:
             return list(schema["oneOf"])
         if not objects or not (apart or len(objects) == len(ones)):
             return None
-        discriminator = schema.get("discriminator")
+        discriminator, known = schema.get("discriminator"), {} if apart else {"type": "object"}
         told = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
         for tag in objects[0]["properties"] if told is None else (told,):
             tags = [literals(branch["properties"].get(tag)) for branch in objects]
@@ -269,7 +269,7 @@ class _Follower:
             required = told is not None or all(tag in listed(branch, "required") for branch in objects)
             if required and all(tags) and all(values.count(value) == 1 for value in values):
                 return [
-                    {**one, "type": "object", "required": [*listed(one, "required"), tag]} if is_object else one
+                    {**one, **known, "required": [*listed(one, "required"), tag]} if is_object else one
                     for one, is_object in zip(schema["oneOf"], [one in objects for one in ones], strict=True)
                 ]
         return None
