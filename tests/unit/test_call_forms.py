@@ -296,6 +296,16 @@ JUNK = st.recursive(
 )
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_references_may_begin_with_the_schema_s_own_name(store: GrammarStore, name: str | None) -> None:
+    """Of each argument, too, where these are forms of their own."""
+    reference = {"$ref": "http://x/f.json#/$defs/A"}
+    schema = {"$id": "http://x/f.json", "properties": {"x": reference}, "required": ["x"]}
+    matcher = compiled(store, form(name, "f", tools=[tool("f", {**schema, "$defs": {"A": {"type": "integer"}}})]))
+    assert accepts(matcher.deep_copy(), written(name, "f", {"x": 5}))
+    assert not accepts(matcher, written(name, "f", {"x": True}))
+
+
 def test_types_within_types_are_read_once(store: GrammarStore) -> None:
     """A schema of a few kB that names each of its parts many times, in many levels, in the API server."""
     for key in ("anyOf", "oneOf", "allOf"):

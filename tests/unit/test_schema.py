@@ -69,6 +69,7 @@ CLOSED: list[tuple[Any, list[Any], list[Any]]] = [
     ({"$ref": "#/components/schemas/A", "components": {"schemas": {"A": A}}}, [A1], [AC, {"a": "x"}]),
     ({"$id": "http://x/y.json", "$ref": "y.json#/$defs/A", **DEFS}, [A1], [AC, {"a": "x"}]),
     ({"$id": "http://x/y.json", "$ref": "http://x/y.json#/$defs/A", **DEFS}, [A1], [AC, {"a": "x"}]),
+    ({**A, "schemas": "1.0", "components": ["x"]}, [A1], [AC]),  # which are keywords of nobody here
     ({"$ref": "#a", "$defs": {"A": {"$anchor": "a", **A}}}, [A1], [AC, {"a": "x"}]),
     ({"properties": {"x": {"$id": "http://x/x", **REF_A, **DEFS}}}, [{"x": A1}], [{"x": AC}, {"x": {"a": "x"}}]),
     # Compositions: by the names of all parts.

@@ -113,8 +113,8 @@ def leaves(schema: Any, root: Any, branches: Callable[[dict[str, Any]], list[Any
 
 
 def definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What references in a schema name, which its parts need too."""
-    return {key: schema[key] for key in ("$defs", "definitions", "components") if key in schema}
+    """What references in a schema name, which its parts need too, and its own name."""
+    return {key: schema[key] for key in ("$id", "$defs", "definitions", "components") if key in schema}
 
 
 def followed(schema: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class _Follower:
     def _collect(self, schema: Any, path: Way) -> None:
         if not isinstance(schema, dict):
             return
-        for key in (*_MAPS, "required", "enum", "prefixItems", *_IN_PLACE):
+        for key in (*_MAPS[:-1], "required", "enum", "prefixItems", *_IN_PLACE):  # "schemas" is no keyword by itself
             if not isinstance(schema.get(key), (dict if key in _MAPS else list) | None):
                 raise SchemaError(f"{key} must be {'an object' if key in _MAPS else 'a list'}", path)
         self._used.add(_pointer(schema, self._root))
