@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -253,10 +254,10 @@ class _Follower:
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
         """The branches of `oneOf`, where their types, or a property of theirs, say which one it is."""
         ones = [resolved(branch, self._root) if isinstance(branch, dict) else {} for branch in schema["oneOf"]]
-        pairs = [(one, {kind.replace("integer", "number") for kind in json_kinds(one, self._root)}) for one in ones]
-        objects = [one for one, its in pairs if type(one.get("properties")) is dict and (not its or "object" in its)]
-        kinds = [kind for one, its in pairs for kind in its if kind != "object" or one not in objects[1:]]
-        apart = all(its for _, its in pairs) and len({*kinds}) == len(kinds)  # but for objects with properties
+        kinds = [{kind.replace("integer", "number") for kind in json_kinds(one, self._root)} for one in ones]
+        are = [type(one.get("properties")) is dict and "object" in (kinds[i] or "object") for i, one in enumerate(ones)]
+        objects = [*compress(ones, are)]  # of whose types "object" alone may be the same
+        apart = all(kinds) and sum(map(len, kinds)) - len({*chain(*kinds)}) == max(len(objects) - 1, 0)
         if apart and len(objects) < 2:
             return list(schema["oneOf"])
         if not objects or not (apart or len(objects) == len(ones)):
@@ -270,7 +271,7 @@ class _Follower:
             if required and all(tags) and all(values.count(value) == 1 for value in values):
                 return [
                     {**one, **known, "required": [*listed(one, "required"), tag]} if is_object else one
-                    for one, is_object in zip(schema["oneOf"], [one in objects for one in ones], strict=True)
+                    for one, is_object in zip(schema["oneOf"], are, strict=True)
                 ]
         return None
 
