@@ -382,12 +382,20 @@ def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[st
     [
         ({"minLength": 1}, ["a", "two\nlines", "x\n</parameter> y"], [""]),
         ({"minLength": 2, "maxLength": 60}, ["ab", "a" * 60], ["a", "a" * 61]),
+        ({"minLength": 1, "maxLength": 255}, ["ab", "a" * 255], ["", "a" * 256]),
+        ({"maxLength": 10_000}, ["", "a" * 9_000, "x\n</parameter> y"], ["a" * 10_001]),
+        ({"minLength": 3, "maxLength": 4096}, ["abc", "\n" * 900], ["ab", ""]),
+        (
+            {"pattern": "^https?://", "maxLength": 2083},
+            ["http://a", "https://b\n"],
+            ["ftp://a", "http://" + "a" * 2083],
+        ),
         ({"pattern": "^https?://"}, ["http://a", "https://b\n"], ["ftp://a"]),
         ({"pattern": "[0-9]", "maxLength": 99}, ["a5", "5\n"], ["a"]),
         ({"pattern": "^[^@]+@[^@]+$"}, ["a@b", "a\n@b"], ["a"]),
         ({"pattern": "^a$|^b$"}, ["a", "b"], ["ab"]),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_strings_end_where_their_tag_does(
     store: GrammarStore, name: str, limits: dict[str, Any], good: list[str], bad: list[str]

@@ -323,15 +323,15 @@ def _value(field: Field, begin: str = "", end: str = _END) -> Form:
     patterns = [PATTERNS[name] for name in (str(schema.get("format")),) if name in PATTERNS]
     patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
     least, most = schema.get("minLength") or 0, schema.get("maxLength")
-    if least or most is not None:
-        patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
+    patterns += [f"^(?s:.{{{least},{'' if most is None else most}}})$"] if least or most is not None else []
     if not patterns:
         return [begin, {"until": end}]
     value = " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
     field.take(len(value))
-    if tail:  # nowhere but at the end: the longest match would go on behind it
-        value = f"(({value}) {json.dumps(tail)}) & ~/(?s:.*){_STOP}(?s:.+)/"
-    form = {"kind": "grammar", "text": f"start: V\nV: {value}", "param": field.param, "then": end[len(tail) :]}
+    # Its end comes once. Long ones take the shortest match: states for each length and each part of it would be many.
+    v, early = ("v[lazy]", f"{{0,{least}}}") if tail and type(most) is int and most > 255 else ("v", "*")
+    value = f"(({value}) {json.dumps(tail)}) & ~/(?s:.{early}){_STOP}(?s:.+)/" if tail else value
+    form = {"kind": "grammar", "text": f"start: v\n{v}: V\nV: {value}", "param": field.param, "then": end[len(tail) :]}
     return [begin, form if field.binds else {**form, "or": {"until": end}}]
 
 
