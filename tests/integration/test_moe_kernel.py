@@ -336,7 +336,7 @@ def test_experts_that_differ_become_full() -> None:
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (700, 5, 3), (33, 128, 8), (2500, 32, 4)])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (700, 5, 3), (33, 128, 8), (3200, 32, 4)])
 def test_sorted_pairs(block_m: int, num_tokens: int, num_experts: int, top_k: int) -> None:
     """Pairs by expert, those of one expert in order; blocks cover each once and hold one expert's pairs only."""
     from minisgl.kernel.triton.grouped_gemm import sort_pairs

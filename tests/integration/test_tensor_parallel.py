@@ -14,6 +14,7 @@ import pytest
 from minisgl.core import SamplingParams
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
+from minisgl.kernel.ops import LayerOps
 from tests.driver import CPU_KERNELS, GREEDY, engine_config, generate
 from tests.models import random_prompt, tiny_model
 
@@ -23,7 +24,8 @@ PROMPTS = [random_prompt(4 + 9 * i, seed=i) for i in range(len(PARAMS))]
 
 
 def run_rank(rank: int, cases: list[tuple[Path, int, str]], fields: dict[str, Any], results: Any) -> None:
-    """All cases, one engine after the other in the same process."""
+    """All cases, one engine after the other in the same process. fields: `late_from` is of `LayerOps`."""
+    LayerOps.late_from = fields.pop("late_from", LayerOps.late_from)
     for i, (path, tp_size, init_method) in enumerate(cases):
         if rank >= tp_size:
             continue
@@ -88,6 +90,19 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("granitemoehybrid"), 2),
     ]
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
+    for case, (path, tp_size) in enumerate(models):
+        config = engine_config(path)
+        engine = create_engine(config)
+        expected = generate(engine, config, PROMPTS, 12, PARAMS)
+        engine.close()
+        for rank in range(tp_size):
+            assert found[case, rank] == expected, (case, rank)
+
+
+def test_one_rank_adds_biases_in_the_norm_ahead() -> None:
+    """As GPUs have it from some tokens on; here from 8, so that both ways alternate."""
+    models = [(tiny_model("gpt_oss"), 2), (tiny_model("llama", attention_bias=True), 2)]
+    found = run_ranks(models, late_from=8)
     for case, (path, tp_size) in enumerate(models):
         config = engine_config(path)
         engine = create_engine(config)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from minisgl import config
-from minisgl.config.args import ServerArgs, args_from_options, parse_args
+from minisgl.config.args import ServerArgs, args_from_options, make_parser, parse_args
+from minisgl.config.draft import longest_draft
 from minisgl.env import VARIABLES
 from minisgl.errors import ConfigError
 
@@ -186,6 +187,17 @@ def test_help_ends_the_program_with_every_flag(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for name in ServerArgs.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
+
+
+def test_help_and_readme_name_each_default_length_of_drafts() -> None:
+    kinds = "ngram", "mtp", "model", "eagle", "dflash"
+    each = {longest_draft(kind, None, is_free) for kind in kinds for is_free in (False, True)}
+    each.add(longest_draft("ngram", None, is_free=False, states=(1,)))
+    (text,) = (action.help for action in make_parser()._actions if action.dest == "speculate_tokens")
+    readme = Path(__file__).parents[2] / "README.md"
+    (row,) = (line for line in readme.read_text().splitlines() if line.startswith("| `--speculate-tokens` |"))
+    for told in text, row:
+        assert {int(number) for number in re.findall(r"\b\d+\b", str(told))} == each
 
 
 def test_keyword_options() -> None:

@@ -14,7 +14,7 @@ from minisgl.errors import ConfigError
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
-WARM_UP_TOKENS = (64, 512, 2048)
+WARM_UP_TOKENS = (64, 512, 1024, 2048)
 _GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
 
 

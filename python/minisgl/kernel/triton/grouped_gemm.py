@@ -26,7 +26,7 @@ from minisgl.kernel.packed import Blocks, Float8
 from minisgl.kernel.packed_gemm import codes_of, in_order
 from minisgl.kernel.triton.common import Tile, begin, launch_options, native, precision, tiles, widen
 
-SCAN = 1024  # pairs that a sorting program looks at together
+SCANS, LONG = (1024, 4096), 12288  # pairs that a sorting program looks at together, the second of more than LONG
 
 
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, Tile]:
@@ -247,7 +247,7 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
     order, blocks = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (num_pairs, (max_blocks, 4)))
     _sort_kernel[(num_experts,)](
         experts, order, blocks, num_pairs, max_blocks, num_experts, triton.next_power_of_2(num_experts), block_m,
-        SCAN * (1 if num_pairs <= 8 * SCAN else 4), pdl, num_warps=4, **launch_options(pdl),
+        SCANS[num_pairs > LONG], pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return order, blocks
 

@@ -194,8 +194,8 @@ void limit_known(int64_t most_bytes, double dear) { known_masks.limit(size_t(mos
 // How many masks came with a copy of another matcher.
 int64_t num_copied() { return Openings::num_copied; }
 
-// For tests: the seconds of a core from which on matchers are kept whose masks took as long.
-void keep_from(double worth) { Openings::worth = worth; }
+// For tests: the seconds of a core from which on matchers are kept whose masks took as long, and those of a short copy.
+void keep_from(double worth, double short_copy) { Openings::worth = worth, Openings::short_copy = short_copy; }
 
 // A host has written tokens.
 void tell() { tokens.tell(); }

@@ -4,7 +4,6 @@
 #include <minisgl/masks/known_masks.h>
 #include <minisgl/masks/openings.h>
 #include <minisgl/masks/pattern.h>
-#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,12 +21,6 @@ namespace minisgl {
 
 constexpr size_t kMostKnown = 64 << 20;  // bytes of masks that are known
 constexpr double kWorth = 30e-6;         // seconds of a core: to copy a mask takes a few
-
-inline double seconds(clockid_t clock) {
-  timespec now;
-  clock_gettime(clock, &now);
-  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
-}
 
 inline KnownMasks known_masks(kMostKnown, kWorth);
 
