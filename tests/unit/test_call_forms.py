@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -295,6 +296,16 @@ JUNK = st.recursive(
 )
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_references_may_begin_with_the_schema_s_own_name(store: GrammarStore, name: str | None) -> None:
+    """Of each argument, too, where these are forms of their own."""
+    reference = {"$ref": "http://x/f.json#/$defs/A"}
+    schema = {"$id": "http://x/f.json", "properties": {"x": reference}, "required": ["x"]}
+    matcher = compiled(store, form(name, "f", tools=[tool("f", {**schema, "$defs": {"A": {"type": "integer"}}})]))
+    assert accepts(matcher.deep_copy(), written(name, "f", {"x": 5}))
+    assert not accepts(matcher, written(name, "f", {"x": True}))
+
+
 def test_types_within_types_are_read_once(store: GrammarStore) -> None:
     """A schema of a few kB that names each of its parts many times, in many levels, in the API server."""
     for key in ("anyOf", "oneOf", "allOf"):
@@ -328,6 +339,28 @@ def test_what_arguments_have_in_common_does_not_multiply(name: str) -> None:
     form(name, "f", tools=[tool("f", few)])
 
 
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4"])
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"enum": [f"value{index}" for index in range(1000)]},
+        {"type": "string", "pattern": "a" * 10_000},
+        {"anyOf": [{"type": "string", "description": str(index)} for index in range(1000)]},
+        {"anyOf": [{"$ref": "#/$defs/B"}] * 1000},
+        {"type": [*map(str, range(500))], **{f"k{index}": 0 for index in range(500)}},
+    ],
+    ids=["values", "pattern", "alternatives", "references", "types"],
+)
+def test_arguments_that_are_no_json_do_not_multiply_either(name: str, shared: dict[str, Any]) -> None:
+    """A first one that is needed, so that not even optional ones before it are many."""
+    reference, defs = {"$ref": "#/$defs/A"}, {"A": shared, "B": {"type": "string"}}
+    schema = {"properties": {f"x{index}": reference for index in range(1000)}, "required": ["x0"], "$defs": defs}
+    begin = time.process_time()
+    with pytest.raises(RequestError, match="tools: their calls take more than"):
+        form(name, "f", tools=[tool("f", schema)])
+    assert time.process_time() - begin < 2  # seconds; all of them would be megabytes, or gigabytes
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(KEYWORDS, JUNK, max_size=5), st.booleans())
 def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[str, Any], required: bool) -> None:
@@ -349,12 +382,20 @@ def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[st
     [
         ({"minLength": 1}, ["a", "two\nlines", "x\n</parameter> y"], [""]),
         ({"minLength": 2, "maxLength": 60}, ["ab", "a" * 60], ["a", "a" * 61]),
+        ({"minLength": 1, "maxLength": 255}, ["ab", "a" * 255], ["", "a" * 256]),
+        ({"maxLength": 10_000}, ["", "a" * 9_000, "x\n</parameter> y"], ["a" * 10_001]),
+        ({"minLength": 3, "maxLength": 4096}, ["abc", "\n" * 900], ["ab", ""]),
+        (
+            {"pattern": "^https?://", "maxLength": 2083},
+            ["http://a", "https://b\n"],
+            ["ftp://a", "http://" + "a" * 2083],
+        ),
         ({"pattern": "^https?://"}, ["http://a", "https://b\n"], ["ftp://a"]),
         ({"pattern": "[0-9]", "maxLength": 99}, ["a5", "5\n"], ["a"]),
         ({"pattern": "^[^@]+@[^@]+$"}, ["a@b", "a\n@b"], ["a"]),
         ({"pattern": "^a$|^b$"}, ["a", "b"], ["ab"]),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_strings_end_where_their_tag_does(
     store: GrammarStore, name: str, limits: dict[str, Any], good: list[str], bad: list[str]

@@ -69,6 +69,7 @@ CLOSED: list[tuple[Any, list[Any], list[Any]]] = [
     ({"$ref": "#/components/schemas/A", "components": {"schemas": {"A": A}}}, [A1], [AC, {"a": "x"}]),
     ({"$id": "http://x/y.json", "$ref": "y.json#/$defs/A", **DEFS}, [A1], [AC, {"a": "x"}]),
     ({"$id": "http://x/y.json", "$ref": "http://x/y.json#/$defs/A", **DEFS}, [A1], [AC, {"a": "x"}]),
+    ({**A, "schemas": "1.0", "components": ["x"]}, [A1], [AC]),  # which are keywords of nobody here
     ({"$ref": "#a", "$defs": {"A": {"$anchor": "a", **A}}}, [A1], [AC, {"a": "x"}]),
     ({"properties": {"x": {"$id": "http://x/x", **REF_A, **DEFS}}}, [{"x": A1}], [{"x": AC}, {"x": {"a": "x"}}]),
     # Compositions: by the names of all parts.
@@ -321,6 +322,13 @@ def test_branches_told_apart_by_their_types(store: GrammarStore) -> None:
     assert all(takes(store, union, value) for value in (None, {"t": "A"}, {"t": "B"})) and not takes(store, union, {})
     untyped = {name: {"properties": {"t": {"const": name}}, "required": ["t"]} for name in "AB"}
     assert not takes(store, {"oneOf": [REF_A, REF_B], "$defs": untyped}, 5)  # it would match both
+    tagged["B"]["type"] = ["object", "null"]
+    assert all(takes(store, {"oneOf": [REF_A, REF_B], "$defs": tagged}, value) for value in (None, {"t": "B"}))
+    tagged["A"]["type"] = ["object", "null"]
+    assert not takes(store, {"oneOf": [REF_A, REF_B], "$defs": tagged}, None)  # it would match both
+    maps = {"A": {"type": "object", "additionalProperties": {"type": "integer"}}, "B": {"type": "string"}}
+    for value, is_right in ({"k": 1}, True), ("b", True), ({"k": "b"}, False), (1, False):
+        assert takes(store, {"oneOf": [REF_A, REF_B], "$defs": maps}, value) == is_right, value
     for branches in ([NULL, {"$ref": "#/$defs/A"}], [{"type": "integer"}, {"type": "number"}], [NULL, True]):
         with pytest.raises(RequestError, match="oneOf"):
             compile_in(store, "json", {"oneOf": branches, "$defs": untyped})

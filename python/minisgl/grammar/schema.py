@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -103,8 +104,7 @@ def _types(schema: Any) -> set[str]:
 
 def leaves(schema: Any, root: Any, branches: Callable[[dict[str, Any]], list[Any]]) -> list[Any]:
     """Of the alternatives within a schema, those that have none; each once, however often a client names it."""
-    seen: dict[int, tuple[Any, list[Any]]] = {}  # by `id`; held, so that nothing else gets it
-    waiting = [schema]
+    seen, waiting = dict[int, tuple[Any, list[Any]]](), [schema]  # by `id`; held, so that nothing else gets it
     while waiting:
         one = resolved(waiting.pop(), root)
         if id(one) not in seen:
@@ -114,8 +114,8 @@ def leaves(schema: Any, root: Any, branches: Callable[[dict[str, Any]], list[Any
 
 
 def definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What references in a schema name, which its parts need too."""
-    return {key: schema[key] for key in ("$defs", "definitions", "components") if key in schema}
+    """What references in a schema name, which its parts need too, and its own name."""
+    return {key: schema[key] for key in ("$id", "$defs", "definitions", "components") if key in schema}
 
 
 def followed(schema: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class _Follower:
     def _collect(self, schema: Any, path: Way) -> None:
         if not isinstance(schema, dict):
             return
-        for key in (*_MAPS, "required", "enum", "prefixItems", *_IN_PLACE):
+        for key in (*_MAPS[:-1], "required", "enum", "prefixItems", *_IN_PLACE):  # "schemas" is no keyword by itself
             if not isinstance(schema.get(key), (dict if key in _MAPS else list) | None):
                 raise SchemaError(f"{key} must be {'an object' if key in _MAPS else 'a list'}", path)
         self._used.add(_pointer(schema, self._root))
@@ -254,15 +254,15 @@ class _Follower:
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
         """The branches of `oneOf`, where their types, or a property of theirs, say which one it is."""
         ones = [resolved(branch, self._root) if isinstance(branch, dict) else {} for branch in schema["oneOf"]]
-        pairs = [(one, {kind.replace("integer", "number") for kind in json_kinds(one, self._root)}) for one in ones]
-        objects = [one for one, some in pairs if some <= {"object"} and isinstance(one.get("properties"), dict)]
-        others = [kind for one, some in pairs if one not in objects for kind in some]
-        apart = all(some for _, some in pairs) and len({*others, "object"}) > len(others)
+        kinds = [{kind.replace("integer", "number") for kind in json_kinds(one, self._root)} for one in ones]
+        are = [type(one.get("properties")) is dict and "object" in (kinds[i] or "object") for i, one in enumerate(ones)]
+        objects = [*compress(ones, are)]  # of whose types "object" alone may be the same
+        apart = all(kinds) and sum(map(len, kinds)) - len({*chain(*kinds)}) == max(len(objects) - 1, 0)
         if apart and len(objects) < 2:
             return list(schema["oneOf"])
         if not objects or not (apart or len(objects) == len(ones)):
             return None
-        discriminator = schema.get("discriminator")
+        discriminator, known = schema.get("discriminator"), {} if apart else {"type": "object"}
         told = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
         for tag in objects[0]["properties"] if told is None else (told,):
             tags = [literals(branch["properties"].get(tag)) for branch in objects]
@@ -270,8 +270,8 @@ class _Follower:
             required = told is not None or all(tag in listed(branch, "required") for branch in objects)
             if required and all(tags) and all(values.count(value) == 1 for value in values):
                 return [
-                    {**one, "type": "object", "required": [*listed(one, "required"), tag]} if is_object else one
-                    for one, is_object in zip(schema["oneOf"], [one in objects for one in ones], strict=True)
+                    {**one, **known, "required": [*listed(one, "required"), tag]} if is_object else one
+                    for one, is_object in zip(schema["oneOf"], are, strict=True)
                 ]
         return None
 

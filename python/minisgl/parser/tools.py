@@ -246,6 +246,11 @@ class Field(NamedTuple):
         if self.room[0] < 0:
             raise RequestError(f"tools: their calls take more than {MAX_TEXT} characters to describe", param="tools")
 
+    def branches(self, schema: dict[str, Any]) -> list[Any]:
+        self.take(8 + len(schema) * len(kinds := listed(schema, "type")) + len(listed(schema, "anyOf")))
+        branches = [{**schema, "type": kind} for kind in kinds] or schema.get("anyOf")
+        return branches if isinstance(branches, list) and all(isinstance(branch, dict) for branch in branches) else []
+
     def maybe(self, form: Form) -> Form:
         return form if self.needed else {"any": [form, []]}
 
@@ -293,10 +298,10 @@ def _arguments(language: str, function: Field) -> Form:
     if language == "tags":
         return [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in fields]
     named = language == "names"
+    first = next((index for index, field in enumerate(fields) if field.needed), len(fields))
+    function.take(8 * first * len(fields))  # as each of the first ones may be left out
     items = [[f"{f.name}:", _value(f, *_QUOTES)] if named else [f"{f.name}=", f.json({}, "python")] for f in fields]
     behind = [field.maybe(["," if named else ", ", item]) for field, item in zip(fields, items, strict=True)]
-    first = next((index for index, field in enumerate(fields) if field.needed), len(items))
-    function.take(8 * first * len(fields))  # as each of the first ones may be left out
     starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
     return {"any": starts if first < len(items) else [*starts, []]}
 
@@ -304,32 +309,29 @@ def _arguments(language: str, function: Field) -> Form:
 _END, _STOP, _QUOTES = "\n</parameter>\n", r"\n<\/parameter>\n", ('<|"|>', '<|"|>')
 
 
-def _branches(schema: dict[str, Any]) -> list[Any]:
-    branches = [{**schema, "type": kind} for kind in listed(schema, "type")] or schema.get("anyOf")
-    return branches if isinstance(branches, list) and all(isinstance(branch, dict) for branch in branches) else []
-
-
 def _value(field: Field, begin: str = "", end: str = _END) -> Form:
     """An argument before the end of its tag, or as Gemma 4 writes it: strings as they are from `begin` on, and JSON."""
     schema, shared = resolved(field.schema, field.schema), definitions(field.schema)
-    if (found := leaves(schema, field.schema, _branches)) and found[0] is not schema:
+    if (found := leaves(schema, field.schema, field.branches)) and found[0] is not schema:
         return {"any": [_value(field._replace(schema=shared | branch), begin, end) for branch in found]}
     tail = "" if begin else end
     if values := literals(schema):
+        field.take(len(json.dumps(values)))
         return {"any": [[begin, one, end] if isinstance(one, str) else [json.dumps(one), tail] for one in values]}
     if schema.get("type") != "string":
         return [field.json({}), tail]
     patterns = [PATTERNS[name] for name in (str(schema.get("format")),) if name in PATTERNS]
     patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
     least, most = schema.get("minLength") or 0, schema.get("maxLength")
-    if least or most is not None:
-        patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
+    patterns += [f"^(?s:.{{{least},{'' if most is None else most}}})$"] if least or most is not None else []
     if not patterns:
         return [begin, {"until": end}]
     value = " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
-    if tail:  # nowhere but at the end: the longest match would go on behind it
-        value = f"(({value}) {json.dumps(tail)}) & ~/(?s:.*){_STOP}(?s:.+)/"
-    form = {"kind": "grammar", "text": f"start: V\nV: {value}", "param": field.param, "then": end[len(tail) :]}
+    field.take(len(value))
+    # Its end comes once. Long ones take the shortest match: states for each length and each part of it would be many.
+    v, early = ("v[lazy]", f"{{0,{least}}}") if tail and type(most) is int and most > 255 else ("v", "*")
+    value = f"(({value}) {json.dumps(tail)}) & ~/(?s:.{early}){_STOP}(?s:.+)/" if tail else value
+    form = {"kind": "grammar", "text": f"start: v\n{v}: V\nV: {value}", "param": field.param, "then": end[len(tail) :]}
     return [begin, form if field.binds else {**form, "or": {"until": end}}]
 
 

@@ -20,7 +20,6 @@ from minisgl.server.errors import at_most, refuse_unless
 
 MAX_CHOICES = 4096
 _ANY_OBJECT: Object = {"type": "object"}
-_KINDS = SCHEMAS["kinds"]
 
 
 class GrammarFields(BaseModel):
@@ -44,8 +43,8 @@ def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
             found += _response_format(value)
         elif name == "structured_outputs":
             found.append(_structured_outputs(value))
-        elif name in _KINDS:
-            found.append(_grammar(_KINDS[name], value, name))
+        elif name in SCHEMAS["kinds"]:
+            found.append(_grammar(SCHEMAS["kinds"][name], value, name))
     if len(found) > 1:
         raise RequestError(f"{found[0].param} and {found[1].param} cannot both be given", param=found[1].param)
     return found[0] if found else None
@@ -82,7 +81,7 @@ def _structured_outputs(value: Any) -> Grammar:
     if key == "json_object":
         refuse_unless(part is True, f"{name}.json_object must be true or false", name)
         key, part = "json", _ANY_OBJECT
-    return _grammar(_KINDS[key], part, name, value.get("whitespace"))
+    return _grammar(SCHEMAS["kinds"][key], part, name, value.get("whitespace"))
 
 
 def _grammar(kind: str, value: Any, name: str, whitespace: Any = None) -> Grammar:
@@ -110,8 +109,7 @@ def _grammar(kind: str, value: Any, name: str, whitespace: Any = None) -> Gramma
 
 
 def _bounded(text: str, name: str) -> str:
-    is_short = len(text) <= MAX_TEXT
-    refuse_unless(is_short, f"{name} has {len(text)} characters, more than {MAX_TEXT}", name)
+    refuse_unless(len(text) <= MAX_TEXT, f"{name} has {len(text)} characters, more than {MAX_TEXT}", name)
     return text
 
 
