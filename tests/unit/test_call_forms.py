@@ -312,14 +312,18 @@ def test_types_within_types_are_read_once(store: GrammarStore) -> None:
         defs: dict[str, Any] = {"L0": {"type": ["integer", "null"]}}
         defs |= {f"L{level}": {key: [{"$ref": f"#/$defs/L{level - 1}"}] * 40} for level in range(1, 12)}
         schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/L11"}}, "required": ["x"], "$defs": defs}
-        assert json_kinds(schema["properties"]["x"], schema) == {"integer", "null"}  # type: ignore[index]
+        assert json_kinds(schema["properties"]["x"], schema, {}) == {"integer", "null"}  # type: ignore[index]
         forms = {name: form(name, "f", tools=[tool("f", schema)]) for name in FORMATS}
         if key == "anyOf":
             matcher = compiled(store, forms["qwen3_coder"])
             assert accepts(matcher.deep_copy(), written("qwen3_coder", "f", {"x": 5}))
             assert not accepts(matcher, written("qwen3_coder", "f", {"x": "b"}))
     endless = {"properties": {"x": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/A"}]}}}
-    assert json_kinds({"$ref": "#/$defs/A"}, endless) == set()
+    assert json_kinds({"$ref": "#/$defs/A"}, endless, {}) == set()
+    chain: dict[str, Any] = {f"L{level}": {"anyOf": [{"$ref": f"#/$defs/L{level - 1}"}]} for level in range(1, 3000)}
+    deep = {"$defs": chain | {"L0": {"type": "integer"}}}
+    assert json_kinds({"$ref": "#/$defs/L9"}, deep, {}) == {"integer"}
+    assert json_kinds({"$ref": "#/$defs/L2999"}, deep, {}) == set()  # too deep to be told
     for name in FORMATS:
         form(name, "f", tools=[tool("f", endless)], required=False)
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
+from minisgl.grammar.schema import followed
 from minisgl.grammar.store import GrammarStore
 from tests.schemas import NAMES, schemas
 from tests.unit.test_grammar import accepts, compile_in, store, walk
@@ -397,3 +398,20 @@ def test_closing_never_contradicts(store: GrammarStore, parts: list[Any], how: s
         value = json.loads(text)
         jsonschema.validate(value, schema)
         assert set(value.get("p", value) if how == "property" else value) <= taken
+
+
+def test_alternatives_that_branches_share_are_looked_at_once() -> None:
+    """Hundreds of nullable references to one union of hundreds; the types of each that is named are kept."""
+    union = {"anyOf": [{"type": "string", "minLength": length} for length in range(1000)]}
+    branches = [{"anyOf": [{"$ref": "#/$defs/U"}]}, {"type": "null"}]
+    names = {f"p{number}": {"oneOf": branches} for number in range(1000)}
+    looked: list[object] = []
+
+    class Counted(dict[str, object]):
+        def get(self, key: str, default: object = None) -> object:
+            looked.append(key)
+            return super().get(key, default)
+
+    union["anyOf"] = [Counted(one) for one in union["anyOf"]]
+    followed({"type": "object", "properties": names, "$defs": {"U": union}})
+    assert len(looked) < 100_000  # 20 for each of the thousand; three millions where each reference looks at all

@@ -90,10 +90,15 @@ def literals(schema: Any) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def json_kinds(schema: Any, root: Any) -> set[str]:
-    """The types that values of a schema have, as JSON schema names them; none when any may be."""
-    kinds = [_types(one) for one in leaves(schema, root, lambda one: [] if _types(one) else listed(one, *_IN_PLACE))]
-    return set[str]().union(*kinds) if all(kinds) else set()
+def json_kinds(schema: Any, root: Any, known: dict[int, tuple[Any, set[str]]]) -> set[str]:
+    """The types of a schema's values, none where any may be; known: what was found, by `id`, beside its schema."""
+    if id(one := resolved(schema, root)) not in known:
+        known[id(one)] = one, _types(one)
+        inner = listed(one, *_IN_PLACE) if isinstance(one, dict) and not _types(one) else []
+        with suppress(RecursionError):  # any may be, as far as is seen
+            if inner and all(kinds := [json_kinds(each, root, known) for each in inner]):
+                known[id(one)] = one, set[str]().union(*kinds)
+    return known[id(one)][1]
 
 
 def _types(schema: Any) -> set[str]:
@@ -130,8 +135,8 @@ class _Follower:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._used: set[str] = set()  # references
-        self._open: set[str] = set()  # those to parts of compositions
+        self._used, self._open = set[str](), set[str]()  # references, and those to parts of compositions
+        self._known = dict[int, tuple[Any, set[str]]]()
         self._collect(root, ())
 
     def _collect(self, schema: Any, path: Way) -> None:
@@ -254,7 +259,7 @@ class _Follower:
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
         """The branches of `oneOf`, where their types, or a property of theirs, say which one it is."""
         ones = [resolved(branch, self._root) if isinstance(branch, dict) else {} for branch in schema["oneOf"]]
-        kinds = [{kind.replace("integer", "number") for kind in json_kinds(one, self._root)} for one in ones]
+        kinds = [{kind.replace("integer", "number") for kind in json_kinds(x, self._root, self._known)} for x in ones]
         are = [type(one.get("properties")) is dict and "object" in (kinds[i] or "object") for i, one in enumerate(ones)]
         objects = [*compress(ones, are)]  # of whose types "object" alone may be the same
         apart = all(kinds) and sum(map(len, kinds)) - len({*chain(*kinds)}) == max(len(objects) - 1, 0)

@@ -261,7 +261,7 @@ class TaggedArguments:
                     return end, made + ("{}" if self._lead == "{" else "}"), True
                 properties = resolved(self._schema, self._schema).get("properties")
                 known = properties.get(opening[1]) if isinstance(properties, dict) else None
-                self._kinds = json_kinds(known, self._schema)
+                self._kinds = json_kinds(known, self._schema, {})
                 made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: " + '"' * (self._kinds == _TEXT)
                 end, self._lead = opening.end(), ", "
             size, value = self._value(text[end:], self._kinds, final)

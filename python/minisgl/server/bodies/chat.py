@@ -115,8 +115,7 @@ def chat_request(raw: Object, defaults: Defaults, names: Mapping[str, str] | Non
 def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = chat_messages(body.messages)
-    are_shown = body.logprobs or not body.top_logprobs
-    refuse_unless(are_shown, "top_logprobs is only allowed with logprobs", "top_logprobs")
+    refuse_unless(body.logprobs or not body.top_logprobs, "top_logprobs is only allowed with logprobs", "top_logprobs")
     tools = tool_use(body.tools or (), body.tool_choice, body.parallel_tool_calls)
     if goes_on := bool(body.continue_final_message):
         name, last = "continue_final_message", messages[-1]

@@ -261,8 +261,7 @@ def _name(value: Any) -> Any:
 def _tool(tool: Tool, where: str) -> Object:
     """A tool in the form that templates expect."""
     function, named = tool.function, f"{where}.function.name"
-    is_name = _NAME.fullmatch(function.name)
-    refuse_unless(is_name, f"{named} must have 1 to 128 letters, digits or _ - . : /", named)
+    refuse_unless(_NAME.fullmatch(function.name), f"{named} must have 1 to 128 letters, digits or _ - . : /", named)
     _carried(function.parameters, f"{where}.function.parameters")
     return {"type": "function", "function": {key: value for key, value in function if value is not None}}
 

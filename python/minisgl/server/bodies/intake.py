@@ -85,8 +85,7 @@ class Bodies:
             if size <= SMALL_BODY:
                 return parse(whole, reading)
             mmap(-1, MOST_PARSED * size).close()  # the parser would end the process for a lack of memory
-            run = asyncio.get_running_loop().run_in_executor
-            return await run(self._aside, uncollected, parse, whole, reading)
+            return await asyncio.get_running_loop().run_in_executor(self._aside, uncollected, parse, whole, reading)
         except (MemoryError, OSError):
             raise RequestError("the server has not enough memory for this request", status=503) from None
 

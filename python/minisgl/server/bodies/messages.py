@@ -52,8 +52,7 @@ class MessagesBody(Body, SamplingFields):
 
 def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    reading = reading or Reading()
-    body = load(MessagesBody, data, reading)
+    body = load(MessagesBody, data, reading := reading or Reading())
     named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "tool_choice", "chat_template_kwargs")
     messages, config = _messages(body), body.output_config or {}
     last = messages[-1] if messages else {}

@@ -103,8 +103,7 @@ def _grammar(kind: str, value: Any, name: str, whitespace: Any = None) -> Gramma
         is_short = len(value) <= MAX_CHOICES
         refuse_unless(is_short, f"{name} must have at most {MAX_CHOICES} choices, not {len(value)}", name)
         text = json.dumps(value)
-    is_text = text and isinstance(text, str)
-    refuse_unless(is_text, f"{name} must be a {kind}: a string that is not empty", name)
+    refuse_unless(text and isinstance(text, str), f"{name} must be a {kind}: a string that is not empty", name)
     return Grammar(kind, _bounded(text, name), (kind == "json" and whitespace) or "compact", param=name)
 
 
