@@ -214,7 +214,7 @@ class Planner:
         plan, reqs = self.inflight.popleft()
         assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
         outputs, token_ids, sample, ended = list[ReqOutput](), iter(result.token_ids), 0, ReqState.FINISHED
-        drafts, of_samples, of_prompts = {x.row: x.ids for x in plan.drafts}, result.logprobs, result.prompt_logprobs
+        drafts, probs, of_prompts = {x.row: x.ids for x in plan.drafts}, result.logprobs, result.prompt_logprobs
         for index, (req, scheduled) in enumerate(zip(reqs, plan.reqs, strict=True)):
             req.num_inflight -= 1
             if of_prompts:
@@ -229,7 +229,7 @@ class Planner:
                 elif req.state is not ended:
                     if drafts and (draft := drafts.get(scheduled.row)):
                         ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
-                    logprobs = b"".join([of_samples.get(sample + i, b"") for i in range(len(ids) * bool(of_samples))])
+                    logprobs = b"".join([probs.get(sample + i, b"") for i in range(len(ids))]) if probs else b""
                     outputs.append(self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids, logprobs))
                 sample += len(sampled)
         self.speculation.hear(reqs, plan, result)
