@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import errno
 import gc
-import importlib
 import signal
 import socket
-import threading
 
 import psutil
 
@@ -48,16 +46,13 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
             supervisor = Supervisor(launcher, specs, config.heartbeat_timeout, config.restart_workers)
             stack.callback(supervisor.stop)
             supervisor.start()
-            # FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import.
-            thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.serve",), daemon=True)
             gc.disable()  # what imports make is no garbage, and would be walked over again and again
-            thread.start()
-            thread.join()
+            # FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import.
+            with signals_deferred():
+                from minisgl.server.serve import serve_http
             gc.enable()
             supervisor.wait_ready()
             stack.callback(ignore_signals)  # none may stop the end of the workers half way
-            from minisgl.server.serve import serve_http
-
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             return asyncio.run(serve_http(config, endpoints, supervisor, listener))
     except KeyboardInterrupt:
