@@ -66,6 +66,16 @@ def run_ranks(cases: list[tuple[Path, int]], **fields: Any) -> dict[tuple[int, i
     return found
 
 
+def assert_as_one_rank(cases: list[tuple[Path, int]], found: dict[tuple[int, int], list[list[int]]]) -> None:
+    for case, (path, tp_size) in enumerate(cases):
+        config = engine_config(path)
+        engine = create_engine(config)
+        expected = generate(engine, config, PROMPTS, 12, PARAMS)
+        engine.close()
+        for rank in range(tp_size):
+            assert found[case, rank] == expected, (case, rank)
+
+
 def test_ranks_agree_with_one_rank() -> None:
     models = [
         (tiny_model("qwen3", vocab_size=255), 2),  # a vocabulary that two does not divide
@@ -90,26 +100,14 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("granitemoehybrid"), 2),
     ]
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
-    for case, (path, tp_size) in enumerate(models):
-        config = engine_config(path)
-        engine = create_engine(config)
-        expected = generate(engine, config, PROMPTS, 12, PARAMS)
-        engine.close()
-        for rank in range(tp_size):
-            assert found[case, rank] == expected, (case, rank)
+    assert_as_one_rank(models, found)
 
 
 def test_one_rank_adds_biases_in_the_norm_ahead() -> None:
     """As GPUs have it from some tokens on; here from 8, so that both ways alternate."""
     models = [(tiny_model("gpt_oss"), 2), (tiny_model("llama", attention_bias=True), 2)]
     found = run_ranks(models, late_from=8)
-    for case, (path, tp_size) in enumerate(models):
-        config = engine_config(path)
-        engine = create_engine(config)
-        expected = generate(engine, config, PROMPTS, 12, PARAMS)
-        engine.close()
-        for rank in range(tp_size):
-            assert found[case, rank] == expected, (case, rank)
+    assert_as_one_rank(models, found)
 
 
 def test_dummy_weights_do_not_depend_on_ranks() -> None:
