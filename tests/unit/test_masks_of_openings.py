@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from minisgl.core import Grammar
 from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
 from minisgl.kernel.jit import load_masks
 from minisgl.kernel.masks import NativeMatcher, Words
+from tests.unit.test_masks_of_patterns import allowed, mask_of
 
 MODEL = str(Path(minisgl.__file__).parent / "demo_model")
 VOCAB, WORDS, EOS = 4096, 128, 2
@@ -44,16 +44,6 @@ def matchers_of(vocabulary: Vocabulary, schema: str) -> tuple[NativeMatcher, LLM
     text = to_llguidance(Grammar("json", schema), vocabulary.special)
     assert vocabulary.native is not None
     return vocabulary.native.matcher(text), LLMatcher(vocabulary.tokenizer, text)
-
-
-def mask_of(matcher: Any) -> Words:
-    words = np.zeros(WORDS, np.int32)
-    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    return words
-
-
-def allowed(words: Words) -> Words:
-    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).astype(np.int32)
 
 
 def both(matcher: NativeMatcher, token: int) -> Words:
