@@ -52,10 +52,11 @@ class ResponsesRenderer(MessageRenderer):
             "model": self.model,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
+            "temperature": params.temperature,
             "text": {"format": (body.text or {}).get("format") or {"type": "text"}, "verbosity": "medium"},
             "tool_choice": body.tool_choice or "auto",
             "tools": [_TABLE["tools"][tool["type"]] | tool for tool in tools],
-            **{name: getattr(params, name) for name in ("temperature", "top_p")},
+            "top_p": params.top_p,
         }
 
     def first_chunks(self, reply: UserReply) -> Events:  # noqa: ARG002

@@ -159,9 +159,11 @@ def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = 
     """Raises: RequestError naming the field at fault."""
     body = load(CompletionBody, data, reading)
     given: Any = body.prompt
-    given = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-    texts = isinstance([*given, ""][0], str)
-    prompts = tuple(TextPrompt(text=one) if texts else IdsPrompt(input_ids=pack_ids(one)) for one in given)
+    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+    prompts = tuple(
+        TextPrompt(text=one) if isinstance(one, str) else IdsPrompt(input_ids=pack_ids(one))
+        for one in ([given] if is_one else given)
+    )
     is_right = 1 <= len(prompts) <= MAX_PROMPTS
     refuse_unless(is_right, f"prompt must hold from 1 to {MAX_PROMPTS} prompts, not {len(prompts)}", "prompt")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens

@@ -79,12 +79,14 @@ class Operations:
         config, engine, scheduler = self._config, self._config.engine, self._config.scheduler
         settings = {
             "version": minisgl.__version__,
-            **{name: getattr(config, name) for name in ("served_model_name", "num_tokenizer", "default_sampling")},
+            "served_model_name": config.served_model_name,
             "architecture": engine.model.architecture,
             "tensor_parallel_size": engine.tp_size,
             **{name: getattr(engine, name) for name in ("model_path", "dtype", "device")},
             **{name: getattr(scheduler, name) for name in _OF_SCHEDULER.split()},
             "attention_backend": f"{engine.prefill_backend},{engine.decode_backend}",
+            "num_tokenizer": config.num_tokenizer,
+            "default_sampling": config.default_sampling,
         }
         return json_response({**settings, "num_pages": stats.num_pages, "load": load})
 
